@@ -1,0 +1,68 @@
+"""Opening pictures that come from the wild: one RGB image, or one reason why not."""
+
+import warnings
+from pathlib import Path
+
+from PIL import Image, ImageOps
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")  # looked for in this order, in lower and upper case
+MAX_PIXELS = 100_000_000  # more is no cover but an attack on memory, or a mistake
+
+
+class ImageError(Exception):
+    """A picture that cannot be used; the message is the reason, without the path."""
+
+
+def open_image(path):
+    """The picture at `path` as RGB: first frame, turned as its EXIF data says, transparency on white.
+
+    Raises ImageError with the reason for a missing, empty, broken, truncated or oversized file, or one of another kind.
+    """
+    path = Path(path)
+    try:
+        if path.stat().st_size == 0:
+            raise ImageError("the file is empty")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # judged by MAX_PIXELS instead
+            image = Image.open(path)
+        if image.width * image.height > MAX_PIXELS:
+            raise ImageError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS}")
+        image.load()
+        return _as_rgb(ImageOps.exif_transpose(image))
+    except FileNotFoundError:
+        raise ImageError("the file is missing") from None
+    except IsADirectoryError:
+        raise ImageError("it is a folder") from None
+    except ImageError:
+        raise
+    except Image.DecompressionBombError:
+        raise ImageError(f"it would unpack to more than {MAX_PIXELS} pixels") from None
+    except Exception as error:  # Pillow's plugins raise nearly anything on broken bytes
+        reason = " ".join(str(error).replace(str(path), "the file").split())
+        raise ImageError(f"not a readable image ({type(error).__name__}: {reason})") from None
+
+
+def image_index(folder):
+    """dict name without ending -> path of the picture in `folder` (None: no folder, no pictures).
+
+    Where one name has several pictures the order of SUFFIXES decides, then the alphabet.
+    """
+    found = {}
+    for path in sorted(Path(folder).iterdir()) if folder else ():
+        if path.suffix.lower() in SUFFIXES:
+            rank = SUFFIXES.index(path.suffix.lower())
+            if path.stem not in found or rank < found[path.stem][0]:
+                found[path.stem] = (rank, str(path))
+    return {name: path for name, (_, path) in found.items()}
+
+
+def _as_rgb(image):
+    if image.mode.startswith("I") or image.mode == "F":  # 16 bit and more: Pillow would clip, not scale
+        values = image.convert("F")
+        top = 65535.0 if image.mode.startswith("I") else max(values.getextrema()[1], 1.0)
+        image = values.point(lambda v: v * (255.0 / top) + 0.0).convert("L")
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        ground = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        image = Image.alpha_composite(ground, image)
+    return image.convert("RGB")
