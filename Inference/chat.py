@@ -1,0 +1,129 @@
+"""From chat turns to model inputs, for every stage: one place renders, counts, shortens and pads.
+
+The model's own chat template renders the turns, so another model is a change of config. Images are never cut: texts
+are shortened before rendering until the prompt fits (`fit`). Padding is on the left wherever the last position is
+read (generation, scoring) and on the right for training.
+"""
+
+from functools import cached_property
+
+from data_processing.errors import InputError
+from data_processing.prompts import ANSWERS
+
+
+def user_turn(text, images=0):
+    """One user turn in the Hugging Face multimodal format: pictures first, then the text."""
+    return {"role": "user", "content": [*({"type": "image"} for _ in range(images)), {"type": "text", "text": text}]}
+
+
+def answer_turn(text):
+    return {"role": "assistant", "content": [{"type": "text", "text": text}]}
+
+
+class Chat:
+    """A processor (or, for a text model, a tokenizer) as this repository uses it."""
+
+    def __init__(self, processor):
+        self.processor = processor
+        self.tokenizer = getattr(processor, "tokenizer", processor)
+        self.takes_images = self.tokenizer is not processor
+        if self.takes_images and getattr(processor, "patch_size", 0) is None:
+            raise InputError("the processor lacks patch_size; add it to its processor_config.json as the model's config has it")
+
+    def render(self, messages, answer_follows=True):
+        """The prompt as a string. answer_follows: ends where the answer starts; else the turns hold the answer already."""
+        if not self.takes_images:  # templates of text models want plain strings
+            messages = [{**turn, "content": "".join(part["text"] for part in turn["content"])} for turn in messages]
+            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer_follows)
+        return self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer_follows)
+
+    def count(self, text):
+        """Number of tokens of a rendered prompt, a picture counted as one."""
+        return len(self.ids(text))
+
+    def ids(self, text):
+        """Token ids of a rendered prompt, a picture as one token."""
+        return self.tokenizer(text, add_special_tokens=self._adds_bos(text)).input_ids
+
+    @property
+    def image_token_id(self):
+        return self.processor.image_token_id
+
+    def expand(self, ids, image_tokens):
+        """Token ids as the model sees them: the picture's one token repeated `image_tokens` times."""
+        place = ids.index(self.image_token_id)
+        return ids[:place] + [self.image_token_id] * image_tokens + ids[place + 1 :]
+
+    def image_tokens(self, image):
+        """Number of tokens that a PIL image takes in the prompt."""
+        return self.processor._get_num_multimodal_tokens(image_sizes=[(image.height, image.width)]).num_image_tokens[0]
+
+    def encode(self, texts, images=None, side="left"):
+        """Rendered prompts (and one PIL image each, or None) as a padded batch of tensors; nothing is truncated."""
+        options = {"padding": True, "padding_side": side, "return_tensors": "pt", "add_special_tokens": self._adds_bos(texts[0])}
+        if not self.takes_images:
+            return self.tokenizer(texts, **options)
+        return self.processor(text=texts, images=images, **options)
+
+    def decode(self, ids):
+        """Generated token ids as one line of text without special tokens."""
+        return " ".join(self.tokenizer.decode(ids, skip_special_tokens=True).split())
+
+    @cached_property
+    def answer_texts(self):
+        """dict label -> the text by which a rendered turn with this answer is longer than the turn without it."""
+        ask = [user_turn("A question.", images=int(self.takes_images))]
+        prompt = self.render(ask)
+        whole = {label: self.render([*ask, answer_turn(answer)], answer_follows=False) for label, answer in ANSWERS.items()}
+        if not all(text.startswith(prompt) and len(text) > len(prompt) for text in whole.values()):
+            raise InputError("the chat template does not put the answer behind the prompt, so the model cannot be trained with it")
+        return {label: text[len(prompt) :] for label, text in whole.items()}
+
+    @cached_property
+    def answer_ids(self):
+        """dict label -> token ids that the answer adds to a rendered prompt.
+
+        Not looked up by a string: `Yes` and ` Yes` are different tokens, and which one follows is the template's affair.
+        """
+        prompt = self.render([user_turn("A question.", images=int(self.takes_images))])
+        before = self.ids(prompt)
+        after = {label: self.ids(prompt + answer) for label, answer in self.answer_texts.items()}
+        if any(ids[: len(before)] != before for ids in after.values()):
+            raise InputError("the tokenizer joins the end of the prompt and the answer into one token; use another model")
+        found = {label: ids[len(before) :] for label, ids in after.items()}
+        if found[0][0] == found[1][0]:
+            raise InputError(f"the tokenizer starts {ANSWERS[0]!r} and {ANSWERS[1]!r} with the same token; use another model")
+        return found
+
+    def _adds_bos(self, text):
+        """False if the template has put the first token there itself: two of them would be one too many."""
+        bos = self.tokenizer.bos_token
+        return not (bos and text.startswith(bos))
+
+
+def fit(make, texts, fits):
+    """(prompt, was shortened): `make(texts)` with the longest texts cut at their ends until `fits(prompt)`.
+
+    texts: list of strings; the longest are cut first, all to the same length. If even empty texts do not fit, the
+    prompt with empty texts is returned, and the caller decides.
+    """
+    prompt = make(texts)
+    if fits(prompt):
+        return prompt, False
+    low, high = 0, max(map(len, texts), default=0)
+    while low < high:  # the largest number of characters per text that fits
+        middle = (low + high + 1) // 2
+        if fits(make([cut(text, middle) for text in texts])):
+            low = middle
+        else:
+            high = middle - 1
+    return make([cut(text, low) for text in texts]), True
+
+
+def cut(text, length):
+    """The first `length` characters of `text`, less a word that the cut has broken (if words are parted by blanks)."""
+    if len(text) <= length:
+        return text
+    kept = text[:length]
+    whole = kept.rstrip() if text[length].isspace() else kept.rpartition(" ")[0] or kept
+    return whole.rstrip()

@@ -1,0 +1,217 @@
+"""Yes/no logits of (user, candidate) pairs from one forward pass each (paper, equation 1).
+
+`PairReader` turns a line of train/validation/test.jsonl into a rendered prompt and a picture, the same way for training
+and for scoring. `score_pairs` reads the logits at the last position only.
+
+The prompt starts with the picture, and a candidate is offered to many users. So pairs are grouped by item: keys and
+values of what their prompts share (picture, title) are computed once, and extended by each user's own text.
+"""
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from data_processing.errors import InputError
+from data_processing.images import ImageError, open_image
+from Inference.chat import fit
+
+
+class PairReader:
+    """Prompts and pictures of the lines of one pairs file.
+
+    folder: where the file lies (image paths are relative to it); max_text_tokens: how long the text of a prompt may be,
+    its picture counted as one token (0: no limit). Longer texts lose the tail of the preference. grey: every picture is
+    a grey one of the same size, to see what the pictures are worth.
+    """
+
+    def __init__(self, chat, folder, max_text_tokens=0, grey=False):
+        self.chat, self.folder, self.max_text_tokens, self.grey = chat, Path(folder), max_text_tokens, grey
+        self.shortened = 0
+
+    def image(self, row):
+        """The picture of the candidate. Raises InputError if it is gone or broken."""
+        path = self.folder / row["images"][0]
+        try:
+            image = open_image(path)
+            return Image.new("RGB", image.size, (128, 128, 128)) if self.grey else image
+        except ImageError as error:
+            raise InputError(
+                f"{path}, item {row['item_id']!r}: {error}; restore it, or make the pairs again with scripts/04_datasets.sh"
+            ) from None
+
+    def prompt(self, row):
+        """(rendered question without the answer, its token ids with the picture as one token).
+
+        Raises InputError if the question is too long without any preference.
+        """
+        turn = row["messages"][0]
+        prompt = self.chat.render([turn])
+        ids = self.chat.ids(prompt)
+        if not self.max_text_tokens or len(ids) <= self.max_text_tokens:
+            return prompt, ids
+        self.shortened += 1
+        *pictures, question = turn["content"]
+        start, end = row.get("preference_span") or (0, 0)
+        before, preference, after = question["text"][:start], question["text"][start:end], question["text"][end:]
+
+        def with_preference(texts):
+            return self.chat.render([{"role": "user", "content": [*pictures, {"type": "text", "text": before + texts[0] + after}]}])
+
+        prompt, _ = fit(with_preference, [preference], lambda text: self.chat.count(text) <= self.max_text_tokens)
+        ids = self.chat.ids(prompt)
+        if len(ids) > self.max_text_tokens:
+            raise InputError(
+                f"user {row['user_id']!r}, item {row['item_id']!r}: the question is longer than {self.max_text_tokens} tokens even "
+                "without a preference; raise --max_text_tokens"
+            )
+        return prompt, ids
+
+
+def probability(yes_logit, no_logit):
+    """p(yes) / (p(yes) + p(no)), equation 1 of the paper."""
+    return torch.sigmoid(torch.tensor(yes_logit - no_logit, dtype=torch.float64)).item()
+
+
+def group_by_item(rows):
+    """Indices of `rows`, those of one item (and picture) next to each other, items in order of first appearance."""
+    groups = {}
+    for index, row in enumerate(rows):
+        groups.setdefault((row["item_id"], row["images"][0]), []).append(index)
+    return list(groups.values())
+
+
+@torch.inference_mode()
+def score_pairs(model, reader, rows, batch_tokens=65536, reuse_prefix=True):
+    """Yields (index into rows, yes logit, no logit) for every pair, items together.
+
+    batch_tokens: tokens in one batch, padding counted. reuse_prefix: compute what the prompts of one item share only
+    once; templates that do not start with the picture, and models with their own position ids, take the plain pass.
+    """
+    chat = reader.chat
+    for chunk in _chunks(group_by_item(rows), batch_tokens, chat, reader, rows):
+        if reuse_prefix and _has_plain_positions(model):
+            yield from _score_with_prefixes(model, chat, chunk, batch_tokens)
+        else:
+            yield from _score_plainly(model, chat, [pair for group in chunk for pair in group], batch_tokens)
+
+
+@dataclass
+class _Pair:
+    """One pair ready for the model. ids: of the prompt as the model sees it, the picture's token repeated."""
+
+    index: int
+    prompt: str
+    image: Image.Image
+    ids: list[int]
+
+
+def _chunks(groups, batch_tokens, chat, reader, rows):
+    """Lists of groups of _Pairs; the longest prompts of a chunk's groups would fit into one batch."""
+    chunk, longest = [], 0
+    for indices in groups:
+        image = reader.image(rows[indices[0]])
+        image_tokens = chat.image_tokens(image)
+        prompts = [(i, *reader.prompt(rows[i])) for i in indices]
+        group = [_Pair(i, prompt, image, chat.expand(ids, image_tokens)) for i, prompt, ids in prompts]
+        length = max(len(pair.ids) for pair in group)
+        longest = max(longest, length)
+        if chunk and longest * (len(chunk) + 1) > batch_tokens:
+            yield chunk
+            chunk, longest = [], length
+        chunk.append(group)
+    if chunk:
+        yield chunk
+
+
+def _has_plain_positions(model):
+    """False for models that number picture positions in two dimensions (Qwen2.5-VL); their prefix is not reused."""
+    return not any(hasattr(module, "get_rope_index") for module in model.modules())
+
+
+def _score_plainly(model, chat, pairs, batch_tokens):
+    """One left-padded pass over whole prompts."""
+    size = max(1, batch_tokens // max(len(pair.ids) for pair in pairs))
+    for start in range(0, len(pairs), size):
+        part = pairs[start : start + size]
+        batch = _on_device(chat.encode([pair.prompt for pair in part], [pair.image for pair in part], side="left"), model)
+        logits = model(**batch, logits_to_keep=1, use_cache=False).logits[:, -1]
+        yield from _read(chat, part, logits)
+
+
+def _score_with_prefixes(model, chat, groups, batch_tokens):
+    """First all items' shared beginnings in one left-padded pass, then each pair's own text behind its item's."""
+    shared, alone = [], []  # shared: (group, length of what its prompts share)
+    for group in groups:
+        length = _common_length([pair.ids for pair in group])
+        if len(group) > 1 and chat.image_token_id not in group[0].ids[length:]:
+            shared.append((group, length))
+        else:
+            alone += group
+    if alone:
+        yield from _score_plainly(model, chat, alone, batch_tokens)
+    if not shared:
+        return
+    first = _on_device(chat.encode([group[0].prompt for group, _ in shared], [group[0].image for group, _ in shared]), model)
+    first["input_ids"], first["attention_mask"] = _left_padded([group[0].ids[:n] for group, n in shared], chat, model.device)
+    first["position_ids"] = (first["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    cache = model(**first, logits_to_keep=1, use_cache=True).past_key_values
+
+    lengths = torch.tensor([n for _, n in shared], device=model.device)
+    waiting = [(place, pair, pair.ids[n:]) for place, (group, n) in enumerate(shared) for pair in group]
+    waiting.sort(key=lambda entry: len(entry[2]))
+    while waiting:
+        size = max(1, batch_tokens // (first["input_ids"].shape[1] + len(waiting[-1][2])))
+        part, waiting = waiting[-size:], waiting[:-size]
+        places = torch.tensor([place for place, _, _ in part], device=model.device)
+        ids, mask = _left_padded([own for _, _, own in part], chat, model.device)
+        logits = model(
+            input_ids=ids,
+            attention_mask=torch.cat([first["attention_mask"][places], mask], dim=1),
+            position_ids=(mask.cumsum(1) - 1).clamp(min=0) + lengths[places, None],
+            past_key_values=_select(cache, places),
+            logits_to_keep=1,
+        ).logits[:, -1]
+        yield from _read(chat, [pair for _, pair, _ in part], logits)
+
+
+def _read(chat, pairs, logits):
+    """(index, yes logit, no logit) of each pair. logits: (pairs, vocabulary) at the last position."""
+    yes, no = chat.answer_ids[1][0], chat.answer_ids[0][0]
+    for pair, (yes_logit, no_logit) in zip(pairs, logits[:, [yes, no]].float().tolist(), strict=True):
+        yield pair.index, yes_logit, no_logit
+
+
+def _common_length(ids):
+    """How many leading tokens all lists share; at least one token of each is left over."""
+    shortest = min(map(len, ids))
+    first = ids[0]
+    for n in range(shortest - 1):
+        if any(other[n] != first[n] for other in ids[1:]):
+            return n
+    return shortest - 1
+
+
+def _left_padded(rows, chat, device):
+    """(ids, mask) of shape (rows, longest), padding on the left."""
+    longest = max(map(len, rows))
+    ids = [[chat.tokenizer.pad_token_id] * (longest - len(row)) + row for row in rows]
+    mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+
+def _select(cache, places):
+    """A copy of the cache that holds, for each entry of `places`, the keys and values of that row."""
+    chosen = copy.copy(cache)
+    chosen.layers = [copy.copy(layer) for layer in cache.layers]
+    chosen.batch_select_indices(places)
+    return chosen
+
+
+def _on_device(batch, model):
+    batch = batch.to(model.device)
+    if "pixel_values" in batch:
+        batch["pixel_values"] = batch["pixel_values"].to(model.dtype)
+    return batch
