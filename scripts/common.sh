@@ -1,0 +1,24 @@
+# Sourced by the numbered scripts: goes to the repository's root, takes the config off the arguments ($CONFIG), leaves
+# the overrides in "$@" and finds the interpreter ($PYTHON: yours if set, else .venv, else the active environment).
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+CONFIG=configs/microlens.yaml
+if [[ $# -gt 0 && $1 != --* ]]; then
+    CONFIG=$1
+    shift
+fi
+if [[ -z ${PYTHON:-} ]]; then
+    if [[ -x .venv/bin/python ]]; then PYTHON=.venv/bin/python; else PYTHON=python; fi
+fi
+
+# The overrides that every script understands, for the scripts of a stage that are not its main one.
+common_overrides() {
+    COMMON=()
+    while [[ $# -gt 0 ]]; do
+        case $1 in
+            --data_dir | --output_dir | --domain | --seed | --limit | --overwrite) COMMON+=("$1" "${2:-}") && shift ;;
+            --data_dir=* | --output_dir=* | --domain=* | --seed=* | --limit=* | --overwrite=*) COMMON+=("$1") ;;
+        esac
+        shift
+    done
+}
