@@ -1,0 +1,114 @@
+"""Pictures from the wild: one RGB image, or one reason."""
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_processing.images import ImageError, image_index, open_image
+
+RED = (200, 30, 30)
+
+
+def saved(tmp_path, image, name, **options):
+    image.save(tmp_path / name, **options)
+    return tmp_path / name
+
+
+def test_modes_become_rgb(tmp_path):
+    cases = {
+        "cmyk.jpg": Image.new("RGB", (8, 8), RED).convert("CMYK"),
+        "grey.png": Image.new("L", (8, 8), 120),
+        "one_bit.png": Image.new("1", (8, 8), 1),
+        "palette.gif": Image.new("RGB", (8, 8), RED).convert("P"),
+        "tiny.png": Image.new("RGB", (1, 1), RED),
+        "long.png": Image.new("RGB", (20000, 10), RED),
+    }
+    for name, image in cases.items():
+        opened = open_image(saved(tmp_path, image, name))
+        assert opened.mode == "RGB"
+        assert opened.size == image.size
+    assert max(abs(a - b) for a, b in zip(open_image(tmp_path / "cmyk.jpg").getpixel((4, 4)), RED, strict=True)) < 12
+
+
+def test_16_bit_is_scaled_not_clipped(tmp_path):
+    values = np.array([[0, 16384, 32768, 65535]], dtype=np.uint16)
+    opened = open_image(saved(tmp_path, Image.fromarray(values), "deep.png"))
+    assert [opened.getpixel((x, 0))[0] for x in range(4)] == pytest.approx([0, 64, 127, 255], abs=1)
+
+
+def test_transparency_lies_on_white(tmp_path):
+    rgba = Image.new("RGBA", (8, 8), (*RED, 0))
+    assert open_image(saved(tmp_path, rgba, "clear.png")).getpixel((4, 4)) == (255, 255, 255)
+    palette = Image.new("RGB", (8, 8), RED).convert("P")
+    assert open_image(saved(tmp_path, palette, "clear_palette.png", transparency=palette.getpixel((0, 0)))).getpixel((4, 4)) == (
+        255,
+        255,
+        255,
+    )
+
+
+def test_exif_rotation_is_followed(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    assert open_image(saved(tmp_path, Image.new("RGB", (20, 10), RED), "turned.jpg", exif=exif)).size == (10, 20)
+
+
+def test_of_an_animation_the_first_frame(tmp_path):
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    path = saved(tmp_path, frames[0], "moving.gif", save_all=True, append_images=frames[1:])
+    assert open_image(path).getpixel((4, 4)) == (255, 0, 0)
+
+
+def bomb():
+    """A PNG of 60,000 x 60,000 pixels in a few bytes of header."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+def jpeg_bytes():
+    buffer = io.BytesIO()
+    Image.effect_noise((200, 200), 60).convert("RGB").save(buffer, format="JPEG")
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("empty.jpg", b"", "the file is empty"),
+        ("half.jpg", jpeg_bytes()[:2000], "not a readable image"),
+        ("text.jpg", b"<html>not found</html>", "not a readable image"),
+        ("bomb.png", bomb(), "pixels"),
+    ],
+)
+def test_broken_pictures_have_a_reason(tmp_path, name, content, reason):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ImageError, match=reason) as caught:
+        open_image(tmp_path / name)
+    assert str(tmp_path) not in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file_and_a_folder_have_a_reason(tmp_path):
+    with pytest.raises(ImageError, match="missing"):
+        open_image(tmp_path / "none.jpg")
+    (tmp_path / "folder.jpg").mkdir()
+    with pytest.raises(ImageError, match="folder"):
+        open_image(tmp_path / "folder.jpg")
+
+
+def test_pictures_are_found_under_any_ending(tmp_path):
+    for name in ("1.jpg", "2.PNG", "3.webp", "4.JPEG", "5.txt", "6.png", "6.jpg"):
+        (tmp_path / name).write_bytes(b"x")
+    found = image_index(tmp_path)
+    assert {key: path.rsplit("/", 1)[1] for key, path in found.items()} == {
+        "1": "1.jpg", "2": "2.PNG", "3": "3.webp", "4": "4.JPEG", "6": "6.jpg",
+    }  # fmt: skip
+    assert image_index(None) == {}

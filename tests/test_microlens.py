@@ -1,0 +1,118 @@
+"""The MicroLens files as they come, and as they should not."""
+
+import pytest
+from PIL import Image
+
+from data_processing import microlens
+from data_processing.errors import InputError
+from data_processing.jsonl import read_rows
+
+PAIRS_TSV = "1\ta b c\n2\tb c d\n3\tc d a\n"
+PAIRS_CSV = "user,item,timestamp\n3,c,30\n1,a,10\n1,b,20\n1,c,30\n2,b,10\n2,c,20\n2,d,30\n3,d,40\n3,a,50\n"
+TITLES = 'item,title\na,"One, with a comma"\nb,two\nc,"three ""quoted"""\nd,四\n'
+
+
+def raw_folder(tmp_path, pairs=PAIRS_TSV, titles=TITLES, pairs_name="MicroLens-50k_pairs.tsv", titles_name="MicroLens-50k_titles.csv"):
+    folder = tmp_path / "raw"
+    covers = folder / "MicroLens-50k_covers"
+    covers.mkdir(parents=True)
+    for name in ("a.jpg", "b.PNG", "c.webp", "d.jpeg"):
+        Image.new("RGB", (4, 6), "red").save(covers / name)
+    (folder / pairs_name).write_bytes(pairs if isinstance(pairs, bytes) else pairs.encode())
+    (folder / titles_name).write_bytes(titles if isinstance(titles, bytes) else titles.encode())
+    return folder
+
+
+def prepare(tmp_path, folder, *options):
+    data = tmp_path / "data"
+    config = tmp_path / "c.yaml"
+    config.write_text("data: {user_core: 2, item_core: 1, negatives: 1, train_fraction: 0.34, validation_fraction: 0.33}")
+    microlens.main(["--config", str(config), "--raw_dir", str(folder), "--data_dir", str(data), *options])
+    return {row["user_id"]: row for row in read_rows(data / "users.jsonl")}, {
+        row["item_id"]: row for row in read_rows(data / "items.jsonl")
+    }
+
+
+@pytest.mark.parametrize(("pairs", "name"), [(PAIRS_TSV, "MicroLens-50k_pairs.tsv"), (PAIRS_CSV, "MicroLens-50k_pairs.csv")])
+def test_both_forms_of_pairs_say_the_same(tmp_path, pairs, name):
+    users, items = prepare(tmp_path, raw_folder(tmp_path, pairs, pairs_name=name))
+    assert {u: (row["history"], row["target"]) for u, row in users.items()} == {
+        "1": (["a", "b"], "c"), "2": (["b", "c"], "d"), "3": (["c", "d"], "a"),
+    }  # fmt: skip
+    assert [row["negatives"] for row in users.values()] == [["d"], ["a"], ["b"]]
+    assert items["a"]["title"] == "One, with a comma"
+    assert items["c"]["title"] == 'three "quoted"'
+    assert items["d"]["title"] == "四"
+    for row in items.values():
+        Image.open(tmp_path / "data" / row["image"]).verify()
+
+
+@pytest.mark.parametrize("titles_name", ["MicroLens-50k_titles.csv", "MicroLens-50k_title_en.csv"])
+@pytest.mark.parametrize("header", [True, False])
+def test_titles_with_and_without_header(tmp_path, titles_name, header):
+    titles = TITLES if header else TITLES.split("\n", 1)[1]
+    _, items = prepare(tmp_path, raw_folder(tmp_path, titles=titles, titles_name=titles_name))
+    assert items["b"]["title"] == "two"
+    assert set(items) == set("abcd")
+
+
+def test_refused_rows_are_kept_with_file_line_and_reason(tmp_path):
+    pairs = PAIRS_CSV + "4,a,yesterday\n4,unknown,7\n4,b\n"
+    folder = raw_folder(tmp_path, pairs, titles=TITLES + "e,  \na,again\n", pairs_name="MicroLens-50k_pairs.csv")
+    users, _ = prepare(tmp_path, folder)
+    assert set(users) == {"1", "2", "3"}
+    refused = {(row["file"][14:], row["line"]): row["reason"] for row in read_rows(tmp_path / "data" / "interactions.rejected.jsonl")}
+    assert refused == {
+        ("titles.csv", 6): "the title is empty",
+        ("titles.csv", 7): "the item has a title already",
+        ("pairs.csv", 11): "the timestamp is not a number",
+        ("pairs.csv", 12): "the item has no title in MicroLens-50k_titles.csv",
+        ("pairs.csv", 13): "2 fields in place of 3",
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"pairs": "user,video,timestamp\n1,a,2\n", "pairs_name": "MicroLens-50k_pairs.csv"},
+            r"pairs.csv, line 1: column 'item' is missing; the file has user, video, timestamp",
+        ),
+        ({"pairs": b"1\ta b\n2\ta \xff\n"}, r"pairs.tsv, line 2: byte 5 is not UTF-8"),
+        ({"titles": b"item,title\na,\xe9t\xe9\n"}, r"titles.csv, line 2: byte 3 is not UTF-8"),
+        ({"pairs": ""}, r"pairs.tsv is empty"),
+        ({"pairs": "1\ta\n2\tb\n"}, r"no interaction is left after the filters"),
+        ({"pairs_name": "pairs.tsv"}, r"holds no \*_pairs.csv or .tsv"),
+        ({"titles_name": "titles.csv"}, r"MicroLens-50k_titles.csv is missing"),
+    ],
+)
+def test_bad_raw_files_are_one_sentence(tmp_path, change, message):
+    with pytest.raises(InputError, match=message) as caught:
+        prepare(tmp_path, raw_folder(tmp_path, **change))
+    assert "\n" not in str(caught.value)
+
+
+def test_without_covers_the_remedy_is_named(tmp_path):
+    folder = raw_folder(tmp_path)
+    (folder / "MicroLens-50k_covers").rename(folder / "covers")
+    with pytest.raises(InputError, match=r"no folder MicroLens-50k_covers.*--require_image false"):
+        prepare(tmp_path, folder)
+    users, items = prepare(tmp_path, folder, "--require_image", "false")
+    assert items["a"]["image"] is None
+    assert len(users) == 3
+
+
+def test_two_releases_in_one_folder_must_be_told_apart(tmp_path):
+    folder = raw_folder(tmp_path)
+    for name in ("pairs.tsv", "titles.csv"):
+        (folder / f"MicroLens-100k_{name}").write_bytes((folder / f"MicroLens-50k_{name}").read_bytes())
+    with pytest.raises(InputError, match="choose one with --name"):
+        prepare(tmp_path, folder)
+    assert len(prepare(tmp_path, folder, "--name", "MicroLens-50k")[0]) == 3
+
+
+def test_limit_writes_some_users_and_only_what_they_need(tmp_path):
+    folder = raw_folder(tmp_path)
+    users, items = prepare(tmp_path, folder, "--limit", "1")
+    (row,) = users.values()
+    assert set(items) == {*row["history"], row["target"], *row["negatives"]}

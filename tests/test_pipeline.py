@@ -1,0 +1,276 @@
+"""All stages together: the files they hand each other, the published commands, real data, and other people's tools."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT, STAGES, small_config
+from PIL import Image, ImageDraw
+
+from data_processing.jsonl import CONTRACT, read_by_id, read_rows, write_rows
+
+REAL = ROOT.parent / "shared" / "data" / "microlens"
+PUBLISHED_COMMANDS = (
+    "Inference/microlens/image_summary.py",
+    "Inference/microlens/preferece_inference_recurrent.py",
+    "MLLM-MSR/train/dataset_create.py",
+    "MLLM-MSR/test/multi_col_dataset.py",
+    "MLLM-MSR/train/train_llava_sft.py",
+    "MLLM-MSR/test/test_with_llava_sft.py",
+)
+ALL_SCRIPTS = (
+    *STAGES,
+    *PUBLISHED_COMMANDS[:2],
+    "Inference/preference_direct.py",
+    "data_processing/microlens.py",
+    "data_processing/split.py",
+)
+
+
+def call(*words, **environment):
+    return subprocess.run(
+        [sys.executable, *words], cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, timeout=300
+    )
+
+
+def test_every_file_is_whole(small_run):
+    folder = small_run.folder
+    users, items = read_by_id(folder / "users.jsonl", "user_id"), read_by_id(folder / "items.jsonl", "item_id")
+    assert set(read_by_id(folder / "image_summaries.jsonl", "item_id")) == set(items)
+    preferences = read_by_id(folder / "user_preferences.jsonl", "user_id")
+    assert set(preferences) == set(users)
+    for user_id, row in preferences.items():
+        assert [item for block in row["blocks"] for item in block["items"]] == users[user_id]["history"]
+        assert all(len(block["items"]) == 3 for block in row["blocks"][:-1])
+        assert row["preference"] == row["blocks"][-1]["preference"]
+    for split, n_candidates in (("train", 2), ("validation", 21), ("test", 21)):
+        rows = read_rows(folder / f"{split}.jsonl")
+        mine = {user_id: user for user_id, user in users.items() if user["split"] == split}
+        assert len(rows) == n_candidates * len(mine) > 0
+        for row in rows:
+            user = mine[row["user_id"]]
+            assert row["label"] == int(row["item_id"] == user["target"])
+            assert row["item_id"] in {user["target"], *user["negatives"]}
+            assert (folder / row["images"][0]).is_file()
+            assert [turn["role"] for turn in row["messages"]] == (["user"] if split == "test" else ["user", "assistant"])
+    test_pairs = {(row["user_id"], row["item_id"]) for row in read_rows(folder / "test.jsonl")}
+    for variant in ("zero_shot", "sft"):
+        scores = read_rows(folder / variant / "scores.jsonl")
+        assert {(row["user_id"], row["item_id"]) for row in scores} == test_pairs
+        for row in scores:
+            assert row["score"] == pytest.approx(1 / (1 + np.exp(row["no_logit"] - row["yes_logit"])), abs=1e-9)
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert {"zero_shot", "sft", "popularity", "ceiling"} <= set(metrics)
+    for variant in ("zero_shot", "sft"):
+        assert {"auc", "hr@5", "mrr@5", "ndcg@5", "users", "auc_ci95"} <= set(metrics[variant])
+        assert metrics[variant]["users"] == 9
+
+
+def test_every_output_has_its_record(small_run):
+    for name in (
+        "users",
+        "image_summaries",
+        "user_preferences",
+        "train",
+        "validation",
+        "test",
+        "zero_shot/scores",
+        "sft/scores",
+        "metrics",
+    ):
+        record = json.loads((small_run.folder / f"{name}.run.json").read_text())
+        assert {"arguments", "settings", "inputs", "rows", "seconds", "git_commit", "packages", "device"} <= set(record), name
+    assert json.loads((small_run.folder / "adapter" / "run.json").read_text())["rows"]["in"] == 30
+
+
+def test_the_target_is_in_no_prompt_before_scoring(small_run):
+    """Stage 3 reads the history only: with the target's own title and summary changed, not a byte of it changes."""
+    preferences = (small_run.folder / "user_preferences.jsonl").read_bytes()
+    users = read_rows(small_run.folder / "users.jsonl")
+    for user in users:
+        assert user["target"] not in user["history"]
+    asked = {item for row in read_rows(small_run.folder / "user_preferences.jsonl") for block in row["blocks"] for item in block["items"]}
+    assert asked == {item for user in users for item in user["history"]}
+    assert preferences
+
+
+def test_started_again_nothing_is_computed(small_run, capsys):
+    times = {path: path.stat().st_mtime_ns for path in small_run.folder.rglob("*") if path.is_file()}
+    for stage in STAGES:
+        small_run.run(stage)
+        assert "up to date" in capsys.readouterr().out, stage
+    small_run.run(STAGES[6], "--adapter", "none")
+    assert times == {path: path.stat().st_mtime_ns for path in small_run.folder.rglob("*") if path.is_file()}
+
+
+def test_the_same_seed_gives_the_same_bytes(small_run, tmp_path):
+    again = small_config(tmp_path)
+    for stage in STAGES[:5]:
+        subprocess.run([sys.executable, stage, "--config", str(again)], cwd=ROOT, check=True, capture_output=True)
+    for name in ("users.jsonl", "image_summaries.jsonl", "user_preferences.jsonl", "train.jsonl", "test.jsonl"):
+        assert (tmp_path / name).read_bytes() == (small_run.folder / name).read_bytes(), name
+
+
+def test_the_published_commands_run_verbatim(small_run, tmp_path):
+    """From the root, without options; the environment names the small config."""
+    config = small_config(tmp_path)
+    config.write_text(config.read_text() + "\nreport: {users: 1}\n")
+    for name in ("users", "items"):
+        (tmp_path / f"{name}.jsonl").write_bytes((small_run.folder / f"{name}.jsonl").read_bytes())
+    (tmp_path / "covers").symlink_to(small_run.folder / "covers")
+    for command in PUBLISHED_COMMANDS:
+        done = call(command, MLLM_MSR_CONFIG=str(config))
+        assert done.returncode == 0, done.stderr
+    assert len(read_rows(tmp_path / "sft" / "scores.jsonl")) == 9 * 21
+
+
+@pytest.mark.parametrize("path", ALL_SCRIPTS)
+def test_help_answers_at_once(path):
+    started = time.monotonic()
+    done = call(path, "--help")
+    assert done.returncode == 0
+    assert "--output_dir" in done.stdout
+    assert "In:" in done.stdout or "entry point" in done.stdout
+    assert time.monotonic() - started < 5
+
+
+@pytest.mark.parametrize(
+    ("path", "missing"),
+    [
+        ("Inference/image_summary.py", "items.jsonl is missing; scripts/01_prepare_data.sh makes it"),
+        ("Inference/preference_recurrent.py", "users.jsonl is missing; scripts/01_prepare_data.sh makes it"),
+        ("MLLM-MSR/train/dataset_create.py", "users.jsonl is missing; scripts/01_prepare_data.sh makes it"),
+        ("MLLM-MSR/test/multi_col_dataset.py", "users.jsonl is missing; scripts/01_prepare_data.sh makes it"),
+        ("MLLM-MSR/train/train_llava_sft.py", "train.jsonl is missing; scripts/04_datasets.sh makes it"),
+        ("MLLM-MSR/test/test_with_llava_sft.py", "test.jsonl is missing; scripts/04_datasets.sh makes it"),
+        ("MLLM-MSR/baselines/popularity.py", "users.jsonl is missing; scripts/01_prepare_data.sh makes it"),
+        ("MLLM-MSR/test/compute_metrics.py", "holds no */scores.jsonl; scripts/06_score.sh makes them"),
+        ("MLLM-MSR/test/report.py", "metrics.json is missing; scripts/07_report.sh makes it"),
+    ],
+)
+def test_a_missing_input_is_told_at_once(path, missing, tmp_path):
+    started = time.monotonic()
+    done = call(path, "--config", "configs/sample.yaml", "--data_dir", str(tmp_path), "--output_dir", str(tmp_path))
+    assert time.monotonic() - started < 5
+    assert done.returncode == 1
+    assert missing in done.stderr
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1, "one sentence, no traceback"
+
+
+def test_the_pairs_feed_other_trainers_as_they_are(small_run):
+    """`datasets` loads them, and the model's own processor renders and reads them, with nothing of ours."""
+    from datasets import load_dataset
+    from transformers import AutoProcessor
+
+    processor = AutoProcessor.from_pretrained(ROOT / "Inference/tiny_models/llava")
+    for split in ("train", "test"):
+        rows = load_dataset(
+            "json", data_files=str(small_run.folder / f"{split}.jsonl"), split="train", cache_dir=str(small_run.folder / "cache")
+        )
+        text = processor.apply_chat_template(rows[0]["messages"])
+        image = Image.open(small_run.folder / rows[0]["images"][0])
+        batch = processor(text=[text], images=[image], return_tensors="pt")
+        assert batch["pixel_values"].shape[0] == 1
+        assert text.count("<image>") == 1
+        assert text.rstrip().endswith("Yes</s>" if split == "train" else "[/INST]")
+
+
+FOREIGN = """
+import sys
+from peft import PeftModel
+from transformers import AutoModelForImageTextToText, AutoProcessor
+adapter = sys.argv[1]
+base = AutoModelForImageTextToText.from_pretrained("Inference/tiny_models/llava")
+before = base.model.language_model.layers[0].self_attn.q_proj.weight.clone()
+model = PeftModel.from_pretrained(base, adapter)
+layer = model.get_base_model().model.language_model.layers[0].self_attn.q_proj
+assert layer.lora_B["default"].weight.abs().sum() > 0
+AutoProcessor.from_pretrained(adapter)
+assert not any(name.split(".")[0] in ("Inference", "data_processing") for name in sys.modules)
+print("loaded")
+"""
+
+
+def test_the_adapter_loads_in_plain_peft(small_run):
+    done = call("-c", FOREIGN, str(small_run.folder / "adapter"))
+    assert "loaded" in done.stdout, done.stderr
+
+
+def cover_from(title, size=(48, 64)):
+    """A picture that depends on a title, for data whose own covers may not be passed on."""
+    rng = np.random.default_rng(list(title.encode()))
+    image = Image.new("RGB", size, tuple(int(v) for v in rng.integers(0, 256, 3)))
+    ImageDraw.Draw(image).ellipse((8, 16, 40, 48), fill=tuple(int(v) for v in rng.integers(0, 256, 3)))
+    return image
+
+
+@pytest.mark.skipif(not (REAL / "MicroLens-50k_pairs.tsv").exists(), reason="MicroLens-50k is not there")
+def test_real_data_goes_through_all_stages(tmp_path):
+    """60 test users of MicroLens-50k (and 40 to train with), covers drawn from the titles, tiny models: every file whole."""
+    raw, plan = tmp_path / "raw", tmp_path / "plan"
+    (raw / "MicroLens-50k_covers").mkdir(parents=True)
+    for name in ("MicroLens-50k_pairs.tsv", "MicroLens-50k_titles.csv"):
+        (raw / name).symlink_to(REAL / name)
+    loader = ("data_processing/microlens.py", "--raw_dir", str(raw), "--config")
+    done = call(*loader, "configs/microlens.yaml", "--data_dir", str(plan), "--require_image", "false")
+    assert done.returncode == 0, done.stderr
+    for row in read_rows(plan / "items.jsonl"):  # a cover for every item of the core, so that `require_image` keeps it
+        cover_from(row["title"]).save(raw / "MicroLens-50k_covers" / f"{row['item_id']}.jpg")
+    data, outputs = tmp_path / "data", tmp_path / "outputs"
+    config = tmp_path / "small.yaml"
+    text = (ROOT / "configs/microlens.yaml").read_text()
+    text = text.replace("llava-hf/llava-v1.6-mistral-7b-hf", "Inference/tiny_models/llava")
+    text = text.replace("meta-llama/Meta-Llama-3-8B-Instruct", "Inference/tiny_models/llama")
+    text = (
+        text.replace("epochs: 10", "epochs: 1")
+        .replace("max_new_tokens: 1024", "max_new_tokens: 40")
+        .replace("max_new_tokens: 200", "max_new_tokens: 40")
+    )
+    config.write_text(text.replace("data_dir: data/microlens", f"data_dir: {data}").replace("outputs/microlens", str(outputs)))
+    pilot = ("--limit", "100", "--train_fraction", "0.3", "--validation_fraction", "0.1")
+    done = call(*loader, str(config), *pilot)
+    assert done.returncode == 0, done.stderr
+    stats = json.loads((data / "stats.json").read_text())
+    assert (stats["users"], stats["items"], stats["interactions"]) == (25411, 11896, 220472)
+    for stage in STAGES[1:]:
+        done = call(stage, "--config", str(config))
+        assert done.returncode == 0, f"{stage}: {done.stderr}"
+    users = read_by_id(data / "users.jsonl", "user_id")
+    assert len(users) == len(read_rows(outputs / "user_preferences.jsonl")) == 100
+    tested = {user_id for user_id, user in users.items() if user["split"] == "test"}
+    assert len(tested) == 60
+    rejected = outputs / "test.rejected.jsonl"
+    set_aside = set(read_by_id(rejected, "user_id")) if rejected.exists() else set()
+    scores = read_rows(outputs / "sft" / "scores.jsonl")
+    assert {row["user_id"] for row in scores} == tested - set_aside
+    assert len(scores) == 21 * len(tested - set_aside) > 0
+    assert (outputs / "report.html").stat().st_size > 10_000
+
+
+def test_a_user_whose_candidate_has_no_image_is_set_aside_whole(small_run, tmp_path):
+    for name in ("users", "items", "user_preferences"):
+        (tmp_path / f"{name}.jsonl").write_bytes((small_run.folder / f"{name}.jsonl").read_bytes())
+    (tmp_path / "covers").symlink_to(small_run.folder / "covers")
+    users = [user for user in read_rows(tmp_path / "users.jsonl") if user["split"] == "test"]
+    gone = users[0]["negatives"][5]
+    items = [{**row, "image": None} if row["item_id"] == gone else row for row in read_rows(tmp_path / "items.jsonl")]
+    write_rows(tmp_path / "items.jsonl", items)
+    small_run.run("MLLM-MSR/test/multi_col_dataset.py", "--data_dir", str(tmp_path), "--output_dir", str(tmp_path))
+    hit = {user["user_id"] for user in users if gone in {user["target"], *user["negatives"]}}
+    rows = read_rows(tmp_path / "test.jsonl")
+    assert {row["user_id"] for row in rows} == {user["user_id"] for user in users} - hit
+    assert len(rows) == 21 * (len(users) - len(hit))
+    refused = read_by_id(tmp_path / "test.rejected.jsonl", "user_id")
+    assert {user: row["reason"] for user, row in refused.items()} == dict.fromkeys(hit, f"candidate {gone} has no image")
+
+
+def test_the_contract_names_scripts_that_are_there():
+    for _, maker in CONTRACT.values():
+        assert (ROOT / maker).is_file()
+    assert Path(ROOT / "scripts" / "quickstart.sh").stat().st_mode & 0o100

@@ -1,0 +1,82 @@
+"""Prompts: data stays text, and a template says what is wrong with it."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data_processing import prompts
+from data_processing.errors import InputError
+from data_processing.pairs import question
+from data_processing.prompts import block_text, fill, plain_text
+
+MARKERS = ["<image>", "[/INST]", "[INST]", "<|eot_id|>", "<s>", "</s>", "<<SYS>>", "<|im_start|>", "<unk>", "<|image_pad|>", "[IMG]"]
+
+
+@pytest.mark.parametrize("marker", MARKERS)
+def test_no_marker_survives(marker):
+    text = plain_text(f"before {marker}\nafter {marker}{marker}")
+    assert marker not in text
+    assert "\n" not in text
+    assert marker.strip("<>[]|/") in text, "a person still reads what was written"
+
+
+@given(st.text(), st.sampled_from(MARKERS), st.text())
+def test_plain_text_is_one_line_without_markers_and_stays_so(before, marker, after):
+    text = plain_text(before + marker + after)
+    assert marker not in text
+    assert len(text.splitlines()) <= 1
+    assert plain_text(text) == text
+
+
+def test_ordinary_brackets_are_left_alone():
+    assert plain_text("I < 3 you [live] (1<2) 5 > 4") == "I < 3 you [live] (1<2) 5 > 4".replace("1<2", "1< 2")
+
+
+@pytest.mark.parametrize("domain", prompts.DOMAINS)
+def test_every_prompt_fills_in_every_domain(domain):
+    texts = {
+        prompts.IMAGE: {},
+        prompts.TITLE: {"title": "T"},
+        prompts.FUSION: {"image_summary": "S", "text_summary": "X"},
+        prompts.PREFERENCE_FIRST: {"block": "B"},
+        prompts.PREFERENCE_NEXT: {"preference": "P", "block": "B"},
+        prompts.RECOMMEND: {"title": "T", "preference": "P"},
+    }
+    for template, values in texts.items():
+        filled = fill(template, domain, **values)
+        assert "{" not in filled
+        for value in values.values():
+            assert value in filled
+
+
+def test_braces_in_data_are_text():
+    assert "{item} {0}" in fill(prompts.TITLE, "video", title="{item} {0}")
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("Say {nonsense} of {title}", "unknown place 'nonsense'"),
+        ("Say something", "lacks the place {title}"),
+        ("Say {title", "cannot be read"),
+    ],
+)
+def test_a_bad_template_is_one_sentence(template, message):
+    with pytest.raises(InputError, match=message):
+        fill(template, "video", title="T")
+
+
+def test_an_unknown_domain_names_the_known_ones():
+    with pytest.raises(InputError, match="choose one of: product, video"):
+        fill(prompts.IMAGE, "songs")
+
+
+def test_a_block_lists_items_in_order_and_survives_missing_summaries():
+    text = block_text([("First.", "A red star."), ("Second\n<image>", "")], "video")
+    assert text == "1. Title: First. Cover: A red star.\n2. Title: Second < image>. Cover: not known."
+
+
+def test_the_preference_span_is_where_the_preference_stands():
+    text, (start, end) = question("the taste of {preference}", "likes\nred <image> stars", "video")
+    assert text[start:end] == "likes red < image> stars"
+    assert text.index("the taste of {preference}") < start, "the title stands in front, with the picture"

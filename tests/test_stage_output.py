@@ -1,0 +1,173 @@
+"""A long stage: rows survive interruptions, and neither these nor the number of processes change a byte."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+
+import pytest
+
+from data_processing.config import CommonArgs
+from data_processing.errors import InputError
+from data_processing.jsonl import read_rows
+from data_processing.run_record import read_record, settings_of
+from data_processing.stage_output import StageOutput
+
+IDS = [f"i{n}" for n in range(10)]
+
+
+@dataclass
+class Args(CommonArgs):
+    tone: str = "low"
+
+
+def open_output(tmp_path, ids=IDS, inputs=None, retry_rejected=False, **options):
+    args = Args(**options)
+    args.config = "none"
+    return StageOutput(tmp_path / "x.jsonl", "item_id", ids, args, settings_of(args), inputs or {}, retry_rejected)
+
+
+def work(output, stop_after=None, bad=()):
+    """Writes a row per id; returns the ids that were worked on. Stops as a crash would after `stop_after` rows."""
+    done = []
+    with output:
+        for item_id in output.todo:
+            if stop_after is not None and len(done) == stop_after:
+                raise RuntimeError("crash")
+            if item_id in bad:
+                output.reject(item_id, "bad")
+            else:
+                output.write({"item_id": item_id, "summary": f"of {item_id}"})
+            done.append(item_id)
+    return done
+
+
+def undisturbed(tmp_path):
+    folder = tmp_path / "undisturbed"
+    folder.mkdir()
+    work(open_output(folder))
+    return (folder / "x.jsonl").read_bytes()
+
+
+def test_a_crash_loses_nothing_and_repeats_nothing(tmp_path):
+    with pytest.raises(RuntimeError):
+        work(open_output(tmp_path), stop_after=4)
+    assert not (tmp_path / "x.jsonl").exists(), "no half file under the final name"
+    assert work(open_output(tmp_path)) == IDS[4:]
+    assert (tmp_path / "x.jsonl").read_bytes() == undisturbed(tmp_path)
+    assert open_output(tmp_path).finished
+    assert not (tmp_path / "x.jsonl.parts").exists()
+
+
+def test_half_a_line_is_cut_off_and_done_again(tmp_path):
+    with pytest.raises(RuntimeError):
+        work(open_output(tmp_path), stop_after=4)
+    part = tmp_path / "x.jsonl.parts" / "rank-0.jsonl"
+    part.write_bytes(part.read_bytes()[:-7])
+    assert work(open_output(tmp_path)) == IDS[3:]
+    assert (tmp_path / "x.jsonl").read_bytes() == undisturbed(tmp_path)
+
+
+def test_processes_share_the_work_and_the_bytes(tmp_path, monkeypatch):
+    expected, worked = undisturbed(tmp_path), []
+    for rank in ("1", "0", "2"):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("WORLD_SIZE", "3")
+        worked += work(open_output(tmp_path))
+    assert sorted(worked) == IDS
+    assert (tmp_path / "x.jsonl").read_bytes() == expected
+
+
+def test_another_number_of_processes_takes_over(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    first = work(open_output(tmp_path))
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert sorted(first + work(open_output(tmp_path))) == IDS
+    assert (tmp_path / "x.jsonl").read_bytes() == undisturbed(tmp_path)
+
+
+def test_a_pilot_is_kept_by_the_full_run(tmp_path):
+    assert work(open_output(tmp_path, limit=3)) == IDS[:3]
+    assert len(read_rows(tmp_path / "x.jsonl")) == 3
+    assert work(open_output(tmp_path)) == IDS[3:]
+    assert (tmp_path / "x.jsonl").read_bytes() == undisturbed(tmp_path)
+    assert open_output(tmp_path, limit=3).finished, "a smaller pilot afterwards takes nothing away"
+
+
+def test_refused_rows_are_kept_with_their_reason_and_can_be_retried(tmp_path):
+    work(open_output(tmp_path), bad=("i2",))
+    assert read_rows(tmp_path / "x.rejected.jsonl") == [{"item_id": "i2", "reason": "bad"}]
+    assert read_record(tmp_path / "x.jsonl")["rows"]["rejected"] == 1
+    assert open_output(tmp_path).finished
+    assert work(open_output(tmp_path, retry_rejected=True)) == ["i2"]
+    assert (tmp_path / "x.jsonl").read_bytes() == undisturbed(tmp_path)
+    assert not (tmp_path / "x.rejected.jsonl").exists()
+
+
+@pytest.mark.parametrize("crash", [True, False])
+def test_other_settings_or_inputs_are_refused_until_overwritten(tmp_path, crash):
+    if crash:
+        with pytest.raises(RuntimeError):
+            work(open_output(tmp_path), stop_after=4)
+    else:
+        work(open_output(tmp_path))
+    with pytest.raises(InputError, match=r"other settings \(tone was low, is high\).*--overwrite true"):
+        open_output(tmp_path, tone="high")
+    with pytest.raises(InputError, match=r"other inputs \(items.jsonl was None, is abc\)"):
+        open_output(tmp_path, inputs={"items.jsonl": "abc"})
+    assert work(open_output(tmp_path, tone="high", overwrite=True)) == IDS
+    assert read_record(tmp_path / "x.jsonl")["settings"]["tone"] == "high"
+
+
+def test_two_processes_with_one_rank_are_told_apart(tmp_path):
+    with open_output(tmp_path), pytest.raises(InputError, match="being written by another process"):
+        work(open_output(tmp_path))
+
+
+def test_an_output_without_a_record_is_not_trusted(tmp_path):
+    (tmp_path / "x.jsonl").write_text('{"item_id": "i0"}\n')
+    with pytest.raises(InputError, match="no run record"):
+        open_output(tmp_path)
+
+
+KILLED = """
+import os, sys, time
+sys.path.insert(0, os.environ["TESTS"])
+from pathlib import Path
+from test_stage_output import open_output
+output = open_output(Path(sys.argv[1]))
+with output:
+    for n, item_id in enumerate(output.todo):
+        output.write({"item_id": item_id, "summary": f"of {item_id}"})
+        print(n, flush=True)
+        time.sleep(0.02)
+"""
+
+
+def test_kill_9_loses_no_finished_row(tmp_path):
+    environment = {**os.environ, "TESTS": os.path.dirname(__file__)}
+    process = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path)], stdout=subprocess.PIPE, env=environment, text=True)
+    for line in process.stdout:
+        if line.strip() == "4":
+            process.send_signal(signal.SIGKILL)
+            break
+    process.wait()
+    output = open_output(tmp_path)
+    assert output.todo[0] in IDS[5:7], "the five rows that were reported are done"
+    work(output)
+    assert (tmp_path / "x.jsonl").read_bytes() == undisturbed(tmp_path)
+
+
+def test_the_record_says_what_was_done(tmp_path):
+    work(open_output(tmp_path, inputs={"items.jsonl": "abc"}))
+    record = read_record(tmp_path / "x.jsonl")
+    assert record["arguments"]["tone"] == "low"
+    assert record["inputs"] == {"items.jsonl": "abc"}
+    assert record["rows"] == {"asked": 10, "out": 10, "rejected": 0, "written_by_this_run": 10}
+    for key in ("git_commit", "packages", "device", "seconds", "python"):
+        assert key in record
+    json.dumps(record)
