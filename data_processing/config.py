@@ -20,7 +20,9 @@ from data_processing.errors import InputError
 DEFAULT_CONFIG = "configs/microlens.yaml"
 CONFIG_VARIABLE = "MLLM_MSR_CONFIG"  # environment variable: another default for --config
 # One section per stage; `dataset` names the loader that scripts/01_prepare_data.sh calls.
-SECTIONS = ("common", "data", "image_summary", "preference", "datasets", "train", "score", "popularity", "metrics", "report")
+SECTIONS = (
+    "common", "data", "download", "image_summary", "preference", "datasets", "train", "score", "popularity", "metrics", "report",
+)  # fmt: skip
 
 
 def option(default, text):

@@ -1,5 +1,6 @@
 """Opening pictures that come from the wild: one RGB image, or one reason why not."""
 
+import io
 import warnings
 from pathlib import Path
 
@@ -14,13 +15,13 @@ class ImageError(Exception):
 
 
 def open_image(path):
-    """The picture at `path` as RGB: first frame, turned as its EXIF data says, transparency on white.
+    """The picture at `path` (or in a file object) as RGB: first frame, turned as its EXIF data says, transparency on white.
 
     Raises ImageError with the reason for a missing, empty, broken, truncated or oversized file, or one of another kind.
     """
-    path = Path(path)
     try:
-        if path.stat().st_size == 0:
+        size = path.getbuffer().nbytes if isinstance(path, io.BytesIO) else Path(path).stat().st_size
+        if size == 0:
             raise ImageError("the file is empty")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # judged by MAX_PIXELS instead

@@ -7,6 +7,7 @@ import json
 import os
 import tempfile
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 from data_processing.errors import InputError
@@ -22,6 +23,7 @@ CONTRACT = {
     "test.jsonl": (("user_id", "item_id", "label", "images", "messages"), "scripts/04_datasets.sh"),
     "scores.jsonl": (("user_id", "item_id", "label", "yes_logit", "no_logit", "score"), "scripts/06_score.sh"),
 }
+_ENCODER = json.JSONEncoder(ensure_ascii=False)
 ID_KEYS = ("item_id", "user_id", "target")
 
 
@@ -69,10 +71,10 @@ def read_rows(path, keys=None):
     return [row for _, row in read_lines(path, keys)]
 
 
-def read_by_id(path, key):
-    """A JSONL file as dict id -> row. Raises InputError if an id stands there twice."""
+def read_by_id(path, key, keys=None):
+    """A JSONL file as dict id -> row, checked as in `read_lines`. Raises InputError if an id stands there twice."""
     rows, lines = {}, {}
-    for number, row in read_lines(path):
+    for number, row in read_lines(path, keys):
         if row[key] in rows:
             raise InputError(f"{path}, line {number}: {key} {row[key]!r} stood already in line {lines[row[key]]}; remove one of the two")
         rows[row[key]], lines[row[key]] = row, number
@@ -82,7 +84,7 @@ def read_by_id(path, key):
 def dump(row):
     """One row as one line of bytes, with its line break. Text stays readable in any language."""
     try:
-        return json.dumps(row, ensure_ascii=False).encode() + b"\n"
+        return _ENCODER.encode(row).encode() + b"\n"
     except UnicodeEncodeError:  # half of a surrogate pair, as broken scrapers leave them: kept as an escape
         return json.dumps(row).encode() + b"\n"
 
@@ -120,7 +122,14 @@ def whole_file(path):
 
 def relative_path(target, of_file):
     """`target` as it is written into the JSONL file `of_file`: relative to that file's folder, with forward slashes."""
-    return Path(os.path.relpath(Path(target).absolute(), Path(of_file).absolute().parent)).as_posix()
+    folder, name = os.path.split(target)
+    return _relative_folder(os.path.abspath(folder), os.path.dirname(os.path.abspath(of_file))) + name
+
+
+@cache  # thousands of images lie in one folder
+def _relative_folder(folder, start):
+    relative = Path(os.path.relpath(folder, start)).as_posix()
+    return "" if relative == "." else relative + "/"
 
 
 def _umask():

@@ -23,7 +23,7 @@ from data_processing.config import option, parse_args, show
 from data_processing.errors import InputError, run
 from data_processing.images import image_index
 from data_processing.split import Log, SplitArgs, run_loader
-from data_processing.tables import first_fields, read_table
+from data_processing.tables import first_fields, read_table, set_aside
 
 
 @dataclass
@@ -55,10 +55,10 @@ def read_pairs(path):
     if path.suffix == ".csv":
         frame, refused = read_table(path, ("user", "item", "timestamp"))
         frame["time"] = pd.to_numeric(frame["timestamp"], errors="coerce")
-        return _without(frame, frame["time"].isna() | ~np.isfinite(frame["time"]), "the timestamp is not a number", path, refused)
+        return set_aside(frame, frame["time"].isna() | ~np.isfinite(frame["time"]), "the timestamp is not a number", path.name, refused)
     frame, refused = read_table(path, ("user", "items"), delimiter="\t", header=False, quoted=False)
     frame["items"] = frame["items"].str.split()
-    frame, refused = _without(frame, frame["items"].str.len() == 0, "the user has no items", path, refused)
+    frame, refused = set_aside(frame, frame["items"].str.len() == 0, "the user has no items", path.name, refused)
     frame = frame.explode("items").rename(columns={"items": "item"})
     frame["time"] = frame.groupby("line", sort=False).cumcount()  # the file tells only the order
     return frame, refused
@@ -66,12 +66,12 @@ def read_pairs(path):
 
 def read_titles(path):
     """(Series item -> title, refused rows). Whether there is a header is read off the first line."""
-    has_header = first_fields(path)[0].strip('"').lower() in ("item", "item_id", "id", "video_id")
+    has_header = first_fields(path)[0].lower() in ("item", "item_id", "id", "video_id")
     names = first_fields(path)[:2] if has_header else ["item", "title"]
-    frame, refused = read_table(path, [name.strip('"') for name in names], header=has_header)
+    frame, refused = read_table(path, names, header=has_header)
     frame.columns = ["item", "title", "line"]
-    frame, refused = _without(frame, frame["item"].duplicated(), "the item has a title already", path, refused)
-    frame, refused = _without(frame, frame["title"].str.strip() == "", "the title is empty", path, refused)
+    frame, refused = set_aside(frame, frame["item"].duplicated(), "the item has a title already", path.name, refused)
+    frame, refused = set_aside(frame, frame["title"].str.strip() == "", "the title is empty", path.name, refused)
     return frame.set_index("item")["title"], refused
 
 
@@ -79,18 +79,11 @@ def load(pairs_path, titles_path, covers):
     """(Log, catalogue, refused rows) of one MicroLens release."""
     titles, bad_titles = read_titles(titles_path)
     pairs, refused = read_pairs(pairs_path)
-    pairs, refused = _without(pairs, ~pairs["item"].isin(titles.index), f"the item has no title in {titles_path.name}", pairs_path, refused)
+    pairs, refused = set_aside(
+        pairs, ~pairs["item"].isin(titles.index), f"the item has no title in {titles_path.name}", pairs_path.name, refused
+    )
     catalogue = pd.DataFrame({"title": titles, "image": pd.Series(image_index(covers), dtype=object).reindex(titles.index)})
     return Log.from_ids(pairs["user"], pairs["item"], pairs["time"]), catalogue, bad_titles + refused
-
-
-def _without(frame, bad, reason, path, refused):
-    """`frame` less the rows of mask `bad`, and `refused` plus one entry for each of them."""
-    added = [
-        {"file": path.name, "line": row.line, "row": " ".join(str(v) for v in row if v is not row.line), "reason": reason}
-        for row in frame.loc[bad].itertuples(index=False)
-    ]
-    return frame.loc[~bad].reset_index(drop=True), refused + added
 
 
 def main(argv=None):

@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from dataclasses import asdict
 from importlib import metadata
@@ -97,14 +98,22 @@ def write_record(output, args, settings, inputs, seconds, rows, **more):
         "rows": rows,
         "seconds": round(seconds, 2),
         **more,
+        **machine(),
+        "processes": int(os.environ.get("WORLD_SIZE", "1")),
+    }
+    write_json(record_path(output), record)
+
+
+def machine():
+    """dict of what a figure depends on beside the code's options: commit, versions, platform, device; and the date."""
+    return {
+        "date": time.strftime("%Y-%m-%d"),
         "git_commit": _git_commit(),
         "python": platform.python_version(),
         "packages": _versions(),
         "platform": platform.platform(),
         "device": _device(),
-        "processes": int(os.environ.get("WORLD_SIZE", "1")),
     }
-    write_json(record_path(output), record)
 
 
 def _digest(path):

@@ -29,7 +29,7 @@ import pandas as pd
 
 from data_processing.config import CommonArgs, option, parse_args, show
 from data_processing.errors import InputError, run
-from data_processing.jsonl import dump, read_rows, relative_path, require, whole_file, write_json, write_rows
+from data_processing.jsonl import dump, read_by_id, relative_path, require, whole_file, write_json, write_rows
 from data_processing.run_record import digests, is_up_to_date, settings_of, write_record
 
 SPLITS = ("train", "validation", "test")
@@ -77,11 +77,17 @@ class Log:
         item, item_ids = pd.factorize(pd.Series(items, dtype="str"))
         return cls(user_ids.to_numpy(object), item_ids.to_numpy(object), user, item, np.asarray(times, dtype=np.int64))
 
+    def only_items(self, known):
+        """The log without the interactions with items that are not in `known` (an index of item ids)."""
+        keep = pd.Index(self.item_ids).isin(known)[self.item]
+        return self if keep.all() else Log(self.user_ids, self.item_ids, self.user[keep], self.item[keep], self.time[keep])
+
 
 # ------------------------------------------------------------------------------------------------ the steps
 def keep_earliest(log_user, log_item, order):
     """Mask of the rows that are the first of their (user, item) in `order` (row numbers, oldest first)."""
-    first = ~pd.DataFrame({"u": log_user[order], "i": log_item[order]}).duplicated().to_numpy()
+    pair = log_user.astype(np.int64) * (log_item.max(initial=0) + 1) + log_item
+    first = ~pd.Series(pair[order]).duplicated().to_numpy()
     mask = np.zeros(len(order), dtype=bool)
     mask[order[first]] = True
     return mask
@@ -182,7 +188,7 @@ def prepare(log, catalogue, args):
     n_items = len(core_items)
     known = item_rank[item] >= 0
     mine = known & (user_rank[user] >= 0)
-    touched = np.unique(user_rank[user[mine]].astype(np.int64) * n_items + item_rank[item[mine]])  # of the WHOLE log
+    touched = np.sort(user_rank[user[mine]].astype(np.int64) * n_items + item_rank[item[mine]])  # of the WHOLE log
 
     rows = order[keep[order]]
     core_user, core_item = user_rank[user[rows]], item_rank[item[rows]]
@@ -215,7 +221,7 @@ def prepare(log, catalogue, args):
 
 def _table(user, item):
     """The rows of the paper's Table 2 for one log."""
-    users, items, interactions = len(np.unique(user)), len(np.unique(item)), len(user)
+    users, items, interactions = *(int(np.count_nonzero(np.bincount(codes))) for codes in (user, item)), len(user)
     return {
         "users": users,
         "items": items,
@@ -227,7 +233,7 @@ def _table(user, item):
 
 def _rank_by_id(ids, codes):
     """(rank of each code among the codes in use, -1 for the others; the ids in use in rank order)."""
-    used = np.unique(codes)
+    used = np.flatnonzero(np.bincount(codes, minlength=len(ids)))  # counting: much faster than np.unique
     names = ids[used].astype(str)
     order = np.lexsort((names, np.char.str_len(names)))
     rank = np.full(len(ids), -1, dtype=np.int64)
@@ -282,7 +288,7 @@ def write_data(items, users, stats, args):
         used[:] = True  # the whole core; with --limit only what the chosen users need
     rows = (
         {"item_id": item_id, "title": title, "image": relative_path(image, path) if isinstance(image, str) else None}
-        for item_id, title, image in items[used].itertuples(name=None)
+        for item_id, title, image in items.loc[used, ["title", "image"]].itertuples(name=None)
     )
     write_rows(path, rows)
     write_json(Path(args.data_dir) / "stats.json", stats)
@@ -298,11 +304,12 @@ def print_stats(stats, args):
     print(", ".join(f"{count:,} {name}" for name, count in stats["written_users"].items()) + " users written")
 
 
-def run_loader(args, raw_files, load, **more):
+def run_loader(args, raw_files, load, complete=None, **more):
     """What all loaders share: skip if nothing changed, load, apply the rules, write, record.
 
     raw_files: what is read, for the record; load: function () -> (Log, catalogue DataFrame, list of refused rows);
-    more: what else decides the result, e.g. the number of images.
+    complete: function (items of the core) -> the same with their titles, for loaders that read these last; more: what
+    else decides the result, e.g. the number of images.
     Returns (items, users, stats), or None if the outputs were up to date.
     """
     started = time.monotonic()
@@ -314,7 +321,8 @@ def run_loader(args, raw_files, load, **more):
         print(f"{outputs[0]} is up to date, nothing to do")
         return None
     log, catalogue, refused = load()
-    prepared = items, users, stats = prepare(log, catalogue, args)
+    items, users, stats = prepare(log, catalogue, args)
+    items = complete(items) if complete else items
     stats["rejected_rows"] = len(refused)
     n_items, n_users = write_data(items, users, stats, args)
     rejected_path = folder / "interactions.rejected.jsonl"
@@ -327,20 +335,25 @@ def run_loader(args, raw_files, load, **more):
     write_record(outputs[0], args, settings, inputs, time.monotonic() - started, rows)
     print_stats(stats, args)
     print(f"wrote {outputs[0]} and {outputs[1]} in {time.monotonic() - started:.1f} s")
-    return prepared
+    return items, users, stats
 
 
 # ------------------------------------------------------------------------------------- your own data set
 def load_own(raw_dir):
     """(Log, catalogue, refused rows) from interactions.csv and catalogue.jsonl in `raw_dir`."""
-    from data_processing.tables import read_table
+    from data_processing.tables import read_table, set_aside
 
     pairs, refused = read_table(Path(raw_dir) / "interactions.csv", ("user", "item", "timestamp"))
     path = Path(raw_dir) / "catalogue.jsonl"
-    rows = read_rows(path, keys=("item_id", "title", "image"))
+    rows = list(read_by_id(path, "item_id", keys=("item_id", "title", "image")).values())
     images = [str(path.parent / row["image"]) if row["image"] else None for row in rows]
     catalogue = pd.DataFrame({"title": [row["title"] for row in rows], "image": images}, index=[row["item_id"] for row in rows])
-    return Log.from_ids(pairs["user"], pairs["item"], pairs["timestamp"]), catalogue, refused
+    pairs["time"] = pd.to_numeric(pairs["timestamp"], errors="coerce")
+    pairs, refused = set_aside(pairs, pairs["time"].isna(), "the timestamp is not a number", "interactions.csv", refused)
+    pairs, refused = set_aside(
+        pairs, ~pairs["item"].isin(catalogue.index), "the item is not in catalogue.jsonl", "interactions.csv", refused
+    )
+    return Log.from_ids(pairs["user"], pairs["item"], pairs["time"]), catalogue, refused
 
 
 def main(argv=None):

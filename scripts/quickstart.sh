@@ -4,10 +4,6 @@
 # No GPU, no network but the package index. About 3 minutes on 2 CPU cores after the install; again, it finishes at once.
 source "$(dirname "$0")/setup_env.sh"
 config=configs/sample.yaml
-for stage in 01_prepare_data 02_image_summary 03_preference 04_datasets 05_train 06_score; do
+for stage in 01_prepare_data 02_image_summary 03_preference 04_datasets 05_train 06_score 07_report; do
     bash "scripts/$stage.sh" "$config" "$@"
 done
-# What the picture and the preference are worth: scored again with one of them hidden.
-"$PYTHON" MLLM-MSR/test/test_with_llava_sft.py --config "$config" --hide image "$@"
-"$PYTHON" MLLM-MSR/test/test_with_llava_sft.py --config "$config" --hide preference "$@"
-bash scripts/07_report.sh "$config" "$@"

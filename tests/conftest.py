@@ -11,6 +11,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # no test may look for a model elsewhere
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 ROOT = Path(__file__).parent.parent
+TINY = Path(os.environ.get("TINY_MODELS", ROOT / "Inference/tiny_models"))  # another folder: see test_tiny_models.py
 STAGES = (
     "data_processing/sample.py",
     "Inference/image_summary.py",
@@ -36,8 +37,8 @@ def script(path):
 def small_config(folder):
     """configs/sample.yaml with a world of 30 users and one epoch, in `folder`; returns its path."""
     text = (ROOT / "configs/sample.yaml").read_text()
-    text = text.replace("outputs/sample", str(folder)).replace("train_fraction: 0.5", "train_fraction: 0.5\n  n_users: 30\n  n_items: 60")
-    text = text.replace("epochs: 4", "epochs: 1").replace("validation_fraction: 0.1", "validation_fraction: 0.2")
+    text = text.replace("outputs/sample", str(folder)).replace("n_users: 1100", "n_users: 30\n  n_items: 60")
+    text = text.replace("epochs: 4", "epochs: 1").replace("validation_fraction: 0.06", "validation_fraction: 0.2")
     path = Path(folder) / "small.yaml"
     path.write_text(text)
     return path
@@ -56,7 +57,7 @@ def small_run(tmp_path_factory):
 
     for stage in STAGES[:6]:
         run(stage)
-    run(STAGES[6], "--adapter", "none")
+    run(STAGES[6], "--adapter", "none", "--hide", "nothing")
     for stage in STAGES[6:]:
         run(stage)
     yield SimpleNamespace(folder=folder, config=config, run=run)

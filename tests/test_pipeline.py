@@ -104,7 +104,7 @@ def test_started_again_nothing_is_computed(small_run, capsys):
     for stage in STAGES:
         small_run.run(stage)
         assert "up to date" in capsys.readouterr().out, stage
-    small_run.run(STAGES[6], "--adapter", "none")
+    small_run.run(STAGES[6], "--adapter", "none", "--hide", "nothing")
     assert times == {path: path.stat().st_mtime_ns for path in small_run.folder.rglob("*") if path.is_file()}
 
 

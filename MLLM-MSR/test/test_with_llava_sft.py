@@ -6,7 +6,7 @@ Out: {output_dir}/{variant}/scores.jsonl   user_id, item_id, label, yes_logit, n
     python MLLM-MSR/test/test_with_llava_sft.py --config configs/microlens.yaml
     python MLLM-MSR/test/test_with_llava_sft.py --config configs/microlens.yaml --adapter none     (the paper's LLaVA without SFT)
 
-`--hide image` and `--hide preference` score with the picture greyed out or the preference left empty: what each is worth.
+`--hide nothing image preference` also scores with the picture greyed out and with the preference left empty: what each is worth.
 Started again, it goes on where it stopped. Sample: 10,080 pairs in about 15 seconds on 2 CPU cores.
 LLaVA-v1.6-Mistral-7B wants a GPU with 24 GB; time: not run yet.
 """
@@ -24,7 +24,8 @@ from data_processing.jsonl import read_rows
 from data_processing.run_record import digests, settings_of
 from data_processing.stage_output import StageOutput
 
-SPEED_OPTIONS = ("batch_tokens", "reuse_prefix", "adapter", "variant")
+SPEED_OPTIONS = ("batch_tokens", "reuse_prefix", "adapter", "variant", "hide")
+HIDEABLE = ("nothing", "image", "preference")
 
 
 @dataclass
@@ -34,7 +35,7 @@ class Args(CommonArgs):
     variant: str = option(
         "", "name of the row in metrics.json; default: sft, or zero_shot without adapter, with _no_image or _no_preference behind it"
     )
-    hide: Literal["nothing", "image", "preference"] = option("nothing", "what the model does not get to see")
+    hide: list[str] = option(["nothing"], f"what the model does not get to see, one variant for each: {', '.join(HIDEABLE)}")
     max_text_tokens: int = option(512, "of one pair, the picture counted as one token, as in training")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("auto", "auto: bfloat16 on a GPU, float32 on a CPU")
     attention: str = option("auto", "auto: FlashAttention 2 if installed, else SDPA")
@@ -42,9 +43,9 @@ class Args(CommonArgs):
     reuse_prefix: bool = option(True, "compute what all prompts of an item share only once")
 
 
-def variant_name(args):
+def variant_name(args, hidden):
     name = args.variant or ("zero_shot" if args.adapter == "none" else "sft")
-    return name if args.variant or args.hide == "nothing" else f"{name}_no_{args.hide}"
+    return name if hidden == "nothing" else f"{name}_no_{hidden}"
 
 
 def without_preference(row):
@@ -57,8 +58,10 @@ def without_preference(row):
 
 def main(argv=None):
     args = parse_args(Args, "score", argv, __doc__)
-    variant = variant_name(args)
-    show(args, f"stage 6, scoring, variant {variant}")
+    show(args, "stage 6, scoring")
+    for hidden in args.hide:
+        if hidden not in HIDEABLE:
+            raise InputError(f"--hide {hidden} is unknown; choose among: {', '.join(HIDEABLE)}")
     folder = Path(args.output_dir)
     adapter = None if args.adapter == "none" else Path(args.adapter or folder / "adapter")
     test_path = folder / "test.jsonl"
@@ -68,18 +71,22 @@ def main(argv=None):
     pairs = {(row["user_id"], row["item_id"]): row for row in rows}
     if len(pairs) != len(rows):
         raise InputError(f"{test_path} holds a pair twice; make it again with scripts/04_datasets.sh")
-    path = folder / variant / "scores.jsonl"
     inputs = digests(test_path, args.model, *([adapter] if adapter else []))
-    output = StageOutput(path, ("user_id", "item_id"), pairs, args, settings_of(args, SPEED_OPTIONS), inputs)
-    if output.finished:
-        print(f"{path} is up to date, nothing to do")
-    else:
-        score_all(pairs, folder, adapter, output, args)
+    outputs = {}
+    for hidden in args.hide:
+        path, settings = folder / variant_name(args, hidden) / "scores.jsonl", settings_of(args, SPEED_OPTIONS, hidden=hidden)
+        output = StageOutput(path, ("user_id", "item_id"), pairs, args, settings, inputs)
+        if output.finished:
+            print(f"{path} is up to date, nothing to do")
+        else:
+            outputs[hidden] = output
+    if outputs:
+        score_all(pairs, folder, adapter, outputs, args)
     print("next: python MLLM-MSR/test/compute_metrics.py")
 
 
-def score_all(pairs, folder, adapter, output, args):
-    """Loads the model and writes a score for every pair that is still to do."""
+def score_all(pairs, folder, adapter, outputs, args):
+    """Loads the model and writes a score for every pair that is still to do. outputs: dict what is hidden -> StageOutput."""
     # Imported here, so that --help and a missing input answer at once.
     from Inference.chat import Chat
     from Inference.models import attach_adapter, load_multimodal
@@ -88,17 +95,18 @@ def score_all(pairs, folder, adapter, output, args):
     model, processor = load_multimodal(args.model, args.dtype, args.attention)
     if adapter:
         model = attach_adapter(model, adapter, args.model)
-    reader = PairReader(Chat(processor), folder, args.max_text_tokens, grey=args.hide == "image")
-    rows = [pairs[pair] for pair in output.todo]
-    if args.hide == "preference":
-        rows = [without_preference(row) for row in rows]
-    with output, tqdm(total=len(rows), desc="scores", unit="pair") as progress:
-        for index, yes, no in score_pairs(model, reader, rows, args.batch_tokens, args.reuse_prefix):
-            row = rows[index]
-            output.write(score_row(row["user_id"], row["item_id"], row["label"], probability(yes, no), yes, no))
-            progress.update()
-        output.counts["shortened"] = reader.shortened
-    print(output.summary())
+    for hidden, output in outputs.items():
+        reader = PairReader(Chat(processor), folder, args.max_text_tokens, grey=hidden == "image")
+        rows = [pairs[pair] for pair in output.todo]
+        if hidden == "preference":
+            rows = [without_preference(row) for row in rows]
+        with output, tqdm(total=len(rows), desc=f"scores, {output.path.parent.name}", unit="pair") as progress:
+            for index, yes, no in score_pairs(model, reader, rows, args.batch_tokens, args.reuse_prefix):
+                row = rows[index]
+                output.write(score_row(row["user_id"], row["item_id"], row["label"], probability(yes, no), yes, no))
+                progress.update()
+            output.counts["shortened"] = reader.shortened
+        print(output.summary())
 
 
 if __name__ == "__main__":

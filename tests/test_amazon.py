@@ -1,0 +1,182 @@
+"""Amazon Reviews 2023, hand-written: reviews or tables, gzipped or not, become what every other loader makes."""
+
+import gzip
+import json
+
+import pytest
+from conftest import script
+
+from data_processing.errors import InputError
+from data_processing.jsonl import read_by_id, read_rows
+
+REVIEWS = [
+    ("u1", "A", 10),
+    ("u1", "B", 20),
+    ("u1", "C", 15),
+    ("u2", "B", 1),
+    ("u2", "A", 2),
+    ("u2", "D", 3),
+    ("u3", "C", 7),
+    ("u3", "D", 9),
+]
+PAGES = [
+    {"parent_asin": "A", "title": "Cup", "features": ["steel", ""], "description": ["keeps  warm"], "images": [
+        {"thumb": "http://x/a_t.jpg", "large": "http://x/a_l.jpg", "variant": "MAIN", "hi_res": None}, {"large": "http://x/a2.jpg"}]},
+    {"parent_asin": "Z", "title": "Nobody bought it", "images": [{"large": "http://x/z.jpg"}]},
+    {"parent_asin": "B", "title": "Büchse 杯", "features": [], "description": [], "images": [{"thumb": "http://x/b_t.jpg", "large": None}]},
+    {"parent_asin": "C", "title": "Toy", "images": [], "price": "12.0"},
+    {"parent_asin": "D", "title": "Bib", "images": [{"large": "http://x/d.jpg", "hi_res": "http://x/d_h.jpg"}], "details": {"a": 1}},
+]  # fmt: skip
+
+
+def write(path, text):
+    (gzip.open if path.suffix == ".gz" else open)(path, "wt", encoding="utf-8").write(text) if path.suffix != ".gz" else path.write_bytes(
+        gzip.compress(text.encode())
+    )
+
+
+def as_lines(rows):
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def raw(folder, form):
+    """The files of a category Toys in one of the published forms."""
+    if ".csv" in form:
+        text = "user_id,parent_asin,rating,timestamp\n" + "".join(f"{u},{i},5.0,{t}\n" for u, i, t in REVIEWS)
+    else:
+        text = as_lines({"rating": 5.0, "text": "ok", "images": [], "user_id": u, "parent_asin": i, "timestamp": t} for u, i, t in REVIEWS)
+    write(folder / f"Toys{form}", text)
+    write(folder / f"meta_Toys.jsonl{'.gz' if form.endswith('.gz') else ''}", as_lines(PAGES))
+    return folder
+
+
+def load(folder, *options, cores=("1", "1")):
+    data = folder / "data"
+    script("data_processing/amazon.py").main(
+        ["--config", "configs/amazon_baby.yaml", "--category", "Toys", "--raw_dir", str(folder), "--data_dir", str(data),
+         "--user_core", cores[0], "--item_core", cores[1], "--negatives", "0", "--train_negatives", "0", *options]
+    )  # fmt: skip
+    return data
+
+
+@pytest.mark.parametrize("form", [".jsonl", ".jsonl.gz", ".csv", ".csv.gz"])
+def test_every_published_form_gives_the_same_data(tmp_path, form):
+    data = load(raw(tmp_path, form), "--require_image", "false")
+    users = read_by_id(data / "users.jsonl", "user_id")
+    assert {u: [*row["history"], row["target"]] for u, row in users.items()} == {
+        "u1": ["A", "C", "B"],
+        "u2": ["B", "A", "D"],
+        "u3": ["C", "D"],
+    }
+    items = read_by_id(data / "items.jsonl", "item_id")
+    assert {i: row["title"] for i, row in items.items()} == {"A": "Cup", "B": "Büchse 杯", "C": "Toy", "D": "Bib"}
+    assert {i: row["image"] for i, row in items.items()} == {"A": "images/A.jpg", "B": "images/B.jpg", "C": None, "D": "images/D.jpg"}
+    urls = {row["item_id"]: row["url"] for row in read_rows(data / "image_urls.jsonl")}
+    assert urls == {"A": "http://x/a_l.jpg", "B": "http://x/b_t.jpg", "D": "http://x/d.jpg"}, (
+        "the first picture; another size where it must"
+    )
+    stats = json.loads((data / "stats.json").read_text())
+    assert (stats["users"], stats["items"], stats["interactions"]) == (3, 4, 8)
+
+
+def test_items_without_a_picture_leave_before_the_core(tmp_path):
+    data = load(raw(tmp_path, ".jsonl"), cores=("2", "1"))
+    users = read_by_id(data / "users.jsonl", "user_id")
+    assert set(users) == {"u1", "u2"}, "u3 has one interaction left without item C"
+    assert set(read_by_id(data / "items.jsonl", "item_id")) == {"A", "B", "D"}
+
+
+def test_what_could_not_be_downloaded_leaves_on_the_second_run(tmp_path, capsys):
+    folder = raw(tmp_path, ".jsonl")
+    data = load(folder)
+    assert "D" in read_by_id(data / "items.jsonl", "item_id")
+    (data / "images.rejected.jsonl").write_text('{"item_id": "D", "reason": "404"}\n')
+    load(folder)
+    assert set(read_by_id(data / "items.jsonl", "item_id")) == {"A", "B"}
+    assert set(read_by_id(data / "image_urls.jsonl", "item_id", keys=())) == {"A", "B"}
+    capsys.readouterr()
+    load(folder)
+    assert "up to date" in capsys.readouterr().out
+
+
+def test_full_text_and_picture_size_on_request(tmp_path):
+    data = load(raw(tmp_path, ".jsonl"), "--item_text", "full", "--image_size", "hi_res")
+    assert read_by_id(data / "items.jsonl", "item_id")["A"]["title"] == "Cup steel keeps warm"
+    urls = {row["item_id"]: row["url"] for row in read_rows(data / "image_urls.jsonl")}
+    assert urls == {"A": "http://x/a_l.jpg", "B": "http://x/b_t.jpg", "D": "http://x/d_h.jpg"}
+
+
+def test_rows_that_cannot_be_used_are_kept_with_their_reason(tmp_path):
+    folder = raw(tmp_path, ".csv")
+    with open(folder / "Toys.csv", "a") as file:
+        file.write("u4,A,5.0,soon\n,A,5.0,3\nu5,QQ,5.0,4\nu6,A,5.0\n")
+    with open(folder / "meta_Toys.jsonl", "a") as file:
+        file.write('{"parent_asin": "E", "title": ""}\n')
+    data = load(folder, "--require_image", "false")
+    refused = {(row.get("line"), row.get("item_id")): row["reason"] for row in read_rows(data / "interactions.rejected.jsonl")}
+    assert refused == {
+        (13, None): "3 fields in place of 4",
+        (10, None): "an id or the timestamp is missing",
+        (11, None): "an id or the timestamp is missing",
+        (None, "QQ"): "the item has no page",
+    }
+    stats = json.loads((data / "stats.json").read_text())
+    assert (stats["interactions"], stats["rejected_rows"]) == (8, 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("Toys.jsonl", lambda b: b.replace(b'"u1"', b'"\xff"', 1), "Toys.jsonl, line 1: byte .* is not UTF-8; save the file as UTF-8"),
+        (
+            "Toys.jsonl",
+            lambda b: b + b'{"user_id": "u1", ',
+            "Toys.jsonl, line 9: not valid JSON .*; fetch the file again or remove the line",
+        ),
+        ("Toys.jsonl", lambda b: b.replace(b": 10}", b': "ten"}'), "Toys.jsonl, line 1: timestamp must be int64, not 'ten'; correct or"),
+        ("Toys.jsonl", lambda b: b"", "Toys.jsonl is empty; fetch it again"),
+        (
+            "meta_Toys.jsonl",
+            lambda b: b.replace(b'"title": "Toy"', b'"title": 5'),
+            "meta_Toys.jsonl, line 4: title must be string, not '5'",
+        ),
+        ("meta_Toys.jsonl", lambda b: b"[1]\n" + b, "meta_Toys.jsonl, line 1: a line must hold one object"),
+    ],
+)
+def test_bad_files_are_named_with_line_and_remedy(tmp_path, name, change, message):
+    folder = raw(tmp_path, ".jsonl")
+    (folder / name).write_bytes(change((folder / name).read_bytes()))
+    with pytest.raises(InputError, match=message):
+        load(folder)
+
+
+def test_a_broken_download_of_a_gzipped_file_is_told(tmp_path):
+    folder = raw(tmp_path, ".jsonl.gz")
+    whole = (folder / "Toys.jsonl.gz").read_bytes()
+    (folder / "Toys.jsonl.gz").write_bytes(whole[: len(whole) - 20])
+    with pytest.raises(InputError, match=r"Toys.jsonl.gz breaks off or is damaged after line \d+ .*; fetch it again"):
+        load(folder)
+
+
+def test_a_wrong_column_is_named(tmp_path):
+    folder = raw(tmp_path, ".csv")
+    (folder / "Toys.csv").write_text((folder / "Toys.csv").read_text().replace("parent_asin", "asin", 1))
+    with pytest.raises(InputError, match="line 1: column 'parent_asin' is missing; the file has user_id, asin, rating, timestamp"):
+        load(folder)
+
+
+def test_missing_files_are_named(tmp_path):
+    with pytest.raises(InputError, match=r"holds no Toys.jsonl"):
+        load(tmp_path)
+    write(tmp_path / "Toys.jsonl", as_lines([]))
+    with pytest.raises(InputError, match=r"holds no meta_Toys.jsonl"):
+        load(tmp_path)
+
+
+def test_an_id_that_could_leave_the_folder_is_refused(tmp_path):
+    folder = raw(tmp_path, ".jsonl")
+    for path in (folder / "Toys.jsonl", folder / "meta_Toys.jsonl"):
+        path.write_text(path.read_text().replace('"parent_asin": "D"', '"parent_asin": "../D"'))
+    data = load(folder)
+    assert "../D" not in read_by_id(data / "items.jsonl", "item_id")
+    assert [row["item_id"] for row in read_rows(data / "interactions.rejected.jsonl")] == ["../D"]

@@ -1,0 +1,136 @@
+"""Scores: one pass per pair, and what an item's prompts share computed once, are the same to 1e-5."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY
+from PIL import Image
+
+from data_processing import sample_world as world
+from data_processing.errors import InputError
+from data_processing.pairs import pair_row
+from Inference.chat import Chat
+from Inference.models import attach_adapter, load_multimodal
+from Inference.scoring import PairReader, group_by_item, probability, score_pairs
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+class Options:
+    domain, recommend_prompt = "video", None
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    """(folder, rows): 10 items with covers of mixed shapes, 6 users, every other pair; texts of mixed lengths."""
+    from data_processing import prompts
+
+    Options.recommend_prompt = prompts.RECOMMEND
+    folder = tmp_path_factory.mktemp("pairs")
+    rng = np.random.default_rng(4)
+    items = [{**world.random_item(rng), "item_id": str(n)} for n in range(10)]
+    for n, item in enumerate(items):
+        cover = world.draw_cover(item["colour"], item["shape"], rng)
+        cover.resize((48 + 30 * (n % 3), 64 - 9 * (n % 4))).save(folder / f"{n}.png")
+    rows = []
+    for user in range(6):
+        preference = world.preference_text(world.random_item(rng)) + " And of other things, too." * (user % 3)
+        for n, item in enumerate(items):
+            if (user + n) % 2 or n == 3:
+                rows.append(pair_row(f"u{user}", item, int(n == 0), f"{n}.png", preference, Options, with_answer=False))
+    rows.append(pair_row("u9", items[4], 0, "4.png", "Alone.", Options, with_answer=False))
+    return folder, rows
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load_multimodal(str(TINY / "llava"))
+
+
+def scored(model, processor, folder, rows, **options):
+    reader = PairReader(Chat(processor), folder, **{k: options.pop(k) for k in ("max_text_tokens", "grey") if k in options})
+    found = {index: (yes, no) for index, yes, no in score_pairs(model, reader, rows, **options)}
+    assert sorted(found) == list(range(len(rows))), "every pair once"
+    return np.array([found[index] for index in range(len(rows))])
+
+
+def one_by_one(model, processor, folder, rows):
+    """The plainest way: each rendered prompt alone through the processor, logits of the last position."""
+    chat, found = Chat(processor), []
+    for row in rows:
+        text = processor.apply_chat_template(row["messages"])
+        batch = processor(text=[text], images=[Image.open(folder / row["images"][0]).convert("RGB")], return_tensors="pt")
+        with torch.no_grad():
+            logits = model(**batch).logits[0, -1]
+        found.append([logits[chat.answer_ids[1][0]].item(), logits[chat.answer_ids[0][0]].item()])
+    return np.array(found)
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 400, 65536])
+def test_prefix_reuse_and_batches_change_no_score(model, pairs, batch_tokens):
+    folder, rows = pairs
+    wanted = one_by_one(*model, folder, rows)
+    for reuse in (True, False):
+        found = scored(*model, folder, rows, batch_tokens=batch_tokens, reuse_prefix=reuse)
+        assert np.abs(found - wanted).max() < 1e-5 * max(1, np.abs(wanted).max())
+
+
+def test_prefix_reuse_changes_no_score_with_an_adapter(pairs, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    model, processor = load_multimodal(str(TINY / "llava"))
+    torch.manual_seed(1)
+    config = LoraConfig(r=4, target_modules=r".*language_model.*\.(q_proj|v_proj|down_proj)", init_lora_weights=False)
+    get_peft_model(model, config).save_pretrained(tmp_path)
+    folder, rows = pairs
+    plain, processor = load_multimodal(str(TINY / "llava"))
+    before = scored(plain, processor, folder, rows)
+    adapted = attach_adapter(plain, tmp_path, str(TINY / "llava"))
+    wanted = one_by_one(adapted, processor, folder, rows)
+    assert np.abs(wanted - before).max() > 0.1, "the adapter does something"
+    assert np.abs(scored(adapted, processor, folder, rows) - wanted).max() < 1e-5 * np.abs(wanted).max()
+
+
+def test_the_prefix_of_an_item_is_computed_once(model, pairs, monkeypatch):
+    folder, rows = pairs
+    seen = []
+    tower = model[0].model.vision_tower
+    hook = tower.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append((args or list(kwargs.values()))[0].shape[0]), with_kwargs=True
+    )
+    scored(*model, folder, rows)
+    hook.remove()
+    assert sum(seen) == 2 * len(group_by_item(rows)) < 2 * len(rows), "overview and one tile of each item, not of each pair"
+
+
+def test_the_picture_is_seen(model, pairs):
+    folder, rows = pairs
+    assert np.abs(scored(*model, folder, rows) - scored(*model, folder, rows, grey=True)).max() > 0.1
+
+
+def test_a_long_preference_loses_its_tail_only(model, pairs):
+    folder, _ = pairs
+    chat = Chat(model[1])
+    reader = PairReader(chat, folder, max_text_tokens=70)
+    row = pair_row("u", {"item_id": "0", "title": "A title"}, 0, "0.png", "word " * 300 + "tail", Options, with_answer=False)
+    prompt, ids = reader.prompt(row)
+    assert len(ids) == chat.count(prompt) <= 70
+    assert len(ids) > 60, "as much as fits is kept"
+    assert reader.shortened == 1
+    whole, _ = PairReader(chat, folder).prompt(row)
+    head, end = whole[: whole.index("word")], whole[whole.index("tail") + 4 :]
+    assert prompt.startswith(head)
+    assert prompt.endswith(end), "title, question and what closes the turn stay"
+    with pytest.raises(InputError, match="longer than 9 tokens even without a preference; raise --max_text_tokens"):
+        PairReader(chat, folder, max_text_tokens=9).prompt(row)
+
+
+def test_a_missing_picture_is_named(model, pairs):
+    folder, rows = pairs
+    with pytest.raises(InputError, match=r"gone.png, item '0': the file is missing"):
+        scored(*model, folder, [{**rows[0], "item_id": "0", "images": ["gone.png"]}])
+
+
+def test_probability_is_equation_1():
+    for yes, no in ((0.0, 0.0), (2.0, -1.0), (-30.0, 30.0)):
+        assert probability(yes, no) == pytest.approx(np.exp(yes) / (np.exp(yes) + np.exp(no)), rel=1e-12)
