@@ -8,7 +8,7 @@ read (generation, scoring) and on the right for training.
 from functools import cached_property
 
 from data_processing.errors import InputError
-from data_processing.prompts import ANSWERS
+from data_processing.prompts import ANSWERS, cut
 
 
 def user_turn(text, images=0):
@@ -118,12 +118,3 @@ def fit(make, texts, fits):
         else:
             high = middle - 1
     return make([cut(text, low) for text in texts]), True
-
-
-def cut(text, length):
-    """The first `length` characters of `text`, less a word that the cut has broken (if words are parted by blanks)."""
-    if len(text) <= length:
-        return text
-    kept = text[:length]
-    whole = kept.rstrip() if text[length].isspace() else kept.rpartition(" ")[0] or kept
-    return whole.rstrip()

@@ -19,6 +19,10 @@ from data_processing.images import ImageError, open_image
 from Inference.chat import fit
 
 
+class TooLong(Exception):
+    """A question that does not fit; the message says which and what to do."""
+
+
 class PairReader:
     """Prompts and pictures of the lines of one pairs file.
 
@@ -45,7 +49,7 @@ class PairReader:
     def prompt(self, row):
         """(rendered question without the answer, its token ids with the picture as one token).
 
-        Raises InputError if the question is too long without any preference.
+        Raises TooLong if the question is too long without any preference.
         """
         turn = row["messages"][0]
         prompt = self.chat.render([turn])
@@ -63,11 +67,25 @@ class PairReader:
         prompt, _ = fit(with_preference, [preference], lambda text: self.chat.count(text) <= self.max_text_tokens)
         ids = self.chat.ids(prompt)
         if len(ids) > self.max_text_tokens:
-            raise InputError(
-                f"user {row['user_id']!r}, item {row['item_id']!r}: the question is longer than {self.max_text_tokens} tokens even "
-                "without a preference; raise --max_text_tokens"
+            raise TooLong(
+                f"item {row['item_id']!r}: the question is longer than {self.max_text_tokens} tokens even without a preference; raise "
+                "--max_text_tokens, or lower --max_title_characters in stage 4"
             )
         return prompt, ids
+
+    def too_long(self, rows):
+        """dict user_id -> reason, for the users with a pair whose question cannot be made to fit."""
+        reasons = {}
+        for row in rows:
+            text = row["messages"][0]["content"][-1]["text"]
+            if self.max_text_tokens and len(text.encode()) + 128 > self.max_text_tokens:  # shorter ones fit for sure
+                counted = self.shortened
+                try:
+                    self.prompt(row)
+                except TooLong as reason:
+                    reasons.setdefault(row["user_id"], str(reason))
+                self.shortened = counted
+        return reasons
 
 
 def probability(yes_logit, no_logit):

@@ -156,7 +156,7 @@ def main(argv=None):
     args = parse_args(Args, "download", argv, __doc__)
     show(args, "stage 1, images: download")
     folder = Path(args.data_dir) / "images"
-    urls_path = require(Path(args.data_dir) / "image_urls.jsonl")
+    urls_path = require(Path(args.data_dir) / "image_urls.jsonl", maker="data_processing/amazon.py")
     urls = {row["item_id"]: row["url"] for _, row in read_lines(urls_path, keys=("item_id", "url"))}
     for item_id in urls:
         if Path(item_id).name != item_id or item_id.startswith("."):

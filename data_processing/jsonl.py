@@ -27,11 +27,11 @@ _ENCODER = json.JSONEncoder(ensure_ascii=False)
 ID_KEYS = ("item_id", "user_id", "target")
 
 
-def require(path):
+def require(path, maker=None):
     """`path` as a Path. Raises InputError naming the script that makes it if it is not there."""
     path = Path(path)
     if not path.exists():
-        maker = CONTRACT.get(path.name, (None, None))[1]
+        maker = maker or CONTRACT.get(path.name, (None, None))[1]
         raise InputError(f"{path} is missing" + (f"; {maker} makes it" if maker else ""))
     return path
 

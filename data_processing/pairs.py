@@ -15,7 +15,7 @@ from data_processing.candidates import candidates
 from data_processing.config import CommonArgs, option
 from data_processing.errors import InputError
 from data_processing.jsonl import read_by_id, relative_path, require, write_rows
-from data_processing.prompts import ANSWERS, fill, plain_text
+from data_processing.prompts import ANSWERS, cut, fill, plain_text
 from data_processing.run_record import digests, is_up_to_date, settings_of, write_record
 
 _PREFERENCE = "\0"  # stands where the preference will be; no title can hold it, `plain_text` leaves no such character
@@ -25,6 +25,7 @@ _PREFERENCE = "\0"  # stands where the preference will be; no title can hold it,
 class PairArgs(CommonArgs):
     preferences: str = option("", "default: {output_dir}/user_preferences.jsonl")
     recommend_prompt: str = option(prompts.RECOMMEND, "template of the yes/no question")
+    max_title_characters: int = option(300, "longer titles lose their tail, 0 = no limit; a few real ones are whole pages")
 
 
 def question(title, preference, domain, template=prompts.RECOMMEND):
@@ -36,7 +37,8 @@ def question(title, preference, domain, template=prompts.RECOMMEND):
 
 def pair_row(user_id, item, label, image, preference, args, with_answer):
     """One line. image: path relative to the file that the line goes to; messages: Hugging Face multimodal chat turns."""
-    text, span = question(item["title"], preference, args.domain, args.recommend_prompt)
+    title = cut(item["title"], args.max_title_characters) if args.max_title_characters else item["title"]
+    text, span = question(title, preference, args.domain, args.recommend_prompt)
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}]
     if with_answer:
         messages.append({"role": "assistant", "content": [{"type": "text", "text": ANSWERS[label]}]})
@@ -61,7 +63,7 @@ def make_splits(splits, args, with_answer):
     started = time.monotonic()
     inputs, settings = digests(*map(require, input_paths(args))), settings_of(args, ("preferences",), limit=args.limit)
     outputs = [Path(args.output_dir) / f"{split}.jsonl" for split in splits]
-    if is_up_to_date(outputs, settings, inputs):
+    if is_up_to_date(outputs, settings, inputs, args.overwrite):
         print(f"{outputs[0]} is up to date, nothing to do")
         return
     maker = _PairMaker(args, with_answer)
@@ -85,7 +87,7 @@ class _PairMaker:
         """Writes the pairs of one split; users set aside go to {split}.rejected.jsonl. Returns the counts."""
         users = [user for user in self.users.values() if user["split"] == split]
         users = users[: self.args.limit] if self.args.limit > 0 else users
-        counts, refused = Counter(rows=0, users=0, rejected=0), []
+        counts, refused, limit = Counter(rows=0, users=0, rejected=0), [], self.args.max_title_characters
 
         def lines():
             for user in tqdm(users, desc=f"{split} pairs", unit="user"):
@@ -96,6 +98,7 @@ class _PairMaker:
                     continue
                 counts["rows"] += len(rows)
                 counts["users"] += 1
+                counts["titles_shortened"] += sum(0 < limit < len(self.items[row["item_id"]]["title"]) for row in rows)
                 yield from rows
 
         write_rows(path, lines())
@@ -105,6 +108,7 @@ class _PairMaker:
         else:
             rejected_path.unlink(missing_ok=True)
         note = f"; {len(refused):,} users were set aside, each with its reason in {rejected_path}" if refused else ""
+        note += f"; {counts['titles_shortened']:,} times a title was shortened" if counts["titles_shortened"] else ""
         print(f"wrote {path}: {counts['rows']:,} pairs of {counts['users']:,} users{note}")
         return counts
 

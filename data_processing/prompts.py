@@ -65,6 +65,15 @@ def plain_text(text):
     return _SPACE.sub(" ", _MARKUP.sub(lambda match: match.group() + " ", str(text))).strip()
 
 
+def cut(text, length):
+    """The first `length` characters of `text`, less a word that the cut has broken (if words are parted by blanks)."""
+    if len(text) <= length:
+        return text
+    kept = text[:length]
+    whole = kept.rstrip() if text[length].isspace() else kept.rpartition(" ")[0] or kept
+    return whole.rstrip()
+
+
 def fill(template, domain, **texts):
     """`template` with its places filled: domain words from `DOMAINS[domain]`, data texts from `texts`.
 

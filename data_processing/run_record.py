@@ -66,14 +66,14 @@ def read_record(output):
         raise InputError(f"{path} is not valid JSON; delete it together with {output} and run the stage again") from None
 
 
-def is_up_to_date(outputs, settings, inputs):
-    """True if all `outputs` are there and the first one's record tells of the same settings and inputs.
+def is_up_to_date(outputs, settings, inputs, overwrite=False):
+    """True if all `outputs` are there, the first one's record tells of the same settings and inputs, and not `overwrite`.
 
     For stages that are cheap: they simply run again when this is False.
     """
     record = read_record(outputs[0])
     same = record is not None and record["settings"] == settings and record["inputs"] == inputs
-    return same and all(Path(path).exists() for path in outputs)
+    return not overwrite and same and all(Path(path).exists() for path in outputs)
 
 
 def first_difference(old, new):

@@ -317,7 +317,7 @@ def run_loader(args, raw_files, load, complete=None, **more):
     settings = settings_of(args, limit=args.limit, raw_dir=args.raw_dir, **more)
     inputs = digests(*raw_files)
     outputs = [folder / name for name in ("users.jsonl", "items.jsonl", "stats.json")]
-    if not args.overwrite and is_up_to_date(outputs, settings, inputs):
+    if is_up_to_date(outputs, settings, inputs, args.overwrite):
         print(f"{outputs[0]} is up to date, nothing to do")
         return None
     log, catalogue, refused = load()

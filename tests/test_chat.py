@@ -12,8 +12,8 @@ from transformers import AutoProcessor, AutoTokenizer
 
 from data_processing.errors import InputError
 from data_processing.pairs import question
-from data_processing.prompts import ANSWERS, plain_text
-from Inference.chat import Chat, answer_turn, cut, fit, user_turn
+from data_processing.prompts import ANSWERS, cut, plain_text
+from Inference.chat import Chat, answer_turn, fit, user_turn
 
 
 @functools.cache  # not only a fixture: hypothesis calls its tests many times

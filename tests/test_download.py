@@ -123,7 +123,25 @@ def download(tmp_path, monkeypatch):
 
 def test_each_kind_of_trouble_is_told_and_the_others_come(server, download, tmp_path):
     picture(20_000, 10_000, "PNG")  # drawn before the clock runs
-    names = ["good", "png", "gone", "html", "silent", "cut", "half", "wide", "bomb", "announced", "endless", "moved", "circle", "to_file", "busy_once", "empty"]rows, reasons = download({name: server + name for name in names}, "--allow_private", "true")
+    names = [
+        "good",
+        "png",
+        "gone",
+        "html",
+        "silent",
+        "cut",
+        "half",
+        "wide",
+        "bomb",
+        "announced",
+        "endless",
+        "moved",
+        "circle",
+        "to_file",
+        "busy_once",
+        "empty",
+    ]
+    rows, reasons = download({name: server + name for name in names}, "--allow_private", "true")
     assert set(rows) == {"good", "png", "wide", "moved", "busy_once"}
     assert {path.stem for path in (tmp_path / "images").iterdir()} == set(rows), "whole or not there, and nothing else"
     assert (tmp_path / "images" / "good.jpg").read_bytes() == picture()

@@ -75,7 +75,7 @@ def test_no_absolute_path_token_or_large_file_is_in_the_repository():
     found = []
     for name in tracked():
         path = ROOT / name
-        if not path.is_file():
+        if not path.is_file() or name == ".gitignore":  # there a slash anchors a pattern
             continue
         if path.suffix == ".safetensors":
             assert name.startswith("Inference/tiny_models/")

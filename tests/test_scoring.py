@@ -11,13 +11,13 @@ from data_processing.errors import InputError
 from data_processing.pairs import pair_row
 from Inference.chat import Chat
 from Inference.models import attach_adapter, load_multimodal
-from Inference.scoring import PairReader, group_by_item, probability, score_pairs
+from Inference.scoring import PairReader, TooLong, group_by_item, probability, score_pairs
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 class Options:
-    domain, recommend_prompt = "video", None
+    domain, recommend_prompt, max_title_characters = "video", None, 300
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +121,7 @@ def test_a_long_preference_loses_its_tail_only(model, pairs):
     head, end = whole[: whole.index("word")], whole[whole.index("tail") + 4 :]
     assert prompt.startswith(head)
     assert prompt.endswith(end), "title, question and what closes the turn stay"
-    with pytest.raises(InputError, match="longer than 9 tokens even without a preference; raise --max_text_tokens"):
+    with pytest.raises(TooLong, match="longer than 9 tokens even without a preference; raise --max_text_tokens"):
         PairReader(chat, folder, max_text_tokens=9).prompt(row)
 
 
@@ -134,3 +134,20 @@ def test_a_missing_picture_is_named(model, pairs):
 def test_probability_is_equation_1():
     for yes, no in ((0.0, 0.0), (2.0, -1.0), (-30.0, 30.0)):
         assert probability(yes, no) == pytest.approx(np.exp(yes) / (np.exp(yes) + np.exp(no)), rel=1e-12)
+
+
+def test_a_user_whose_question_cannot_fit_is_found_beforehand(model, pairs):
+    folder, rows = pairs
+    endless = pair_row("u7", {"item_id": "0", "title": "word " * 60}, 0, "0.png", "A taste.", Options, with_answer=False)
+    reader = PairReader(Chat(model[1]), folder, max_text_tokens=100)
+    assert set(reader.too_long([*rows, endless])) == {"u7"}
+    assert reader.shortened == 0, "looking ahead is not counted"
+    assert PairReader(Chat(model[1]), folder).too_long([endless]) == {}
+
+
+def test_a_title_of_a_whole_page_is_cut_in_stage_4():
+    row = pair_row("u", {"item_id": "0", "title": "word " * 600}, 0, "0.png", "A taste.", Options, with_answer=False)
+    text = row["messages"][0]["content"][1]["text"]
+    assert text.count("word") == 60
+    start, end = row["preference_span"]
+    assert text[start:end] == "A taste."

@@ -3,7 +3,6 @@
 import json
 import random
 
-import numpy as np
 import pytest
 import torch
 from conftest import TINY, script, small_config
@@ -44,7 +43,7 @@ def test_the_training_text_is_the_scoring_text_plus_the_answer(collators, pairs)
 def test_the_answer_loss_is_the_full_loss_at_the_answer(collators, pairs):
     """Logits for the answer's positions only give the loss that full logits with all other labels masked give."""
     model, _ = load_multimodal(str(TINY / "llava"))
-    collator, rows = collators[0], pairs[1][:6]
+    collator, rows = collators[0], of_mixed_lengths(pairs[1])
     batch = collator(rows)
     assert batch["logits_to_keep"].shape == (6, 2), "Yes or No, and what ends the turn"
     full = collator.chat.encode([collator.text(row) for row in rows], [collator.reader.image(row) for row in rows], side="right")
@@ -53,17 +52,20 @@ def test_the_answer_loss_is_the_full_loss_at_the_answer(collators, pairs):
         answer = collator.chat.answer_ids[row["label"]]
         full["labels"][n, length - len(answer) : length] = torch.tensor(answer)
     with torch.no_grad():
-        losses, outputs = [], None
-        for n in range(len(rows)):
-            one = {key: value[n : n + 1] for key, value in batch.items() if key not in ("pixel_values", "image_sizes")}
-            one |= {key: batch[key][n : n + 1] for key in ("pixel_values", "image_sizes")}
-            losses.append(model(**{**one, "logits_to_keep": one["logits_to_keep"][0]}).loss.item())
-        outputs = model(**full)
-    assert np.mean(losses) == pytest.approx(outputs.loss.item(), abs=1e-5)
+        short, long = model(**batch), model(**full)
+    assert short.logits.shape[:2] == (6, 2), "no other position's logits are computed"
+    assert short.loss.item() == pytest.approx(long.loss.item(), abs=1e-5)
+
+
+def of_mixed_lengths(rows):
+    """Six rows, the first one's question shortened."""
+    (turn, answer), words = rows[0]["messages"], rows[0]["messages"][0]["content"][1]["text"].split()
+    shorter = {**turn, "content": [turn["content"][0], {"type": "text", "text": " ".join(words[:-3])}]}
+    return [{**rows[0], "messages": [shorter, answer]}, *rows[1:6]]
 
 
 def test_the_sequence_loss_counts_all_text_and_no_image_or_padding(collators, pairs):
-    batch = collators[1](pairs[1][:6])
+    batch = collators[1](of_mixed_lengths(pairs[1]))
     ids, labels = batch["input_ids"], batch["labels"]
     is_image, is_padding = ids == collators[1].chat.image_token_id, batch["attention_mask"] == 0
     assert is_image.any()
@@ -73,7 +75,8 @@ def test_the_sequence_loss_counts_all_text_and_no_image_or_padding(collators, pa
 
 
 def test_a_batch_is_padded_on_the_right(collators, pairs):
-    mask = collators[0](pairs[1][:6])["attention_mask"]
+    mask = collators[0](of_mixed_lengths(pairs[1]))["attention_mask"]
+    assert (mask == 0).any()
     assert (mask.diff(dim=1) <= 0).all()
 
 
@@ -175,7 +178,9 @@ def test_training_teaches_the_task(learned):
 
 
 def test_shuffled_labels_give_no_gain(learned):
-    assert learned["shuffled"]["auc"] <= learned["zero_shot"]["auc"] + 0.03
+    """160 users: the standard error of an AUC is about .02."""
+    gain = learned["sft"]["auc"] - learned["zero_shot"]["auc"]
+    assert learned["shuffled"]["auc"] - learned["zero_shot"]["auc"] <= min(0.06, gain / 3)
 
 
 def test_other_settings_are_not_mixed_into_an_adapter(small_run):

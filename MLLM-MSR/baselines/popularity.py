@@ -25,7 +25,7 @@ def main(argv=None):
     users_path, output = Path(args.data_dir) / "users.jsonl", Path(args.output_dir) / "popularity" / "scores.jsonl"
     users = read_rows(users_path)
     settings, inputs = settings_of(args), digests(users_path)
-    if is_up_to_date([output], settings, inputs):
+    if is_up_to_date([output], settings, inputs, args.overwrite):
         print(f"{output} is up to date, nothing to do")
         return
     rows = popularity_scores(users)

@@ -62,7 +62,7 @@ def main(argv=None):
     output = Path(args.output_dir) / "metrics.json"
     settings = settings_of(args)
     inputs = named_digests({f"{folder}/{name}": path for folder, found in files.items() for name, path in found.items()})
-    if is_up_to_date([output], settings, inputs):
+    if is_up_to_date([output], settings, inputs, args.overwrite):
         print_table(json.loads(output.read_text()))
         print(f"{output} is up to date, nothing to do")
         return

@@ -177,10 +177,11 @@ def main(argv=None):
     if args.published and args.published not in PUBLISHED:
         raise InputError(f"there are no published results for {args.published!r}; choose one of: {', '.join(PUBLISHED)}")
     folder = Path(args.output_dir)
-    metrics_path = require(folder / "metrics.json")
+    metrics_path = require(folder / "metrics.json", maker="scripts/07_report.sh")
     outputs = [folder / "report.html", folder / "report.md"]
-    settings, inputs = settings_of(args), digests(metrics_path)
-    if is_up_to_date(outputs, settings, inputs):
+    shown = [Path(args.data_dir) / "users.jsonl", Path(args.data_dir) / "items.jsonl", folder / "user_preferences.jsonl"]
+    settings, inputs = settings_of(args), digests(metrics_path, folder / "training_log.jsonl", *shown)
+    if is_up_to_date(outputs, settings, inputs, args.overwrite):
         print(f"{outputs[0]} is up to date, nothing to do")
         return
     from jinja2 import Environment

@@ -174,8 +174,9 @@ def train(rows, validation, folder, settings, inputs, args):
     warnings.filterwarnings("ignore", category=FutureWarning)  # renamings announced inside transformers and peft
     set_seed(args.seed)
     model, processor = load_multimodal(args.model, args.dtype, args.attention)
-    chat = Chat(processor)
-    reader = PairReader(chat, folder, args.max_text_tokens)
+    reader = PairReader(Chat(processor), folder, args.max_text_tokens)
+    for user_id, reason in reader.too_long([*rows, *validation]).items():
+        raise InputError(f"user {user_id!r}, {reason}")
     model = add_lora(model, args)
     dtype = pick_dtype(args.dtype, pick_device())
 
