@@ -77,6 +77,7 @@ def random_batch(chat, rng):
 
 def trained(seed=0):
     """(model, tokenizer)"""
+    torch.set_num_threads(1)  # so that the result does not depend on the number of cores
     rng = np.random.default_rng([seed, 2])
     model, tokenizer = new_llama(seed)
     chat = Chat(tokenizer)
