@@ -102,18 +102,24 @@ def group_by_item(rows):
 
 
 @torch.inference_mode()
-def score_pairs(model, reader, rows, batch_tokens=65536, reuse_prefix=True):
+def score_pairs(model, reader, rows, batch_tokens=65536, reuse_prefix=True, wanted=None, part=(0, 1)):
     """Yields (index into rows, yes logit, no logit) for every pair, items together.
 
     batch_tokens: tokens in one batch, padding counted. reuse_prefix: compute what the prompts of one item share only
     once; templates that do not start with the picture, and models with their own position ids, take the plain pass.
+    wanted: indices to yield, None = all; part: (k, n) for the k-th of n processes. What is batched together depends on
+    `rows` alone, so that a score's last digits do not depend on what was done before or by whom.
     """
     chat = reader.chat
-    for chunk in _chunks(group_by_item(rows), batch_tokens, chat, reader, rows):
+    for number, chunk in enumerate(_chunks(group_by_item(rows), batch_tokens, chat, reader, rows)):
+        indices = {pair.index for group in chunk for pair in group}
+        if number % part[1] != part[0] or (wanted is not None and not indices & wanted):
+            continue
         if reuse_prefix and _has_plain_positions(model):
-            yield from _score_with_prefixes(model, chat, chunk, batch_tokens)
+            scored = _score_with_prefixes(model, chat, chunk, batch_tokens)
         else:
-            yield from _score_plainly(model, chat, [pair for group in chunk for pair in group], batch_tokens)
+            scored = _score_plainly(model, chat, [pair for group in chunk for pair in group], batch_tokens)
+        yield from (found for found in scored if wanted is None or found[0] in wanted)
 
 
 @dataclass

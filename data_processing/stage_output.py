@@ -47,8 +47,9 @@ class StageOutput:
         self.counts = {}  # what a stage wants counted in its record, e.g. shortened prompts
         self._check_same_job()
         done = self._read_done()
-        self.todo = [i for n, i in enumerate(self.wanted) if i not in done and n % self.world == self.rank]
-        self.is_complete = all(i in done for i in self.wanted)
+        self.left = {i for i in self.wanted if i not in done}  # by any process
+        self.todo = [i for n, i in enumerate(self.wanted) if i in self.left and n % self.world == self.rank]
+        self.is_complete = not self.left
 
     @property
     def finished(self):

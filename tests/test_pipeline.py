@@ -277,3 +277,63 @@ def test_the_contract_names_scripts_that_are_there():
     for _, maker in CONTRACT.values():
         assert (ROOT / maker).is_file()
     assert Path(ROOT / "scripts" / "quickstart.sh").stat().st_mode & 0o100
+
+
+KILLED = """
+import os, runpy, signal, sys
+from data_processing.stage_output import StageOutput
+whole_write, left = StageOutput.write, int(sys.argv[1])
+def write(self, row):
+    global left
+    whole_write(self, row)
+    left -= 1
+    if left == 0:
+        self.rows.write(b'{"half a li')  # what a death in the middle of a write leaves
+        self.rows.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+StageOutput.write = write
+sys.argv = sys.argv[2:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(
+    ("stage", "name", "n_rows", "batch"),
+    [
+        ("Inference/image_summary.py", "image_summaries.jsonl", 60, "700"),
+        ("Inference/preference_recurrent.py", "user_preferences.jsonl", 30, "3000"),
+        ("MLLM-MSR/test/test_with_llava_sft.py", "sft/scores.jsonl", 189, "2000"),
+    ],
+)
+def test_killed_and_started_again_gives_the_same_bytes(small_run, tmp_path, stage, name, n_rows, batch):
+    """kill -9 twice, in the middle of a row; then the same command: the bytes of an undisturbed run, no row computed twice."""
+    for path in small_run.folder.iterdir():
+        if path.name != Path(name).name and path.name != Path(name).parts[0]:
+            (tmp_path / path.name).symlink_to(path)
+    (tmp_path / Path(name).with_suffix(".run.json").name).unlink(missing_ok=True)
+    command = [
+        stage,
+        "--config",
+        str(small_run.config),
+        "--data_dir",
+        str(tmp_path),
+        "--output_dir",
+        str(tmp_path),
+        "--batch_tokens",
+        batch,
+    ]
+    undisturbed = small_run.folder / name
+    if "score" in name:  # the last digits of a score depend on what shares its batch
+        command += ["--hide", "nothing"]
+        assert call(*command, "--variant", "undisturbed").returncode == 0
+        undisturbed = tmp_path / "undisturbed" / "scores.jsonl"
+    done_rows = 0
+    for kill_after in (n_rows // 5, n_rows // 3):
+        done = call("-c", KILLED, str(kill_after), *command)
+        assert done.returncode == -9, done.stderr
+        done_rows += kill_after
+        assert not (tmp_path / name).exists()
+    done = call(*command)
+    assert done.returncode == 0, done.stderr
+    assert f"{n_rows - done_rows} of them now" in done.stdout
+    assert (tmp_path / name).read_bytes() == undisturbed.read_bytes()

@@ -2,9 +2,11 @@
 
 import json
 import re
+import shutil
+import subprocess
 
 import pytest
-from conftest import script
+from conftest import ROOT, script
 
 from data_processing.jsonl import read_rows, write_rows
 
@@ -52,10 +54,11 @@ def test_the_page_fetches_nothing_and_shows_every_variant(small_run):
 def test_published_rows_stand_beside_ours_with_their_source():
     report = script("MLLM-MSR/test/report.py")
     found = {"auc": 0.8, "hr@5": 0.7, "mrr@5": 0.6, "ndcg@5": 0.5, "users": 480, "auc_ci95": [0.78, 0.82]}
-    rows = report.metric_rows({"sft": found}, "microlens")
+    rows = report.metric_rows({"sft": found}, report.read_published("microlens"))
+    assert ("zero_shot", "this run", ["not run"] * 4) in rows
     assert rows[0] == ("sft", "this run, 480 users", ["80.00 ± 2.00", "70.00", "60.00", "50.00"])
     assert ("MLLM-MSR", "paper, Table 3", ["83.17", "78.23", "60.38", "-"]) in rows
-    assert {source for _, source, _ in rows[1:]} == {"paper, Table 3", "re-run by MGRASRec's authors"}
+    assert {source for _, source, _ in rows[2:]} == {"paper, Table 3", "re-run by MGRASRec's authors"}
 
 
 def test_an_unknown_comparison_names_the_known_ones(small_run):
@@ -70,3 +73,63 @@ def test_a_stage_that_was_not_run_says_so(tmp_path):
     rows = report.stage_rows(report.Args(data_dir=str(tmp_path), output_dir=str(tmp_path)))
     assert len(rows) == 6
     assert {seconds for _, seconds, _, _ in rows} == {"not run"}
+
+
+def test_the_published_file_holds_the_papers_main_row():
+    published = script("MLLM-MSR/test/report.py").read_published("amazon_baby")
+    assert ["MLLM-MSR", "paper, Table 3", 85.69, 79.58, 63.77] in published
+
+
+BROWSER = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
+PROBE = """
+<script>{
+const visible = story => story.offsetParent !== null;
+const shown = () => [...document.querySelectorAll(".story")].filter(visible).map(s => s.dataset.user).join(",");
+const told = { rows: document.querySelectorAll("#metrics tr").length, first: shown(), wide: document.documentElement.scrollWidth - innerWidth };
+const buttons = [...document.querySelectorAll("#users button")];
+buttons[2].click();
+const filter = document.getElementById("filter");
+setTimeout(() => {
+  told.picked = shown();
+  filter.value = buttons[1].textContent;
+  filter.oninput();
+  told.filtered = shown();
+  told.fetched = performance.getEntriesByType("resource").map(e => e.name).filter(n => !n.startsWith("data:"));
+  document.body.innerHTML = "<pre>" + JSON.stringify(told) + "</pre>";
+}, 200);
+}</script>
+"""
+
+
+def in_browser(page, tmp_path, width):
+    """(what the probe saw, what the browser said on stderr) for a page in a window of `width` pixels."""
+    path = tmp_path / "probe.html"
+    path.write_text(page.replace("</body>", PROBE + "</body>"))
+    words = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--enable-logging=stderr",
+        f"--window-size={width},900",
+        "--virtual-time-budget=2000",
+    ]
+    profile = f"--user-data-dir={tmp_path / 'profile'}"
+    done = subprocess.run([BROWSER, *words, profile, "--dump-dom", path.as_uri()], capture_output=True, text=True, timeout=120)
+    return json.loads(re.search(r"<pre>(.*)</pre>", done.stdout)[1]), done.stderr
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
+@pytest.mark.parametrize("width", [1100, 500])
+def test_in_a_browser_users_can_be_picked_and_filtered(small_run, tmp_path, width):
+    page = (small_run.folder / "report.html").read_text()
+    users = re.findall(r'data-user="([^"]+)"', page)
+    seen, said = in_browser(page, tmp_path, width)
+    assert "CONSOLE" not in said, "no error in the console"
+    assert seen["rows"] == 1 + len(json.loads((small_run.folder / "metrics.json").read_text()))
+    assert (seen["first"], seen["picked"], seen["filtered"]) == (users[0], users[2], users[1])
+    assert seen["fetched"] == []
+    assert seen["wide"] <= 0, "nothing sticks out to the side"
+
+
+def test_the_readme_says_where_published_rows_come_from():
+    assert "published.yaml" in (ROOT / "README.md").read_text()

@@ -11,6 +11,7 @@ from data_processing.errors import InputError
 from data_processing.pairs import pair_row
 from Inference.chat import Chat
 from Inference.models import attach_adapter, load_multimodal
+from Inference.random_models import random_llava
 from Inference.scoring import PairReader, TooLong, group_by_item, probability, score_pairs
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -73,6 +74,19 @@ def test_prefix_reuse_and_batches_change_no_score(model, pairs, batch_tokens):
     for reuse in (True, False):
         found = scored(*model, folder, rows, batch_tokens=batch_tokens, reuse_prefix=reuse)
         assert np.abs(found - wanted).max() < 1e-5 * max(1, np.abs(wanted).max())
+
+
+@pytest.mark.parametrize("kind", ["next", "1.5"])
+def test_prefix_reuse_changes_no_score_of_another_model(pairs, kind):
+    """Random weights, grouped-query attention, several tiles of different shapes (next) or one square picture (1.5)."""
+    model, processor = random_llava("tiny", kind)
+    folder, rows = pairs
+    wanted = one_by_one(model, processor, folder, rows)
+    found = scored(model, processor, folder, rows)
+    assert np.abs(found - wanted).max() < 1e-5
+    difference = wanted[:, 0] - wanted[:, 1]
+    assert difference.std() > 1e-3
+    assert (np.argsort(found[:, 0] - found[:, 1]) == np.argsort(difference)).mean() > 0.99
 
 
 def test_prefix_reuse_changes_no_score_with_an_adapter(pairs, tmp_path):

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_processing import microlens
+from data_processing import microlens, split
 from data_processing.errors import InputError
 from data_processing.jsonl import read_rows
 from data_processing.split import Log, SplitArgs, histories, k_core, prepare, sample_negatives, split_users
@@ -194,3 +194,29 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(tmp_path, mo
         run_real(tmp_path / name, "--seed", seed, "--limit", "300")
         bytes_of[name] = (tmp_path / name / "users.jsonl").read_bytes()
     assert bytes_of["a"] == bytes_of["b"] != bytes_of["c"]
+
+
+def test_your_own_files_go_through_and_unusable_rows_are_kept(tmp_path, monkeypatch):
+    monkeypatch.chdir(Path(__file__).parent.parent)
+    raw, data = tmp_path / "raw", tmp_path / "data"
+    raw.mkdir()
+    rows = [f"u{n % 4},i{(n * 3) % 5},{100 - n}" for n in range(20)]
+    (raw / "interactions.csv").write_text("user,item,timestamp\n" + "\n".join([*rows, "u1,nowhere,5", "u1,i1,soon"]) + "\n")
+    catalogue = [f'{{"item_id": "i{n}", "title": "Title {n}", "image": "covers/{n}.jpg"}}' for n in range(5)]
+    (raw / "catalogue.jsonl").write_text("\n".join(catalogue) + "\n")
+    options = ["--user_core", "1", "--item_core", "1", "--negatives", "0", "--train_negatives", "0"]
+    split.main(["--config", "configs/microlens.yaml", "--require_image", "true", "--raw_dir", str(raw), "--data_dir", str(data), *options])
+    users = read_rows(data / "users.jsonl")
+    assert len(users) == 4
+    by_time = [f"i{(n * 3) % 5}" for n in range(19, -1, -1) if n % 4 == 0]
+    assert [*users[0]["history"], users[0]["target"]] == by_time
+    assert read_rows(data / "items.jsonl")[2] == {"item_id": "i2", "title": "Title 2", "image": "../raw/covers/2.jpg"}
+    reasons = {row["line"]: row["reason"] for row in read_rows(data / "interactions.rejected.jsonl")}
+    assert reasons == {22: "the item is not in catalogue.jsonl", 23: "the timestamp is not a number"}
+
+
+def test_everything_filtered_away_is_told_with_the_numbers():
+    with pytest.raises(
+        InputError, match=r"no interaction is left after the filters: 2 read, 0 items without an image, at least 9 per user"
+    ):
+        told([("u", "a", 1), ("u", "b", 2)], user_core=9)

@@ -7,7 +7,7 @@ In: nothing but `data_processing/sample_world.py`. Out: a model folder (fp16 saf
 It sees the prompts of stage 3 with histories of simulated users, blocks of one to three items (a few prompts with a
 whole history, for the direct ablation), and learns what the block rule of the sample's world answers. The preference
 before a block is the rule's for a random earlier life, so the model must read it, not guess it.
-2 CPU cores, about 5 minutes.
+One CPU core, about 12 minutes.
 """
 
 import argparse

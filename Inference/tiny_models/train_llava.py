@@ -4,7 +4,7 @@ In: nothing but `data_processing/sample_world.py`. Out: a model folder (fp16 saf
 
     python Inference/tiny_models/train_llava.py --output Inference/tiny_models/llava
 
-Three steps, the loss on answers only (2 CPU cores, about 4 minutes):
+Three steps, the loss on answers only (one CPU core, about 6 minutes):
 1. text: the caption stands where the picture will be. Questions of the kind "does this fit: star?" teach the language
    model to compare words; a mix of single questions, several words at once and captions follows.
 2. sight: the vision tower alone learns to tell colours and shapes.

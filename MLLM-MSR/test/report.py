@@ -6,8 +6,9 @@ Out: {output_dir}/report.html   self-contained, opens offline
 
     python MLLM-MSR/test/report.py --config configs/microlens.yaml
 
-It shows the run's metrics beside the paper's and independent re-runs', the training curve, where the time went, and for
-a dozen users the story: their history, the preference after each block, and their candidates in rank order.
+It shows the run's metrics beside the paper's and independent re-runs' (`published.yaml`), ROC curve, score histogram,
+training curve, where the time went, and for a dozen users the story: covers of the history, the preference after each
+block, and the candidates in rank order; users can be filtered and picked, `report.html#user-17` opens at one.
 CPU, seconds.
 """
 
@@ -18,6 +19,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import yaml
+
 from data_processing.config import CommonArgs, option, parse_args, show
 from data_processing.errors import InputError, run
 from data_processing.images import ImageError, open_image
@@ -25,30 +28,6 @@ from data_processing.jsonl import read_by_id, read_rows, require, whole_file
 from data_processing.run_record import digests, is_up_to_date, record_path, settings_of, write_record
 
 SHOWN = ("auc", "hr@5", "mrr@5", "ndcg@5")
-# Published results, x100: data set -> [(system, source, AUC, HR@5, MRR@5)].
-PUBLISHED = {
-    "microlens": [
-        ("LLaVA, no SFT", "paper, Table 3", 52.75, 28.21, 17.33),
-        ("TALLREC", "paper, Table 3", 81.25, 71.23, 58.22),
-        ("MLLM-MSR", "paper, Table 3", 83.17, 78.23, 60.38),
-        ("LLaVA, no SFT", "re-run by MGRASRec's authors", 51.07, 25.60, 13.89),
-        ("MLLM-MSR", "re-run by MGRASRec's authors", 82.16, 74.00, 48.30),
-    ],
-    "amazon_games": [
-        ("LLaVA, no SFT", "paper, Table 3", 53.57, 33.24, 18.73),
-        ("TALLREC", "paper, Table 3", 81.79, 72.36, 57.38),
-        ("MLLM-MSR", "paper, Table 3", 84.39, 77.42, 63.25),
-        ("LLaVA, no SFT", "re-run by MGRASRec's authors", 55.07, 30.40, 15.26),
-        ("MLLM-MSR", "re-run by MGRASRec's authors", 83.61, 73.73, 53.72),
-    ],
-    "amazon_baby": [
-        ("LLaVA, no SFT", "paper, Table 3", 55.86, 34.82, 20.96),
-        ("TALLREC", "paper, Table 3", 82.16, 74.31, 60.15),
-        ("MLLM-MSR", "paper, Table 3", 85.69, 79.58, 63.77),
-        ("LLaVA, no SFT", "re-run by MGRASRec's authors", 52.27, 30.00, 14.99),
-        ("MLLM-MSR", "re-run by MGRASRec's authors", 78.10, 62.00, 46.48),
-    ],
-}  # fmt: skip
 STAGES = (
     ("1 data", "users.jsonl"), ("2 image summaries", "image_summaries.jsonl"), ("3 preferences", "user_preferences.jsonl"),
     ("4 pairs", "train.jsonl"), ("5 training", "adapter"), ("6 scoring", "sft/scores.jsonl"),
@@ -57,12 +36,12 @@ STAGES = (
 
 @dataclass
 class Args(CommonArgs):
-    published: str = option("", f"compare with the published rows for: {', '.join(PUBLISHED)}")
+    published: str = option("", "compare with the published rows for: microlens, amazon_games or amazon_baby")
     users: int = option(12, "users whose story is told")
 
 
 def metric_rows(metrics, published):
-    """[(system, source, cells)]: this run's variants, then the published rows; cells are texts."""
+    """[(system, source, cells)]: this run's variants, then the published rows; cells are texts, «not run» what is missing."""
     rows = []
     for variant, found in metrics.items():
         cells = []
@@ -71,7 +50,10 @@ def metric_rows(metrics, published):
             half = f" ± {50 * (interval[1] - interval[0]):.2f}" if interval else ""
             cells.append(f"{100 * found[name]:.2f}{half}")
         rows.append((variant, f"this run, {found['users']:,} users", cells))
-    for system, source, *values in PUBLISHED.get(published, []):
+    for variant in ("zero_shot", "sft"):
+        if variant not in metrics:
+            rows.append((variant, "this run", ["not run"] * len(SHOWN)))
+    for system, source, *values in published:
         rows.append((system, source, [f"{value:.2f}" for value in values] + ["-"]))
     return rows
 
@@ -91,29 +73,27 @@ def stage_rows(args):
     return rows
 
 
-def training_curve(path):
-    """The training log as a PNG (bytes), or None: loss per step on the left axis, validation AUC on the right."""
-    if not path.exists():
-        return None
-    import matplotlib
+def read_published(name):
+    """[(system, source, AUC, HR@5, MRR@5)] of one data set, x100. Raises InputError for an unknown one."""
+    known = yaml.safe_load((Path(__file__).parent / "published.yaml").read_text(encoding="utf-8"))
+    if name and name not in known:
+        raise InputError(f"there are no published results for {name!r}; choose one of: {', '.join(known)}")
+    return known.get(name, [])
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
 
-    log = read_rows(path)
-    figure, left = plt.subplots(figsize=(7, 3), layout="constrained")
-    losses = [(row["step"], row["loss"]) for row in log if "loss" in row]
-    left.plot(*zip(*losses, strict=True), color="#47a", label="loss") if losses else None
-    left.set(xlabel="step", ylabel="loss")
-    scored = [(row["step"], row["eval_auc"]) for row in log if "eval_auc" in row]
-    if scored:
-        right = left.twinx()
-        right.plot(*zip(*scored, strict=True), "o-", color="#c60")
-        right.set(ylabel="validation AUC", ylim=(0.4, 1))
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    plt.close(figure)
-    return buffer.getvalue()
+def pictures(folder, variants):
+    """dict heading -> PNG as a data: URL. variants: those of which the curves are drawn, the main one first."""
+    from data_processing import figures
+
+    pooled = {}
+    for variant in variants:
+        rows = read_rows(folder / variant / "scores.jsonl")
+        pooled[variant] = ([row["label"] for row in rows], [row["score"] for row in rows])
+    found = {"ROC": figures.roc(pooled), f"Scores of {variants[0]}": figures.histogram(*pooled[variants[0]])} if variants else {}
+    log = folder / "training_log.jsonl"
+    if log.exists():
+        found["Training"] = figures.training(read_rows(log))
+    return {name: data_url("image/png", png) for name, png in found.items()}
 
 
 def stories(args, variant):
@@ -134,11 +114,12 @@ def stories(args, variant):
     told = []
     for user_id in list(lists)[: args.users]:
         ranked = sorted(lists[user_id], key=lambda row: -row["score"])
+        blocks = preferences[user_id]["blocks"]
         told.append(
             {
                 "user_id": user_id,
-                "history": [shown(item_id) for item_id in users[user_id]["history"]],
-                "blocks": preferences[user_id]["blocks"],
+                "left_out": users[user_id]["history"][: preferences[user_id].get("items_left_out", 0)],
+                "blocks": [{"items": [shown(i) for i in block["items"]], "preference": block["preference"]} for block in blocks],
                 "candidates": [{**shown(row["item_id"]), "score": row["score"], "label": row["label"]} for row in ranked],
             }
         )
@@ -174,8 +155,7 @@ def main(argv=None):
     started = time.monotonic()
     args = parse_args(Args, "report", argv, __doc__)
     show(args, "stage 7, report")
-    if args.published and args.published not in PUBLISHED:
-        raise InputError(f"there are no published results for {args.published!r}; choose one of: {', '.join(PUBLISHED)}")
+    published = read_published(args.published)
     folder = Path(args.output_dir)
     metrics_path = require(folder / "metrics.json", maker="scripts/07_report.sh")
     outputs = [folder / "report.html", folder / "report.md"]
@@ -187,13 +167,12 @@ def main(argv=None):
     from jinja2 import Environment
 
     metrics = json.loads(metrics_path.read_text(encoding="utf-8"))
-    rows, stages = metric_rows(metrics, args.published), stage_rows(args)
-    variant = next((name for name in ("sft", "zero_shot") if name in metrics), None)
-    curve = training_curve(folder / "training_log.jsonl")
+    rows, stages = metric_rows(metrics, published), stage_rows(args)
+    drawn = [variant for variant in ("sft", "zero_shot", "popularity") if variant in metrics]
     template = Environment(autoescape=True).from_string((Path(__file__).parent / "report.html.j2").read_text(encoding="utf-8"))
     page = template.render(
-        names=[name.upper() for name in SHOWN], rows=rows, stages=stages, curve=data_url("image/png", curve) if curve else None,
-        stories=stories(args, variant) if variant else [], variant=variant, output_dir=args.output_dir,
+        names=[name.upper() for name in SHOWN], rows=rows, stages=stages, pictures=pictures(folder, drawn),
+        stories=stories(args, drawn[0]) if drawn else [], variant=drawn[0] if drawn else None, output_dir=args.output_dir,
     )  # fmt: skip
     for path, text in zip(outputs, (page, as_markdown(rows, stages)), strict=True):
         with whole_file(path) as file:

@@ -97,15 +97,18 @@ def score_all(pairs, folder, adapter, outputs, args):
         model = attach_adapter(model, adapter, args.model)
     for hidden, output in outputs.items():
         reader = PairReader(Chat(processor), folder, args.max_text_tokens, grey=hidden == "image")
-        rows = [pairs[pair] for pair in output.todo]
+        rows = [pairs[pair] for pair in output.wanted]
         if hidden == "preference":
             rows = [without_preference(row) for row in rows]
         too_long = reader.too_long(rows)
         rows, aside = [r for r in rows if r["user_id"] not in too_long], [r for r in rows if r["user_id"] in too_long]
-        with output, tqdm(total=len(rows), desc=f"scores, {output.path.parent.name}", unit="pair") as progress:
-            for row in aside:  # the whole user: a list with a hole would be scored wrong
-                output.reject((row["user_id"], row["item_id"]), too_long[row["user_id"]])
-            for index, yes, no in score_pairs(model, reader, rows, args.batch_tokens, args.reuse_prefix):
+        wanted = {index for index, row in enumerate(rows) if (row["user_id"], row["item_id"]) in output.left}
+        with output, tqdm(total=len(output.todo), desc=f"scores, {output.path.parent.name}", unit="pair") as progress:
+            for row in aside if output.rank == 0 else ():  # the whole user: a list with a hole would be scored wrong
+                if (row["user_id"], row["item_id"]) in output.left:
+                    output.reject((row["user_id"], row["item_id"]), too_long[row["user_id"]])
+            part = (output.rank, output.world)
+            for index, yes, no in score_pairs(model, reader, rows, args.batch_tokens, args.reuse_prefix, wanted, part):
                 row = rows[index]
                 output.write(score_row(row["user_id"], row["item_id"], row["label"], probability(yes, no), yes, no))
                 progress.update()
