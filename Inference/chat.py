@@ -71,13 +71,20 @@ class Chat:
 
     @cached_property
     def answer_texts(self):
-        """dict label -> the text by which a rendered turn with this answer is longer than the turn without it."""
+        """dict label -> what a rendered turn with this answer adds to the turn without it, up to what ends the turn.
+
+        Behind the answer stands the tokenizer's end token and nothing else, whatever the template writes there: some
+        published ones close with characters that are no token at all, and those would be learned for nothing.
+        """
         ask = [user_turn("A question.", images=int(self.takes_images))]
         prompt = self.render(ask)
         whole = {label: self.render([*ask, answer_turn(answer)], answer_follows=False) for label, answer in ANSWERS.items()}
         if not all(text.startswith(prompt) and len(text) > len(prompt) for text in whole.values()):
             raise InputError("the chat template does not put the answer behind the prompt, so the model cannot be trained with it")
-        return {label: text[len(prompt) :] for label, text in whole.items()}
+        added = {label: text[len(prompt) :] for label, text in whole.items()}
+        if not all(ANSWERS[label] in text for label, text in added.items()):
+            raise InputError("the chat template changes the answer, so the model cannot be trained with it")
+        return {label: text.partition(ANSWERS[label])[0] + ANSWERS[label] + self.tokenizer.eos_token for label, text in added.items()}
 
     @cached_property
     def answer_ids(self):

@@ -76,7 +76,8 @@ def run_dialogues(engine, dialogues):
 
     exhausted = False
     while True:
-        while not exhausted and len(waiting) < 16 * engine.batch_size(64):  # enough to sort, not all of a big data set
+        # Four batches are enough to sort by length; a big data set's pictures would not fit into memory.
+        while not exhausted and sum(prompt.length + engine.max_new_tokens for prompt, _, _ in waiting) < 4 * engine.batch_tokens:
             name, dialogue = next(coming, (None, None))
             exhausted = dialogue is None
             if not exhausted and (ended := advance(name, dialogue, None)):

@@ -8,7 +8,8 @@ Out: {output_dir}/image_summaries.jsonl  item_id, summary
 
 `summary: image` describes the image, as the released code does; `summary: fused` follows the paper: the image is
 described, the title is summarised, and a third prompt joins both. Started again, it goes on where it stopped.
-Sample: 200 covers in a few seconds on 2 CPU cores. LLaVA-v1.6-Mistral-7B wants a GPU with 24 GB; time: not run yet.
+Sample: 200 covers in a few seconds on 2 CPU cores. LLaVA-v1.6-Mistral-7B: a GPU; its weights take 15 GB in bfloat16;
+memory and time: not measured yet.
 """
 
 from dataclasses import dataclass
@@ -38,7 +39,7 @@ class Args(CommonArgs):
     top_p: float = option(1.0, "nucleus sampling, used if temperature > 0")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("auto", "auto: bfloat16 on a GPU, float32 on a CPU")
     attention: str = option("auto", "auto: FlashAttention 2 if installed, else SDPA")
-    batch_tokens: int = option(65536, "tokens in a batch, pictures and answers counted")
+    batch_tokens: int = option(16384, "tokens in a batch, pictures and answers counted")
     retry_rejected: bool = option(False, "try items again that were set aside earlier")
     image_prompt: str = option(prompts.IMAGE, "template of the image prompt")
     title_prompt: str = option(prompts.TITLE, "template of the text prompt (fused)")

@@ -53,23 +53,23 @@ def read_config(name):
         raise InputError(f"the model {name} cannot be read: {_first_sentence(error)}") from None
 
 
-def load_multimodal(name, dtype="auto", attention="auto", quantization="none"):
+def load_multimodal(name, dtype="auto", attention="auto"):
     """(model, processor) of a chat model that takes pictures, in evaluation mode on this process's device."""
     config = read_config(name)
     if not hasattr(config, "vision_config"):
         raise InputError(
             f"the model {name} ({config.model_type}) takes no pictures; name a multimodal --model such as llava-hf/llava-v1.6-mistral-7b-hf"
         )
-    return _load(AutoModelForImageTextToText, name, dtype, attention, quantization), _load_processor(AutoProcessor, name)
+    return _load(AutoModelForImageTextToText, name, dtype, attention), _load_processor(AutoProcessor, name)
 
 
-def load_text(name, dtype="auto", attention="auto", quantization="none"):
+def load_text(name, dtype="auto", attention="auto"):
     """(model, tokenizer) of a chat model for text, in evaluation mode on this process's device."""
     read_config(name)
-    return _load(AutoModelForCausalLM, name, dtype, attention, quantization), _load_processor(AutoTokenizer, name)
+    return _load(AutoModelForCausalLM, name, dtype, attention), _load_processor(AutoTokenizer, name)
 
 
-def _load(auto_class, name, dtype, attention, quantization):
+def _load(auto_class, name, dtype, attention):
     device = pick_device()
     dtype = pick_dtype(dtype, device)
     logging.disable_progress_bar()

@@ -7,7 +7,7 @@ its own, and --summaries to read the summaries that are there already:
         --output_dir outputs/microlens_direct --summaries outputs/microlens/image_summaries.jsonl
 
 A history that is too long for the model loses its oldest items first; the line then counts them as `items_left_out`.
-Sample: 1,200 users in about 10 seconds on 2 CPU cores. Llama-3-8B wants a GPU with 24 GB; time: not run yet.
+Llama-3-8B: a GPU; its weights take 16 GB in bfloat16; memory and time: not measured yet.
 """
 
 from dataclasses import dataclass

@@ -28,7 +28,7 @@ class PreferenceArgs(CommonArgs):
     top_p: float = option(0.9, "nucleus sampling, used if temperature > 0 (released code: 0.9)")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("auto", "auto: bfloat16 on a GPU, float32 on a CPU")
     attention: str = option("auto", "auto: FlashAttention 2 if installed, else SDPA")
-    batch_tokens: int = option(65536, "tokens in a batch, answers counted")
+    batch_tokens: int = option(16384, "tokens in a batch, answers counted")
     retry_rejected: bool = option(False, "try users again that were set aside earlier")
     first_prompt: str = option(prompts.PREFERENCE_FIRST, "template of a history's first block")
 
@@ -84,7 +84,7 @@ def infer_preferences(args, dialogue_of):
     model, tokenizer = load_text(args.model, args.dtype, args.attention)
     chat = Chat(tokenizer)
     engine = Engine(model, chat, args.max_new_tokens, args.batch_tokens, args.temperature, args.top_p, args.seed)
-    limit = args.max_prompt_tokens or model.config.max_position_embeddings - args.max_new_tokens
+    limit = args.max_prompt_tokens or model.config.get_text_config().max_position_embeddings - args.max_new_tokens
 
     def dialogue(user_id):
         history = [(i, items[i]["title"], summaries[i]) for i in users[user_id]["history"]]

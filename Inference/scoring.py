@@ -161,8 +161,7 @@ def _score_plainly(model, chat, pairs, batch_tokens):
     for start in range(0, len(pairs), size):
         part = pairs[start : start + size]
         batch = _on_device(chat.encode([pair.prompt for pair in part], [pair.image for pair in part], side="left"), model)
-        logits = model(**batch, logits_to_keep=1, use_cache=False).logits[:, -1]
-        yield from _read(chat, part, logits)
+        yield from _read(part, _answer_logits(model, chat, **batch, use_cache=False))
 
 
 def _score_with_prefixes(model, chat, groups, batch_tokens):
@@ -191,20 +190,38 @@ def _score_with_prefixes(model, chat, groups, batch_tokens):
         part, waiting = waiting[-size:], waiting[:-size]
         places = torch.tensor([place for place, _, _ in part], device=model.device)
         ids, mask = _left_padded([own for _, _, own in part], chat, model.device)
-        logits = model(
+        logits = _answer_logits(
+            model,
+            chat,
             input_ids=ids,
             attention_mask=torch.cat([first["attention_mask"][places], mask], dim=1),
             position_ids=(mask.cumsum(1) - 1).clamp(min=0) + lengths[places, None],
             past_key_values=_select(cache, places),
-            logits_to_keep=1,
-        ).logits[:, -1]
-        yield from _read(chat, [pair for _, pair, _ in part], logits)
+        )
+        yield from _read([pair for _, pair, _ in part], logits)
 
 
-def _read(chat, pairs, logits):
-    """(index, yes logit, no logit) of each pair. logits: (pairs, vocabulary) at the last position."""
-    yes, no = chat.answer_ids[1][0], chat.answer_ids[0][0]
-    for pair, (yes_logit, no_logit) in zip(pairs, logits[:, [yes, no]].float().tolist(), strict=True):
+def _answer_logits(model, chat, **inputs):
+    """float32 (rows, 2): yes and no logits at the last position.
+
+    The last hidden state is multiplied by the two answers' rows of the output layer in float32: in bfloat16 a logit near
+    20 is known to an eighth, and many candidates would tie.
+    """
+    answers = [chat.answer_ids[1][0], chat.answer_ids[0][0]]
+    layer, seen = model.get_output_embeddings(), []
+    hook = layer.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    try:
+        logits = model(**inputs, logits_to_keep=1).logits[:, -1, answers].float()
+    finally:
+        hook.remove()
+    if logits.shape[0] and layer.weight.dtype != torch.float32:
+        logits = seen[0][:, -1].float() @ layer.weight[answers].float().T
+    return logits
+
+
+def _read(pairs, logits):
+    """(index, yes logit, no logit) of each pair."""
+    for pair, (yes_logit, no_logit) in zip(pairs, logits.tolist(), strict=True):
         yield pair.index, yes_logit, no_logit
 
 

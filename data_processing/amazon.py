@@ -69,15 +69,18 @@ def find_files(raw_dir, category):
 # ------------------------------------------------------------------------------------------------- the log
 def read_reviews(path):
     """(Log, refused rows): users, items and times of all reviews; ids become codes while the file streams by."""
-    refused, chunks = [], {name: [] for name in REVIEW}
+    refused, malformed, chunks = [], [], {name: [] for name in REVIEW}
     is_table = ".csv" in path.suffixes
     n_before = 2 if is_table else 1  # the number of the first row's line
-    for batch in stream_table(path, REVIEW, refused) if is_table else stream_jsonl(path, REVIEW):
+    for batch in stream_table(path, REVIEW, malformed) if is_table else stream_jsonl(path, REVIEW):
         time = _as_integers(batch["timestamp"]) if is_table else batch["timestamp"]
         good = pc.and_(_is_filled(batch["user_id"]), pc.and_(_is_filled(batch["parent_asin"]), pc.is_valid(time)))
         for place in np.flatnonzero(~good.to_numpy(zero_copy_only=False)):
             row = " ".join(str(batch[name][place]) for name in REVIEW)
-            refused.append({"file": path.name, "line": n_before + int(place), "row": row, "reason": "an id or the timestamp is missing"})
+            line = n_before + int(place)
+            for skipped in malformed:  # in the order of the file
+                line += skipped["line"] <= line
+            refused.append({"file": path.name, "line": line, "row": row, "reason": "an id or the timestamp is missing"})
         n_before += batch.num_rows
         chunks["timestamp"].append(time.filter(good).to_numpy(zero_copy_only=False))
         for name in ("user_id", "parent_asin"):
@@ -85,7 +88,7 @@ def read_reviews(path):
     if not any(map(len, chunks["timestamp"])):
         raise InputError(f"{path} holds no review with an id and a timestamp; fetch it again")
     (users, user), (items, item) = (_codes(chunks.pop(name)) for name in ("user_id", "parent_asin"))
-    return Log(users, items, user, item, np.concatenate(chunks["timestamp"])), refused
+    return Log(users, items, user, item, np.concatenate(chunks["timestamp"])), malformed + refused
 
 
 def _is_filled(column):
@@ -125,15 +128,14 @@ def read_pages(path, item_ids, args, broken):
 
     Items of the log without a page, or whose page has no title, are left out of the catalogue and told in the refused rows.
     """
-    places = pa.array(item_ids, pa.string())
+    places = pd.Index(item_ids)
     state = np.zeros(len(item_ids), dtype=np.int8)  # 0 no page, 1 no title, 2 no picture, 3 all there
     for batch in stream_jsonl(path, PAGE_PICTURES):
-        place = pc.index_in(batch["parent_asin"], value_set=places)
-        mine = place.is_valid().to_numpy(zero_copy_only=False)
+        place = places.get_indexer(batch["parent_asin"].to_numpy(zero_copy_only=False))
+        mine = place >= 0
         found = 2 + pictures(batch, args.image_size).is_valid().to_numpy(zero_copy_only=False).astype(np.int8)
         found[~_is_filled(batch["title"]).to_numpy(zero_copy_only=False)] = 1
-        rows, found = place.drop_null().to_numpy(), found[mine]
-        np.maximum.at(state, rows, found)
+        np.maximum.at(state, place[mine], found[mine])
     state[[re.fullmatch(r"[\w-]+", item_id, re.ASCII) is None for item_id in item_ids]] = -1  # it names the image file
     reasons = {-1: "the item's id is not made of letters and digits", 0: "the item has no page", 1: "the item's page has no title"}
     refused = [{"file": path.name, "item_id": item_ids[n], "reason": reasons[state[n]]} for n in np.flatnonzero(state < 2)]
@@ -146,17 +148,15 @@ def read_pages(path, item_ids, args, broken):
 
 def add_texts(items, path, args):
     """`items` with their titles (or full texts) and the column url, from a second pass over the pages."""
-    wanted = pa.array(items.index, pa.string())
+    wanted = items.index
     texts, urls = np.full(len(items), None, dtype=object), np.full(len(items), None, dtype=object)
     for batch in stream_jsonl(path, {**PAGE_PICTURES, **(PAGE_TEXTS if args.item_text == "full" else {})}):
-        place = pc.index_in(batch["parent_asin"], value_set=wanted)
-        mine = np.flatnonzero(place.is_valid().to_numpy(zero_copy_only=False))
+        place = wanted.get_indexer(batch["parent_asin"].to_numpy(zero_copy_only=False))
+        mine = np.flatnonzero(place >= 0)
         if not len(mine):
             continue
         pages = batch.take(pa.array(mine)).to_pylist()
-        for page, n, url in zip(
-            pages, place.drop_null().to_pylist(), pictures(batch, args.image_size).take(pa.array(mine)).to_pylist(), strict=True
-        ):
+        for page, n, url in zip(pages, place[mine], pictures(batch, args.image_size).take(pa.array(mine)).to_pylist(), strict=True):
             if texts[n] is None and page["title"]:
                 texts[n] = item_text(page, args.item_text)
             urls[n] = urls[n] or url
@@ -181,13 +181,24 @@ def main(argv=None):
     def load():
         log, refused = read_reviews(reviews)
         catalogue, without_page = read_pages(pages, log.item_ids, args, broken)
+        if broken and args.require_image and catalogue["image"].isna().all():
+            raise InputError(
+                f"no image could be had ({rejected} says why); when that is mended: python data_processing/download_images.py "
+                f"--config {args.config} --data_dir {args.data_dir} --retry_rejected true"
+            )
         return log.only_items(catalogue.index), catalogue, refused + without_page
 
     raw_files = (reviews, pages, *([rejected] if broken else []))
-    if prepared := run_loader(args, raw_files, load, complete=lambda items: add_texts(items, pages, args)):
-        items = prepared[0]
-        path = Path(args.data_dir) / "image_urls.jsonl"
-        write_rows(path, ({"item_id": item_id, "url": url} for item_id, url in items["url"].items() if isinstance(url, str)))
+    path = Path(args.data_dir) / "image_urls.jsonl"
+    if prepared := run_loader(args, raw_files, load, complete=lambda items: add_texts(items, pages, args), also=[path]):
+        # What could not be had stays in the list, so that the download can be tried again.
+        urls = (
+            {i: row["url"] for i, row in read_by_id(path, "item_id", keys=("item_id", "url")).items() if i in broken}
+            if path.exists()
+            else {}
+        )
+        urls |= {item_id: url for item_id, url in prepared[0]["url"].items() if isinstance(url, str)}
+        write_rows(path, ({"item_id": item_id, "url": url} for item_id, url in urls.items()))
         print(f"wrote {path}; next: python data_processing/download_images.py --config {args.config}")
 
 

@@ -121,7 +121,7 @@ def _yaml_options(path, section, args_class):
         for key, value in (loaded.get(name) or {}).items():
             if key not in (known if of_stage else shared):
                 raise InputError(f"{path}: unknown option {key!r} in section {name!r}{_nearest(key, known if of_stage else shared)}")
-            if key not in known or value is None:
+            if key not in known or value is None or value == []:
                 continue
             if isinstance(value, dict):
                 raise InputError(f"{path}: option {key!r} in section {name!r} must be one value or a list")

@@ -165,7 +165,13 @@ def main(argv=None):
             )
     # The URLs are no part of the record's inputs: when items leave, what was fetched for the others stays good.
     output = StageOutput(
-        Path(args.data_dir) / "images.jsonl", "item_id", urls, args, settings_of(args, SPEED_OPTIONS), {}, args.retry_rejected
+        Path(args.data_dir) / "images.jsonl",
+        ("item_id", "url"),
+        urls.items(),
+        args,
+        settings_of(args, SPEED_OPTIONS),
+        {},
+        args.retry_rejected,
     )
     if output.finished:
         print(f"{folder} is up to date, nothing to do")
@@ -180,9 +186,9 @@ def main(argv=None):
         ThreadPoolExecutor(args.workers) as workers,
         tqdm(total=len(output.todo), desc="images", unit="image") as progress,
     ):
-        for item_id, (row, reason) in in_order(workers, lambda i: save(pool, i, urls[i], folder, args), output.todo, 4 * args.workers):
+        for pair, (row, reason) in in_order(workers, lambda pair: save(pool, *pair, folder, args), output.todo, 4 * args.workers):
             if reason:
-                output.reject(item_id, reason)
+                output.reject(pair, reason)
             else:
                 output.write(row)
             progress.update()

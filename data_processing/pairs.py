@@ -3,6 +3,7 @@
 One builder serves training and scoring, so what the model is trained on is what it is asked later, plus the answer.
 """
 
+import functools
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from data_processing import prompts
 from data_processing.candidates import candidates
 from data_processing.config import CommonArgs, option
 from data_processing.errors import InputError
+from data_processing.images import ImageError, open_image
 from data_processing.jsonl import read_by_id, relative_path, require, write_rows
 from data_processing.prompts import ANSWERS, cut, fill, plain_text
 from data_processing.run_record import digests, is_up_to_date, settings_of, write_record
@@ -63,7 +65,7 @@ def make_splits(splits, args, with_answer):
     started = time.monotonic()
     inputs, settings = digests(*map(require, input_paths(args))), settings_of(args, ("preferences",), limit=args.limit)
     outputs = [Path(args.output_dir) / f"{split}.jsonl" for split in splits]
-    if is_up_to_date(outputs, settings, inputs, args.overwrite):
+    if all(is_up_to_date([path], settings, inputs, args.overwrite) for path in outputs):
         print(f"{outputs[0]} is up to date, nothing to do")
         return
     maker = _PairMaker(args, with_answer)
@@ -112,6 +114,17 @@ class _PairMaker:
         print(f"wrote {path}: {counts['rows']:,} pairs of {counts['users']:,} users{note}")
         return counts
 
+    @functools.cache  # noqa: B019 - lives as long as the stage; an item is offered to many users
+    def image_problem(self, image):
+        """Why the picture cannot be used, or None: better told here than by the GPU stages."""
+        if image is None:
+            return "it has no image"
+        try:
+            open_image(image)
+        except ImageError as reason:
+            return f"image {image.name}: {reason}"
+        return None
+
     def rows_of(self, user, path):
         """(lines of one user, None), or (None, reason) if the preference or a candidate's image is missing."""
         user_id, rows = user["user_id"], []
@@ -127,7 +140,8 @@ class _PairMaker:
                 )
             item = self.items[item_id]
             image = self.items_path.parent / item["image"] if item["image"] else None
-            if image is None or not image.is_file():
-                return None, f"candidate {item_id} has no image"
+            problem = self.image_problem(image)
+            if problem:
+                return None, f"candidate {item_id}: {problem}"
             rows.append(pair_row(user_id, item, label, relative_path(image, path), preference, self.args, self.with_answer))
         return rows, None

@@ -53,7 +53,7 @@ ANSWERS = {1: "Yes", 0: "No"}
 
 # Characters that tokenizers read as markup when they open a marker: <image>, <|eot_id|>, <s>, <<SYS>>, [INST], [/INST].
 _MARKUP = re.compile(r"<(?=[<|/!\w])|\[(?=/?[A-Z_]+\])")
-_SPACE = re.compile(r"\s+")
+_SPACE = re.compile(r"[\s\x00-\x1f\x7f]+")  # control characters, too
 
 
 def plain_text(text):
@@ -62,7 +62,8 @@ def plain_text(text):
     Line breaks and runs of blanks become one blank; a bracket that would open a marker gets a blank behind it, so a
     person still reads what was written: `<image>` becomes `< image>`, `[/INST]` becomes `[ /INST]`.
     """
-    return _SPACE.sub(" ", _MARKUP.sub(lambda match: match.group() + " ", str(text))).strip()
+    text = str(text).encode("utf-8", "replace").decode()  # half a surrogate pair cannot be tokenized
+    return _SPACE.sub(" ", _MARKUP.sub(lambda match: match.group() + " ", text)).strip()
 
 
 def cut(text, length):

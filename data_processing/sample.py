@@ -90,12 +90,13 @@ def main(argv=None):
             cover.save(covers_dir / f"i{number:03d}.png")
         return as_log(items, lives, covers_dir)
 
-    if run_loader(args, (), load, n_covers=len(list(covers_dir.glob("*.png"))) or args.n_items):
+    scores = {rule: Path(args.output_dir) / rule / "scores.jsonl" for rule in ("ceiling", "title_only", "no_recency")}
+    if run_loader(args, (), load, also=scores.values(), n_covers=len(list(covers_dir.glob("*.png"))) or args.n_items):
         users = read_rows(Path(args.data_dir) / "users.jsonl")
         print(f"\n{'rule':12} AUC   HR@5  (test users; what can be known without a model)")
         rules = rule_scores(users, *built)
         for rule, rows in rules.items():
-            write_rows(Path(args.output_dir) / rule / "scores.jsonl", rows)
+            write_rows(scores[rule], rows)
         for rule, rows in {**rules, "popularity": popularity_scores(users)}.items():
             found = evaluate(rows, resamples=1)
             print(f"{rule:12} {found['auc']:.3f} {found['hr@5']:.3f}")

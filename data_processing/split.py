@@ -160,12 +160,30 @@ def split_users(n_users, train_fraction, validation_fraction, folds, test_fold, 
     return np.where(place < train, "train", np.where(place < train + validation, "validation", "test")), fold
 
 
+def check_ranges(args):
+    """Raises InputError for options that would leave a user without history or a split without users."""
+    wrong = {
+        "--user_core must be at least 2: a history and a target": args.user_core < 2,
+        "--train_fraction and --validation_fraction must lie between 0 and 1 and leave users for the test": not (
+            0 < args.train_fraction < 1
+            and 0 <= args.validation_fraction < 1
+            and (args.folds or args.train_fraction + args.validation_fraction < 1)
+        ),
+        "--folds must be 0 or at least 2, and --test_fold one of them, counted from 0": args.folds in (1, *range(-9, 0))
+        or (args.folds > 0 and not 0 <= args.test_fold < args.folds),
+    }
+    for message, is_wrong in wrong.items():
+        if is_wrong:
+            raise InputError(message)
+
+
 def prepare(log, catalogue, args):
     """The six rules of this file's docstring, applied.
 
     log: Log; catalogue: DataFrame indexed by item_id with columns title and image (path or None). Every item of the log
     must be in the catalogue. Returns (items DataFrame, users dict of columns, stats dict).
     """
+    check_ranges(args)
     stats = {"raw": _table(log.user, log.item)}  # the core's own table joins it at the top level
     item, user, when = log.item, log.user, log.time
     image = catalogue["image"].reindex(log.item_ids)
@@ -266,7 +284,7 @@ def histories(users, args):
 
 
 def write_data(items, users, stats, args):
-    """Writes items.jsonl, users.jsonl and stats.json; returns how many items and users were written."""
+    """Writes items.jsonl, users.jsonl and stats.json; returns the items and the number of users that were written."""
     item_ids, used = users["item_ids"], np.zeros(len(users["item_ids"]), dtype=bool)
     with whole_file(Path(args.data_dir) / "users.jsonl") as file:
         for row, history, target in histories(users, args):
@@ -292,7 +310,7 @@ def write_data(items, users, stats, args):
     )
     write_rows(path, rows)
     write_json(Path(args.data_dir) / "stats.json", stats)
-    return int(used.sum()), len(users["chosen"])
+    return items[used], len(users["chosen"])
 
 
 def print_stats(stats, args):
@@ -304,19 +322,20 @@ def print_stats(stats, args):
     print(", ".join(f"{count:,} {name}" for name, count in stats["written_users"].items()) + " users written")
 
 
-def run_loader(args, raw_files, load, complete=None, **more):
+def run_loader(args, raw_files, load, complete=None, also=(), **more):
     """What all loaders share: skip if nothing changed, load, apply the rules, write, record.
 
     raw_files: what is read, for the record; load: function () -> (Log, catalogue DataFrame, list of refused rows);
-    complete: function (items of the core) -> the same with their titles, for loaders that read these last; more: what
-    else decides the result, e.g. the number of images.
-    Returns (items, users, stats), or None if the outputs were up to date.
+    complete: function (items of the core) -> the same with their titles, for loaders that read these last; also: outputs
+    that the caller adds, so that nothing is up to date without them; more: what else decides the result, e.g. the number
+    of images.
+    Returns (items that were written, users, stats), or None if the outputs were up to date.
     """
     started = time.monotonic()
     folder = Path(args.data_dir)
     settings = settings_of(args, limit=args.limit, raw_dir=args.raw_dir, **more)
     inputs = digests(*raw_files)
-    outputs = [folder / name for name in ("users.jsonl", "items.jsonl", "stats.json")]
+    outputs = [folder / name for name in ("users.jsonl", "items.jsonl", "stats.json")] + list(also)
     if is_up_to_date(outputs, settings, inputs, args.overwrite):
         print(f"{outputs[0]} is up to date, nothing to do")
         return None
@@ -324,14 +343,14 @@ def run_loader(args, raw_files, load, complete=None, **more):
     items, users, stats = prepare(log, catalogue, args)
     items = complete(items) if complete else items
     stats["rejected_rows"] = len(refused)
-    n_items, n_users = write_data(items, users, stats, args)
+    items, n_users = write_data(items, users, stats, args)
     rejected_path = folder / "interactions.rejected.jsonl"
     if refused:
         write_rows(rejected_path, refused)
         print(f"{len(refused):,} rows of the raw files were refused; each is in {rejected_path} with its reason")
     else:
         rejected_path.unlink(missing_ok=True)
-    rows = {"in": stats["raw"]["interactions"], "users": n_users, "items": n_items, "rejected": len(refused)}
+    rows = {"in": stats["raw"]["interactions"], "users": n_users, "items": len(items), "rejected": len(refused)}
     write_record(outputs[0], args, settings, inputs, time.monotonic() - started, rows)
     print_stats(stats, args)
     print(f"wrote {outputs[0]} and {outputs[1]} in {time.monotonic() - started:.1f} s")
@@ -346,10 +365,14 @@ def load_own(raw_dir):
     pairs, refused = read_table(Path(raw_dir) / "interactions.csv", ("user", "item", "timestamp"))
     path = Path(raw_dir) / "catalogue.jsonl"
     rows = list(read_by_id(path, "item_id", keys=("item_id", "title", "image")).values())
-    images = [str(path.parent / row["image"]) if row["image"] else None for row in rows]
+    for row in rows:
+        if not isinstance(row["title"], str) or not isinstance(row["image"], str | None):
+            raise InputError(f"{path}, item {row['item_id']!r}: title must be a string, image a string or null; correct the line")
+    images = [str(path.parent / row["image"]) if row["image"] and (path.parent / row["image"]).is_file() else None for row in rows]
     catalogue = pd.DataFrame({"title": [row["title"] for row in rows], "image": images}, index=[row["item_id"] for row in rows])
     pairs["time"] = pd.to_numeric(pairs["timestamp"], errors="coerce")
-    pairs, refused = set_aside(pairs, pairs["time"].isna(), "the timestamp is not a number", "interactions.csv", refused)
+    pairs, refused = set_aside(pairs, ~np.isfinite(pairs["time"]), "the timestamp is not a number", "interactions.csv", refused)
+    pairs, refused = set_aside(pairs, pairs["user"] == "", "the user is empty", "interactions.csv", refused)
     pairs, refused = set_aside(
         pairs, ~pairs["item"].isin(catalogue.index), "the item is not in catalogue.jsonl", "interactions.csv", refused
     )
@@ -359,7 +382,8 @@ def load_own(raw_dir):
 def main(argv=None):
     args = parse_args(SplitArgs, "data", argv, __doc__)
     show(args, "stage 1, data: your own interactions.csv and catalogue.jsonl")
-    raw_files = [require(Path(args.raw_dir) / name) for name in ("interactions.csv", "catalogue.jsonl")]
+    remedy = "you; the README, section «Real data», tells its form, or name another --raw_dir. Nothing else"
+    raw_files = [require(Path(args.raw_dir) / name, maker=remedy) for name in ("interactions.csv", "catalogue.jsonl")]
     run_loader(args, raw_files, lambda: load_own(args.raw_dir))
     print(f"next: bash scripts/02_image_summary.sh {args.config}")
 

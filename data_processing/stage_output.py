@@ -8,7 +8,8 @@
 While a stage runs, rows are in `X.jsonl.parts/`, one file per process (`accelerate launch` sets RANK and WORLD_SIZE;
 process r of n is dealt every n-th id). A row is complete or absent: after kill -9, half a line is cut off and the row
 done again. When all ids are done, whoever finishes last joins the parts, in the order of `ids`, so the bytes of
-X.jsonl do not depend on interruptions or on the number of processes. Refused rows go to `X.rejected.jsonl`.
+X.jsonl depend on neither interruptions nor the number of processes, if the rows do not (greedy generation, scores; a
+model that samples draws anew for what was not done). Refused rows go to `X.rejected.jsonl`.
 """
 
 import json
@@ -30,16 +31,16 @@ class StageOutput:
     path: X.jsonl; key: name of the id in each row, or a tuple of names; ids: all ids of the full job, in output order
     (tuples where key is one); settings, inputs: see `run_record`; a change of either since the rows were made is
     refused with an InputError, because rows of two kinds in one file would be worth nothing; with args.overwrite the
-    old rows are thrown away. args.limit > 0 asks for the first ids only; a later run goes on from there.
+    old rows are thrown away. limit (default: args.limit) > 0 asks for the first ids only; a later run goes on from there.
     """
 
-    def __init__(self, path, key, ids, args, settings, inputs, retry_rejected=False):
+    def __init__(self, path, key, ids, args, settings, inputs, retry_rejected=False, limit=None):
         self.path, self.args, self.settings, self.inputs = Path(path), args, settings, inputs
         self.key = key
         self.ids = list(ids)
         if len(set(self.ids)) != len(self.ids):
             raise InputError(f"{path} would hold an id twice; the input names one id in two lines")
-        self.wanted = self.ids[: args.limit] if args.limit > 0 else self.ids
+        self.wanted = self.ids[: (args.limit if limit is None else limit) or None]
         self.rank, self.world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         self.parts = self.path.with_name(self.path.name + ".parts")
         self.rejected_path = self.path.with_suffix(".rejected.jsonl")
@@ -107,7 +108,9 @@ class StageOutput:
         return dict(zip(self.key, row_id, strict=True)) if isinstance(self.key, tuple) else {self.key: row_id}
 
     def _check_same_job(self):
-        if self.args.overwrite and self.rank == 0:
+        if self.args.overwrite and self.world > 1 and (self.path.exists() or self.parts.exists()):
+            raise InputError(f"--overwrite cannot be used with several processes; delete {self.path} and {self.parts} first")
+        if self.args.overwrite:
             shutil.rmtree(self.parts, ignore_errors=True)
             for path in (self.path, self.rejected_path, record_path(self.path)):
                 path.unlink(missing_ok=True)
@@ -162,9 +165,10 @@ class StageOutput:
             Path(lock.lock_file).unlink(missing_ok=True)
 
     def _join(self, rows, refused):
-        write_rows(self.path, [rows[i] for i in self.ids if i in rows])
+        rows, refused = ({i: found[i] for i in self.ids if i in found} for found in (rows, refused))
+        write_rows(self.path, rows.values())
         if refused:
-            write_rows(self.rejected_path, [refused[i] for i in self.ids if i in refused])
+            write_rows(self.rejected_path, refused.values())
         else:
             self.rejected_path.unlink(missing_ok=True)
         counts = {"asked": len(self.wanted), "out": len(rows), "rejected": len(refused), "written_by_this_run": self.written}

@@ -13,6 +13,7 @@ fi
 "$PYTHON" "data_processing/$dataset.py" --config "$CONFIG" "$@"
 if [[ $dataset == amazon ]]; then
     common_overrides "$@"
-    "$PYTHON" data_processing/download_images.py --config "$CONFIG" ${COMMON[@]+"${COMMON[@]}"}
+    # --limit counts users; their images are all that is listed
+    "$PYTHON" data_processing/download_images.py --config "$CONFIG" ${COMMON[@]+"${COMMON[@]}"} --limit 0
     "$PYTHON" "data_processing/$dataset.py" --config "$CONFIG" "$@"
 fi

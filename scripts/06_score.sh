@@ -2,9 +2,9 @@
 # Stage 6: every test pair is scored, without SFT and with it -> {output_dir}/zero_shot/scores.jsonl, sft/scores.jsonl,
 # and popularity/scores.jsonl to read them against
 # Usage: bash scripts/06_score.sh [configs/NAME.yaml] [--batch_tokens N] ...
-# Needs stages 4 and 5. Sample: 40 s on 2 CPU cores. LLaVA-v1.6-Mistral-7B: one GPU with 24 GB, time not run yet.
+# Needs stages 4 and 5. Sample: 45 s on 2 CPU cores. LLaVA-v1.6-Mistral-7B: one GPU; memory and time not measured yet.
 source "$(dirname "$0")/common.sh"
 common_overrides "$@"
 "$PYTHON" MLLM-MSR/baselines/popularity.py --config "$CONFIG" ${COMMON[@]+"${COMMON[@]}"}
-"$PYTHON" MLLM-MSR/test/test_with_llava_sft.py --config "$CONFIG" --adapter none --hide nothing "$@"
+"$PYTHON" MLLM-MSR/test/test_with_llava_sft.py --config "$CONFIG" "$@" --adapter none --hide nothing --variant zero_shot
 "$PYTHON" MLLM-MSR/test/test_with_llava_sft.py --config "$CONFIG" "$@"

@@ -50,7 +50,7 @@ def raw(folder, form):
     return folder
 
 
-def load(folder, *options, cores=("1", "1")):
+def load(folder, *options, cores=("2", "1")):
     data = folder / "data"
     script("data_processing/amazon.py").main(
         ["--config", "configs/amazon_baby.yaml", "--category", "Toys", "--raw_dir", str(folder), "--data_dir", str(data),
@@ -93,10 +93,29 @@ def test_what_could_not_be_downloaded_leaves_on_the_second_run(tmp_path, capsys)
     (data / "images.rejected.jsonl").write_text('{"item_id": "D", "reason": "404"}\n')
     load(folder)
     assert set(read_by_id(data / "items.jsonl", "item_id")) == {"A", "B"}
-    assert set(read_by_id(data / "image_urls.jsonl", "item_id", keys=())) == {"A", "B"}
+    assert set(read_by_id(data / "image_urls.jsonl", "item_id", keys=())) == {"A", "B", "D"}, "D can be tried again"
     capsys.readouterr()
     load(folder)
     assert "up to date" in capsys.readouterr().out
+    (data / "images.rejected.jsonl").unlink()  # the second try brought it
+    load(folder)
+    assert "D" in read_by_id(data / "items.jsonl", "item_id")
+
+
+def test_when_no_image_could_be_had_the_remedy_is_the_download(tmp_path):
+    folder = raw(tmp_path, ".jsonl")
+    data = load(folder)
+    (data / "images.rejected.jsonl").write_text("".join(f'{{"item_id": "{i}", "reason": "no network"}}\n' for i in "ABD"))
+    with pytest.raises(InputError, match=r"no image could be had .*download_images.py .*--retry_rejected true"):
+        load(folder)
+    assert set(read_by_id(data / "image_urls.jsonl", "item_id", keys=())) == {"A", "B", "D"}
+
+
+def test_a_pilot_lists_the_images_of_its_own_items(tmp_path):
+    data = load(raw(tmp_path, ".jsonl"), "--limit", "1")
+    items = read_by_id(data / "items.jsonl", "item_id")
+    assert set(read_by_id(data / "image_urls.jsonl", "item_id", keys=())) == set(items)
+    assert len(read_rows(data / "users.jsonl")) == 1
 
 
 def test_full_text_and_picture_size_on_request(tmp_path):

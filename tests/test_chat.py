@@ -42,6 +42,16 @@ def test_a_training_text_is_the_scoring_text_plus_the_answer_token_for_token(lla
         assert chat.decode(chat.answer_ids[label]) == ANSWERS[label]
 
 
+def test_behind_the_answer_stands_the_end_token_whatever_the_template_writes():
+    """A published template closes the assistant's turn with the four characters of a mistyped tag."""
+    chat = Chat(AutoProcessor.from_pretrained(TINY / "llava"))
+    chat.processor.chat_template = chat.processor.chat_template.replace("{{ eos_token }}", "{{ '<\\\\s> ' }}")
+    assert chat.render([user_turn("Q", 1), answer_turn("Yes")], answer_follows=False).endswith(" Yes<\\s> ")
+    assert chat.answer_texts == {1: " Yes</s>", 0: " No</s>"}
+    assert [len(ids) for ids in chat.answer_ids.values()] == [2, 2]
+    assert chat.answer_ids[1][1] == chat.tokenizer.eos_token_id
+
+
 def test_the_answer_token_is_not_the_one_of_the_bare_word(llava):
     """` Yes` and `Yes` are different tokens; the first one follows `[/INST]`."""
     bare = llava.tokenizer("Yes", add_special_tokens=False).input_ids

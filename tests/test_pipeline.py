@@ -5,16 +5,16 @@ import os
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, STAGES, small_config
+from conftest import NO_REAL, REAL, ROOT, STAGES, small_config
 from PIL import Image, ImageDraw
 
 from data_processing.jsonl import CONTRACT, read_by_id, read_rows, write_rows
 
-REAL = ROOT.parent / "shared" / "data" / "microlens"
 PUBLISHED_COMMANDS = (
     "Inference/microlens/image_summary.py",
     "Inference/microlens/preferece_inference_recurrent.py",
@@ -90,15 +90,21 @@ def test_every_output_has_its_record(small_run):
     assert json.loads((small_run.folder / "adapter" / "run.json").read_text())["rows"]["in"] == 30
 
 
-def test_the_target_is_in_no_prompt_before_scoring(small_run):
-    """Stage 3 reads the history only: with the target's own title and summary changed, not a byte of it changes."""
-    preferences = (small_run.folder / "user_preferences.jsonl").read_bytes()
-    users = read_rows(small_run.folder / "users.jsonl")
-    for user in users:
-        assert user["target"] not in user["history"]
-    asked = {item for row in read_rows(small_run.folder / "user_preferences.jsonl") for block in row["blocks"] for item in block["items"]}
-    assert asked == {item for user in users for item in user["history"]}
-    assert preferences
+def test_a_preference_does_not_know_the_target(small_run, tmp_path):
+    """With another title and summary of an item, the preferences change of those who had it, not of those who will take it."""
+    users = read_by_id(small_run.folder / "users.jsonl", "user_id")
+    targets = Counter(user["target"] for user in users.values())
+    changed = next(item for item, _ in targets.most_common() if any(item in user["history"] for user in users.values()))
+    (tmp_path / "users.jsonl").write_bytes((small_run.folder / "users.jsonl").read_bytes())
+    for name, key in (("items.jsonl", "title"), ("image_summaries.jsonl", "summary")):
+        rows = read_rows(small_run.folder / name)
+        write_rows(tmp_path / name, [{**row, key: "football purple cross " * 9} if row["item_id"] == changed else row for row in rows])
+    small_run.run("Inference/preference_recurrent.py", "--data_dir", str(tmp_path), "--output_dir", str(tmp_path))
+    before, after = (read_by_id(folder / "user_preferences.jsonl", "user_id") for folder in (small_run.folder, tmp_path))
+    differ = {user_id for user_id in users if before[user_id] != after[user_id]}
+    assert differ, "who had the item reads otherwise now"
+    assert all(changed in users[user_id]["history"] for user_id in differ)
+    assert not any(users[user_id]["target"] == changed for user_id in differ)
 
 
 def test_started_again_nothing_is_computed(small_run, capsys):
@@ -213,7 +219,7 @@ def cover_from(title, size=(48, 64)):
     return image
 
 
-@pytest.mark.skipif(not (REAL / "MicroLens-50k_pairs.tsv").exists(), reason="MicroLens-50k is not there")
+@pytest.mark.skipif(REAL is None, reason=NO_REAL)
 def test_real_data_goes_through_all_stages(tmp_path):
     """60 test users of MicroLens-50k (and 40 to train with), covers drawn from the titles, tiny models: every file whole."""
     raw, plan = tmp_path / "raw", tmp_path / "plan"
@@ -270,7 +276,7 @@ def test_a_user_whose_candidate_has_no_image_is_set_aside_whole(small_run, tmp_p
     assert {row["user_id"] for row in rows} == {user["user_id"] for user in users} - hit
     assert len(rows) == 21 * (len(users) - len(hit))
     refused = read_by_id(tmp_path / "test.rejected.jsonl", "user_id")
-    assert {user: row["reason"] for user, row in refused.items()} == dict.fromkeys(hit, f"candidate {gone} has no image")
+    assert {user: row["reason"] for user, row in refused.items()} == dict.fromkeys(hit, f"candidate {gone}: it has no image")
 
 
 def test_the_contract_names_scripts_that_are_there():
@@ -337,3 +343,38 @@ def test_killed_and_started_again_gives_the_same_bytes(small_run, tmp_path, stag
     assert done.returncode == 0, done.stderr
     assert f"{n_rows - done_rows} of them now" in done.stdout
     assert (tmp_path / name).read_bytes() == undisturbed.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("stage", "name"),
+    [("Inference/preference_recurrent.py", "user_preferences.jsonl"), ("MLLM-MSR/test/test_with_llava_sft.py", "sft/scores.jsonl")],
+)
+def test_two_processes_give_the_bytes_of_one(small_run, tmp_path, stage, name):
+    """Started together, as `accelerate launch --num_processes 2` would; a user whose question cannot fit is set aside whole."""
+    for path in small_run.folder.iterdir():
+        if path.name not in (Path(name).name, Path(name).parts[0], "test.jsonl") and not path.name.startswith("user_preferences.run"):
+            (tmp_path / path.name).symlink_to(path)
+    rows = read_rows(small_run.folder / "test.jsonl")
+    too_long = rows[30]["user_id"]
+    rows[30]["messages"][0]["content"][1]["text"] += " word" * 600
+    write_rows(tmp_path / "test.jsonl", rows)
+    command = [stage, "--config", str(small_run.config), "--data_dir", str(tmp_path), "--batch_tokens", "2000"]
+    command += ["--hide", "nothing", "--adapter", str(small_run.folder / "adapter")] if "score" in name else []
+    for inputs in ("users", "items", "image_summaries", "test"):
+        (tmp_path / "one").mkdir(exist_ok=True)
+        (tmp_path / "one" / f"{inputs}.jsonl").symlink_to(tmp_path / f"{inputs}.jsonl")
+    (tmp_path / "one" / "covers").symlink_to(small_run.folder / "covers")
+    assert call(*command, "--output_dir", str(tmp_path / "one")).returncode == 0
+    started = [
+        subprocess.Popen(
+            [sys.executable, *command, "--output_dir", str(tmp_path)], cwd=ROOT, env={**os.environ, "RANK": rank, "WORLD_SIZE": "2"}
+        )
+        for rank in "01"
+    ]
+    assert [process.wait(timeout=300) for process in started] == [0, 0]
+    assert (tmp_path / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
+    if "score" in name:
+        rejected = read_rows((tmp_path / name).with_suffix(".rejected.jsonl"))
+        assert len(rejected) == 21
+        assert {row["user_id"] for row in rejected} == {too_long}
+        assert not any(row["user_id"] == too_long for row in read_rows(tmp_path / name))

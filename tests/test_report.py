@@ -85,7 +85,8 @@ PROBE = """
 <script>{
 const visible = story => story.offsetParent !== null;
 const shown = () => [...document.querySelectorAll(".story")].filter(visible).map(s => s.dataset.user).join(",");
-const told = { rows: document.querySelectorAll("#metrics tr").length, first: shown(), wide: document.documentElement.scrollWidth - innerWidth };
+const told = {
+  rows: document.querySelectorAll("#metrics tr").length, first: shown(), wide: document.documentElement.scrollWidth - innerWidth };
 const buttons = [...document.querySelectorAll("#users button")];
 buttons[2].click();
 const filter = document.getElementById("filter");

@@ -165,3 +165,13 @@ def test_a_title_of_a_whole_page_is_cut_in_stage_4():
     assert text.count("word") == 60
     start, end = row["preference_span"]
     assert text[start:end] == "A taste."
+
+
+def test_in_bfloat16_candidates_do_not_tie(pairs):
+    """Logits of a bfloat16 output layer near 20 lie an eighth apart; the two that count are computed in float32."""
+    model, processor = random_llava("tiny", dtype=torch.bfloat16)
+    model.lm_head.weight.data *= 300
+    folder, rows = pairs
+    found = scored(model, processor, folder, rows)
+    assert np.abs(found).max() > 16
+    assert not (found * 256 == np.round(found * 256)).all(axis=1).any(), "no logit lies on bfloat16's grid"

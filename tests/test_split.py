@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import NO_REAL, REAL
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,8 +16,7 @@ from data_processing.errors import InputError
 from data_processing.jsonl import read_rows
 from data_processing.split import Log, SplitArgs, histories, k_core, prepare, sample_negatives, split_users
 
-REAL = Path(__file__).parents[2] / "shared" / "data" / "microlens"
-needs_real_data = pytest.mark.skipif(not (REAL / "MicroLens-50k_pairs.tsv").exists(), reason="MicroLens-50k is not there")
+needs_real_data = pytest.mark.skipif(REAL is None, reason=NO_REAL)
 
 
 def small_log(rows, images=None):
@@ -32,7 +32,7 @@ def small_log(rows, images=None):
 
 def told(rows, images=None, **options):
     """dict user -> (history, target, negatives, split) after `prepare`."""
-    args = SplitArgs(**{"user_core": 1, "item_core": 1, "negatives": 0, "train_negatives": 0, **options})
+    args = SplitArgs(**{"user_core": 2, "item_core": 1, "negatives": 0, "train_negatives": 0, **options})
     items, users, stats = prepare(*small_log(rows, images), args)
     found = {}
     for row, history, target in histories(users, args):
@@ -104,7 +104,7 @@ def test_negatives_come_from_tiny_catalogues_too_or_are_refused():
     touched = np.arange(5)
     assert sorted(sample_negatives(touched, np.array([0]), 25, 20, np.random.default_rng(0))[0]) == list(range(5, 25))
     assert (sample_negatives(touched, np.array([0]), 24, 20, np.random.default_rng(0)) == -1).all()
-    rows = [("u", i, n) for n, i in enumerate("abc")] + [("v", "d", 1)]
+    rows = [("u", i, n) for n, i in enumerate("abc")] + [("v", "d", 1), ("v", "c", 2)]
     with pytest.raises(InputError, match="has touched so many of the 4 items that 2 negatives cannot be drawn"):
         told(rows, train_negatives=2, negatives=2)
 
@@ -202,9 +202,12 @@ def test_your_own_files_go_through_and_unusable_rows_are_kept(tmp_path, monkeypa
     raw.mkdir()
     rows = [f"u{n % 4},i{(n * 3) % 5},{100 - n}" for n in range(20)]
     (raw / "interactions.csv").write_text("user,item,timestamp\n" + "\n".join([*rows, "u1,nowhere,5", "u1,i1,soon"]) + "\n")
+    (raw / "covers").mkdir()
+    for n in range(5):
+        (raw / "covers" / f"{n}.jpg").write_bytes(b"any file will do here")
     catalogue = [f'{{"item_id": "i{n}", "title": "Title {n}", "image": "covers/{n}.jpg"}}' for n in range(5)]
     (raw / "catalogue.jsonl").write_text("\n".join(catalogue) + "\n")
-    options = ["--user_core", "1", "--item_core", "1", "--negatives", "0", "--train_negatives", "0"]
+    options = ["--user_core", "2", "--item_core", "1", "--negatives", "0", "--train_negatives", "0"]
     split.main(["--config", "configs/microlens.yaml", "--require_image", "true", "--raw_dir", str(raw), "--data_dir", str(data), *options])
     users = read_rows(data / "users.jsonl")
     assert len(users) == 4
@@ -220,3 +223,17 @@ def test_everything_filtered_away_is_told_with_the_numbers():
         InputError, match=r"no interaction is left after the filters: 2 read, 0 items without an image, at least 9 per user"
     ):
         told([("u", "a", 1), ("u", "b", 2)], user_core=9)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"user_core": 1}, "--user_core must be at least 2"),
+        ({"train_fraction": 0.9, "validation_fraction": 0.2}, "leave users for the test"),
+        ({"folds": 2, "test_fold": 2}, "--test_fold one of them"),
+        ({"folds": 1}, "--folds must be 0 or at least 2"),
+    ],
+)
+def test_options_that_leave_nothing_are_refused(options, message):
+    with pytest.raises(InputError, match=message):
+        told([("u", "a", 1), ("u", "b", 2)], **options)

@@ -74,7 +74,7 @@ def main(argv=None):
     write_json(output, metrics)
     write_record(output, args, settings, inputs, time.monotonic() - started, {"variants": len(metrics)})
     print_table(metrics)
-    print(f"wrote {output}\nnext: python MLLM-MSR/test/report.py --config {args.config}")
+    print(f"wrote {output}\nnext: python MLLM-MSR/test/report.py --config {args.config} --output_dir {args.output_dir}")
 
 
 if __name__ == "__main__":

@@ -168,7 +168,7 @@ def main(argv=None):
 
     metrics = json.loads(metrics_path.read_text(encoding="utf-8"))
     rows, stages = metric_rows(metrics, published), stage_rows(args)
-    drawn = [variant for variant in ("sft", "zero_shot", "popularity") if variant in metrics]
+    drawn = [variant for variant in ("sft", "zero_shot", "popularity") if (folder / variant / "scores.jsonl").exists()]
     template = Environment(autoescape=True).from_string((Path(__file__).parent / "report.html.j2").read_text(encoding="utf-8"))
     page = template.render(
         names=[name.upper() for name in SHOWN], rows=rows, stages=stages, pictures=pictures(folder, drawn),

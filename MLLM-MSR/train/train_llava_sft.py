@@ -4,10 +4,11 @@ In:  {output_dir}/train.jsonl, {output_dir}/validation.jsonl
 Out: {output_dir}/adapter/                LoRA weights that plain PEFT loads, processor, run.json
      {output_dir}/training_log.jsonl      step, epoch, loss, learning rate, validation AUC and HR@5
      {output_dir}/checkpoints/            what the same command goes on from
+     {output_dir}/training.rejected.jsonl users with a question that is too long even without a preference
 
     python MLLM-MSR/train/train_llava_sft.py --config configs/microlens.yaml
 
-Sample: 300 steps in about 40 seconds on 2 CPU cores. LLaVA-v1.6-Mistral-7B wants a GPU with 80 GB; time: not run yet.
+Sample: 276 steps in about 45 seconds on 2 CPU cores. LLaVA-v1.6-Mistral-7B: a GPU; memory and time: not measured yet.
 """
 
 import json
@@ -48,7 +49,7 @@ class Args(CommonArgs):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("auto", "auto: bfloat16 on a GPU, float32 on a CPU")
     attention: str = option("auto", "auto: FlashAttention 2 if installed, else SDPA")
     gradient_checkpointing: bool = option(False, "recompute instead of store: slower, less memory")
-    score_batch_tokens: int = option(65536, "tokens in a batch of the validation")
+    score_batch_tokens: int = option(16384, "tokens in a batch of the validation")
     workers: int = option(0, "processes that read images ahead of the model")
     save_total: int = option(2, "checkpoints kept; the best is one of them")
 
@@ -159,12 +160,20 @@ def is_done(adapter, settings, inputs, args):
     return read_record(adapter) is not None
 
 
+def last_whole_checkpoint(folder):
+    """Path of the last checkpoint that was written to its end, or None; what a killed process left behind is removed."""
+    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rsplit("-", 1)[1]))
+    whole = [path for path in found if (path / "trainer_state.json").exists()]  # the Trainer writes this file last
+    for path in set(found) - set(whole):
+        shutil.rmtree(path)
+    return str(whole[-1]) if whole else None
+
+
 def train(rows, validation, folder, settings, inputs, args):
     """Trains, validates after every epoch, and saves the best adapter."""
     # Imported here, so that --help and a missing input answer at once.
     import torch
     from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
-    from transformers.trainer_utils import get_last_checkpoint
 
     from Inference.chat import Chat
     from Inference.models import load_multimodal, pick_device, pick_dtype
@@ -175,8 +184,9 @@ def train(rows, validation, folder, settings, inputs, args):
     set_seed(args.seed)
     model, processor = load_multimodal(args.model, args.dtype, args.attention)
     reader = PairReader(Chat(processor), folder, args.max_text_tokens)
-    for user_id, reason in reader.too_long([*rows, *validation]).items():
-        raise InputError(f"user {user_id!r}, {reason}")
+    too_long = reader.too_long([*rows, *validation])
+    rows, validation = ([row for row in part if row["user_id"] not in too_long] for part in (rows, validation))
+    write_rows(folder / "training.rejected.jsonl", [{"user_id": user_id, "reason": reason} for user_id, reason in too_long.items()])
     model = add_lora(model, args)
     dtype = pick_dtype(args.dtype, pick_device())
 
@@ -209,14 +219,14 @@ def train(rows, validation, folder, settings, inputs, args):
         model=model, args=options, train_dataset=rows, eval_dataset=validation, data_collator=Collator(reader, args.loss),
         callbacks=[Log()],
     )  # fmt: skip
-    last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
+    last = last_whole_checkpoint(checkpoints)
     write_json(checkpoints / "state.json", {"settings": settings, "inputs": inputs})
     result = trainer.train(resume_from_checkpoint=last)
     adapter = folder / "adapter"
     trainer.model.save_pretrained(adapter)
     processor.save_pretrained(adapter)
     best = trainer.state.best_metric
-    counts = {"in": len(rows), "shortened": reader.shortened, "validation_pairs": len(validation)}
+    counts = {"in": len(rows), "shortened": reader.shortened, "validation_pairs": len(validation), "rejected_users": len(too_long)}
     write_record(adapter, args, settings, inputs, time.monotonic() - started, counts, loss=result.training_loss, best_validation_auc=best)
     shortened = f"; {reader.shortened:,} times a preference was shortened to fit" if reader.shortened else ""
     print(f"wrote {adapter}: {len(rows):,} pairs, best validation AUC {best or float('nan'):.4f}{shortened}")
