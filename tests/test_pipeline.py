@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import NO_REAL, REAL, ROOT, STAGES, small_config
+from conftest import NO_REAL, REAL, ROOT, STAGES, script, small_config
 from PIL import Image, ImageDraw
 
 from data_processing.jsonl import CONTRACT, read_by_id, read_rows, write_rows
@@ -378,3 +378,39 @@ def test_two_processes_give_the_bytes_of_one(small_run, tmp_path, stage, name):
         assert len(rejected) == 21
         assert {row["user_id"] for row in rejected} == {too_long}
         assert not any(row["user_id"] == too_long for row in read_rows(tmp_path / name))
+
+
+def test_a_limit_in_scoring_counts_users(small_run):
+    small_run.run("MLLM-MSR/test/test_with_llava_sft.py", "--limit", "2", "--hide", "nothing", "--variant", "pilot")
+    rows = read_rows(small_run.folder / "pilot" / "scores.jsonl")
+    assert len(rows) == 2 * 21
+    assert len({row["user_id"] for row in rows}) == 2
+    for path in (small_run.folder / "pilot").iterdir():
+        path.unlink()
+    (small_run.folder / "pilot").rmdir()
+
+
+def test_a_broken_cover_is_told_in_stage_4(small_run, tmp_path):
+    """Not in stages 5 and 6, after hours of GPU time."""
+    for name in ("users", "items", "user_preferences"):
+        (tmp_path / f"{name}.jsonl").write_bytes((small_run.folder / f"{name}.jsonl").read_bytes())
+    (tmp_path / "covers").mkdir()
+    for cover in (small_run.folder / "covers").iterdir():
+        (tmp_path / "covers" / cover.name).write_bytes(cover.read_bytes())
+    user = next(user for user in read_rows(tmp_path / "users.jsonl") if user["split"] == "test")
+    broken = tmp_path / "covers" / f"{user['target']}.png"
+    broken.write_bytes(broken.read_bytes()[:50])
+    small_run.run("MLLM-MSR/test/multi_col_dataset.py", "--data_dir", str(tmp_path), "--output_dir", str(tmp_path))
+    reasons = {row["user_id"]: row["reason"] for row in read_rows(tmp_path / "test.rejected.jsonl")}
+    assert reasons[user["user_id"]].startswith(f"candidate {user['target']}: image {user['target']}.png: not a readable image")
+
+
+def test_a_half_written_checkpoint_is_removed(tmp_path):
+    stage = script("MLLM-MSR/train/train_llava_sft.py")
+    for step, whole in ((9, True), (18, True), (100, False)):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        if whole:
+            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
+    assert stage.last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-18")
+    assert not (tmp_path / "checkpoint-100").exists()
+    assert stage.last_whole_checkpoint(tmp_path / "nowhere") is None

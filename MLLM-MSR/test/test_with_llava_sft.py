@@ -2,6 +2,7 @@
 
 In:  {output_dir}/test.jsonl, {output_dir}/adapter/
 Out: {output_dir}/{variant}/scores.jsonl   user_id, item_id, label, yes_logit, no_logit, score
+     scores.rejected.jsonl                 all pairs of users with a question that cannot be made to fit
 
     python MLLM-MSR/test/test_with_llava_sft.py --config configs/microlens.yaml
     python MLLM-MSR/test/test_with_llava_sft.py --config configs/microlens.yaml --adapter none     (the paper's LLaVA without SFT)
@@ -72,8 +73,8 @@ def main(argv=None):
     if len(pairs) != len(rows):
         raise InputError(f"{test_path} holds a pair twice; make it again with scripts/04_datasets.sh")
     inputs = digests(test_path, args.model, *([adapter] if adapter else []))
-    users = list(dict.fromkeys(row["user_id"] for row in rows))[: args.limit or None]  # --limit counts users: a list is whole
-    limit = sum(row["user_id"] in set(users) for row in rows) if args.limit else 0
+    users = set(list(dict.fromkeys(row["user_id"] for row in rows))[: args.limit or None])  # --limit counts users: a list is whole
+    limit = sum(row["user_id"] in users for row in rows) if args.limit else 0
     outputs = {}
     for hidden in args.hide:
         path, settings = folder / variant_name(args, hidden) / "scores.jsonl", settings_of(args, SPEED_OPTIONS, hidden=hidden)
