@@ -175,3 +175,14 @@ def test_in_bfloat16_candidates_do_not_tie(pairs):
     found = scored(model, processor, folder, rows)
     assert np.abs(found).max() > 16
     assert not (found * 256 == np.round(found * 256)).all(axis=1).any(), "no logit lies on bfloat16's grid"
+
+
+def test_a_template_that_does_not_start_with_the_picture_takes_the_plain_pass(pairs):
+    model, processor = load_multimodal(str(TINY / "llava"))
+    text_part = "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}"
+    image_part = "{% for part in message['content'] if part['type'] == 'image' %}{{ '<image>\\n' }}{% endfor %}"
+    assert image_part + text_part in processor.chat_template
+    processor.chat_template = processor.chat_template.replace(image_part + text_part, text_part + image_part)
+    folder, rows = pairs
+    wanted = one_by_one(model, processor, folder, rows)
+    assert np.abs(scored(model, processor, folder, rows) - wanted).max() < 1e-5 * np.abs(wanted).max()
