@@ -8,16 +8,7 @@ read (generation, scoring) and on the right for training.
 from functools import cached_property
 
 from data_processing.errors import InputError
-from data_processing.prompts import ANSWERS, cut
-
-
-def user_turn(text, images=0):
-    """One user turn in the Hugging Face multimodal format: pictures first, then the text."""
-    return {"role": "user", "content": [*({"type": "image"} for _ in range(images)), {"type": "text", "text": text}]}
-
-
-def answer_turn(text):
-    return {"role": "assistant", "content": [{"type": "text", "text": text}]}
+from data_processing.prompts import ANSWERS, answer_turn, cut, user_turn
 
 
 class Chat:
@@ -125,3 +116,11 @@ def fit(make, texts, fits):
         else:
             high = middle - 1
     return make([cut(text, low) for text in texts]), True
+
+
+def on_device(batch, model):
+    """`batch` on the model's device, its pictures in the model's number format."""
+    batch = batch.to(model.device)
+    if "pixel_values" in batch:
+        batch["pixel_values"] = batch["pixel_values"].to(model.dtype)
+    return batch

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from PIL import Image
 
+from Inference.chat import on_device
+
 
 @dataclass
 class Prompt:
@@ -47,9 +49,7 @@ class Engine:
     def answer(self, prompts):
         """The model's texts for one batch of prompts, either all with a picture or all without."""
         images = [p.image for p in prompts] if prompts[0].image is not None else None
-        batch = self.chat.encode([p.text for p in prompts], images, side="left").to(self.model.device)
-        if "pixel_values" in batch:
-            batch["pixel_values"] = batch["pixel_values"].to(self.model.dtype)
+        batch = on_device(self.chat.encode([p.text for p in prompts], images, side="left"), self.model)
         written = self.model.generate(
             **batch, max_new_tokens=self.max_new_tokens, pad_token_id=self.chat.tokenizer.pad_token_id, **self.sampling
         )

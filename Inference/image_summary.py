@@ -16,10 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from tqdm import tqdm
-
 from data_processing import prompts
-from data_processing.config import CommonArgs, option, parse_args, show
+from data_processing.config import ModelArgs, option, parse_args, show
 from data_processing.errors import run
 from data_processing.images import ImageError, open_image
 from data_processing.jsonl import read_by_id
@@ -31,14 +29,12 @@ SPEED_OPTIONS = ("batch_tokens",)  # another value of these gives the same summa
 
 
 @dataclass
-class Args(CommonArgs):
+class Args(ModelArgs):
     model: str = option("llava-hf/llava-v1.6-mistral-7b-hf", "multimodal chat model, hub id or folder (paper: LLaVA)")
     summary: Literal["image", "fused"] = option("image", "image: released code; fused: paper (image + text + fusion prompt)")
     max_new_tokens: int = option(200, "length of a summary (released code: 200)")
     temperature: float = option(0.0, "0 = greedy; the released code samples")
     top_p: float = option(1.0, "nucleus sampling, used if temperature > 0")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("auto", "auto: bfloat16 on a GPU, float32 on a CPU")
-    attention: str = option("auto", "auto: FlashAttention 2 if installed, else SDPA")
     batch_tokens: int = option(16384, "tokens in a batch, pictures and answers counted")
     retry_rejected: bool = option(False, "try items again that were set aside earlier")
     image_prompt: str = option(prompts.IMAGE, "template of the image prompt")
@@ -101,16 +97,10 @@ def describe_all(items, folder, output, args):
             image = open_image(folder / item["image"])
         except ImageError as error:
             raise Refused(f"image {item['image']}: {error}") from None
-        return (yield from summarise(item, image, ask, args))
+        summary = yield from summarise(item, image, ask, args)
+        return {"item_id": item["item_id"], "summary": summary}
 
-    with output, tqdm(total=len(output.todo), desc="image summaries", unit="item") as progress:
-        for item_id, summary, reason in run_dialogues(engine, ((i, dialogue(items[i])) for i in output.todo)):
-            if reason:
-                output.reject(item_id, reason)
-            else:
-                output.write({"item_id": item_id, "summary": summary})
-            progress.update()
-    print(output.summary())
+    output.fill(run_dialogues(engine, ((i, dialogue(items[i])) for i in output.todo)), "image summaries", "item")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Loading the models: which class, number format, attention and device; the same for tiny and for 7B/8B checkpoints."""
 
 import importlib.util
+import os
 import re
 from pathlib import Path
 
@@ -16,8 +17,6 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 def pick_device():
     """The accelerator of this process (LOCAL_RANK of several), else the CPU."""
     if torch.cuda.is_available():
-        import os
-
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")

@@ -3,12 +3,9 @@
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
-
-from tqdm import tqdm
 
 from data_processing import prompts
-from data_processing.config import CommonArgs, option
+from data_processing.config import ModelArgs, option
 from data_processing.errors import InputError
 from data_processing.jsonl import read_by_id
 from data_processing.prompts import block_text, fill, plain_text
@@ -19,15 +16,13 @@ SPEED_OPTIONS = ("batch_tokens", "summaries", "retry_rejected")  # another value
 
 
 @dataclass
-class PreferenceArgs(CommonArgs):
+class PreferenceArgs(ModelArgs):
     model: str = option("meta-llama/Meta-Llama-3-8B-Instruct", "chat model, hub id or folder (paper: Llama-3-8B-Instruct)")
     summaries: str = option("", "default: {output_dir}/image_summaries.jsonl")
     max_new_tokens: int = option(1024, "length of a preference (released code: 1024)")
     max_prompt_tokens: int = option(0, "0: as many as the model can take beside the answer")
     temperature: float = option(0.6, "0 = greedy (released code: 0.6)")
     top_p: float = option(0.9, "nucleus sampling, used if temperature > 0 (released code: 0.9)")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("auto", "auto: bfloat16 on a GPU, float32 on a CPU")
-    attention: str = option("auto", "auto: FlashAttention 2 if installed, else SDPA")
     batch_tokens: int = option(16384, "tokens in a batch, answers counted")
     retry_rejected: bool = option(False, "try users again that were set aside earlier")
     first_prompt: str = option(prompts.PREFERENCE_FIRST, "template of a history's first block")
@@ -92,14 +87,7 @@ def infer_preferences(args, dialogue_of):
         result = yield from dialogue_of(history, asker.ask, args)
         return {"user_id": user_id, **result, **asker.cut}
 
-    with output, tqdm(total=len(output.todo), desc="preferences", unit="user") as progress:
-        for user_id, row, reason in run_dialogues(engine, ((u, dialogue(u)) for u in output.todo)):
-            if reason:
-                output.reject(user_id, reason)
-            else:
-                output.write(row)
-            progress.update()
-    print(output.summary())
+    output.fill(run_dialogues(engine, ((u, dialogue(u)) for u in output.todo)), "preferences", "user")
 
 
 class Asker:

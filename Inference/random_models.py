@@ -21,6 +21,8 @@ from transformers import (
     MistralConfig,
 )
 
+from Inference.tiny_models.build import special_ids
+
 TINY = Path(__file__).parent / "tiny_models"
 # size -> (vision tower, language model, tile size in pixels, pinpoints)
 LLAVA_SIZES = {
@@ -66,10 +68,9 @@ def random_llava(size="100m", kind="next", seed=0, dtype=torch.float32, device="
     vision, text, tile, pinpoints = LLAVA_SIZES[size]
     processor = copy.deepcopy(AutoProcessor.from_pretrained(TINY / "llava"))
     tokenizer = processor.tokenizer
-    tokens = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     vision_config = CLIPVisionConfig(image_size=tile, projection_dim=vision["hidden_size"], **vision)
     text_config = MistralConfig(
-        **{"vocab_size": len(tokenizer), "sliding_window": None, "max_position_embeddings": 32768, **text, **tokens}
+        **{"vocab_size": len(tokenizer), "sliding_window": None, "max_position_embeddings": 32768, **text, **special_ids(tokenizer)}
     )
     shared = {
         "vision_config": vision_config, "text_config": text_config, "image_token_index": processor.image_token_id,
@@ -96,8 +97,7 @@ def random_llava(size="100m", kind="next", seed=0, dtype=torch.float32, device="
 def random_llama(size="100m", seed=0, dtype=torch.float32, device="cpu"):
     """(model, tokenizer)"""
     tokenizer = AutoTokenizer.from_pretrained(TINY / "llama")
-    tokens = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    config = LlamaConfig(**{"vocab_size": len(tokenizer), "max_position_embeddings": 8192, **LLAMA_SIZES[size], **tokens})
+    config = LlamaConfig(**{"vocab_size": len(tokenizer), "max_position_embeddings": 8192, **LLAMA_SIZES[size], **special_ids(tokenizer)})
     return _built(LlamaForCausalLM, config, seed, dtype, device), tokenizer
 
 

@@ -16,7 +16,8 @@ from PIL import Image
 
 from data_processing.errors import InputError
 from data_processing.images import ImageError, open_image
-from Inference.chat import fit
+from data_processing.pairs import with_preference
+from Inference.chat import fit, on_device
 
 
 class TooLong(Exception):
@@ -51,26 +52,8 @@ class PairReader:
 
         Raises TooLong if the question is too long without any preference.
         """
-        turn = row["messages"][0]
-        prompt = self.chat.render([turn])
-        ids = self.chat.ids(prompt)
-        if not self.max_text_tokens or len(ids) <= self.max_text_tokens:
-            return prompt, ids
-        self.shortened += 1
-        *pictures, question = turn["content"]
-        start, end = row.get("preference_span") or (0, 0)
-        before, preference, after = question["text"][:start], question["text"][start:end], question["text"][end:]
-
-        def with_preference(texts):
-            return self.chat.render([{"role": "user", "content": [*pictures, {"type": "text", "text": before + texts[0] + after}]}])
-
-        prompt, _ = fit(with_preference, [preference], lambda text: self.chat.count(text) <= self.max_text_tokens)
-        ids = self.chat.ids(prompt)
-        if len(ids) > self.max_text_tokens:
-            raise TooLong(
-                f"item {row['item_id']!r}: the question is longer than {self.max_text_tokens} tokens even without a preference; raise "
-                "--max_text_tokens, or lower --max_title_characters in stage 4"
-            )
+        prompt, ids, was_cut = self._fitted(row)
+        self.shortened += was_cut
         return prompt, ids
 
     def too_long(self, rows):
@@ -79,13 +62,33 @@ class PairReader:
         for row in rows:
             text = row["messages"][0]["content"][-1]["text"]
             if self.max_text_tokens and len(text.encode()) + 128 > self.max_text_tokens:  # shorter ones fit for sure
-                counted = self.shortened
                 try:
-                    self.prompt(row)
+                    self._fitted(row)
                 except TooLong as reason:
                     reasons.setdefault(row["user_id"], str(reason))
-                self.shortened = counted
         return reasons
+
+    def _fitted(self, row):
+        """(rendered question, its token ids, was the preference cut)."""
+        prompt = self.chat.render(row["messages"][:1])
+        ids = self.chat.ids(prompt)
+        if not self.max_text_tokens or len(ids) <= self.max_text_tokens:
+            return prompt, ids, False
+        row = {"preference_span": (0, 0), **row}  # another's rows may lack it: then there is nothing to cut
+        start, end = row["preference_span"]
+        preference = row["messages"][0]["content"][-1]["text"][start:end]
+
+        def rendered(texts):
+            return self.chat.render(with_preference(row, texts[0])["messages"])
+
+        prompt, _ = fit(rendered, [preference], lambda text: self.chat.count(text) <= self.max_text_tokens)
+        ids = self.chat.ids(prompt)
+        if len(ids) > self.max_text_tokens:
+            raise TooLong(
+                f"item {row['item_id']!r}: the question is longer than {self.max_text_tokens} tokens even without a preference; raise "
+                "--max_text_tokens, or lower --max_title_characters in stage 4"
+            )
+        return prompt, ids, True
 
 
 def probability(yes_logit, no_logit):
@@ -102,7 +105,7 @@ def group_by_item(rows):
 
 
 @torch.inference_mode()
-def score_pairs(model, reader, rows, batch_tokens=65536, reuse_prefix=True, wanted=None, part=(0, 1)):
+def score_pairs(model, reader, rows, batch_tokens=16384, reuse_prefix=True, wanted=None, part=(0, 1)):
     """Yields (index into rows, yes logit, no logit) for every pair, items together.
 
     batch_tokens: tokens in one batch, padding counted. reuse_prefix: compute what the prompts of one item share only
@@ -110,12 +113,12 @@ def score_pairs(model, reader, rows, batch_tokens=65536, reuse_prefix=True, want
     wanted: indices to yield, None = all; part: (k, n) for the k-th of n processes. What is batched together depends on
     `rows` alone, so that a score's last digits do not depend on what was done before or by whom.
     """
-    chat = reader.chat
+    chat, reuse_prefix = reader.chat, reuse_prefix and _has_plain_positions(model)
     for number, chunk in enumerate(_chunks(group_by_item(rows), batch_tokens, chat, reader, rows)):
         indices = {pair.index for group in chunk for pair in group}
         if number % part[1] != part[0] or (wanted is not None and not indices & wanted):
             continue
-        if reuse_prefix and _has_plain_positions(model):
+        if reuse_prefix:
             scored = _score_with_prefixes(model, chat, chunk, batch_tokens)
         else:
             scored = _score_plainly(model, chat, [pair for group in chunk for pair in group], batch_tokens)
@@ -160,7 +163,7 @@ def _score_plainly(model, chat, pairs, batch_tokens):
     size = max(1, batch_tokens // max(len(pair.ids) for pair in pairs))
     for start in range(0, len(pairs), size):
         part = pairs[start : start + size]
-        batch = _on_device(chat.encode([pair.prompt for pair in part], [pair.image for pair in part], side="left"), model)
+        batch = on_device(chat.encode([pair.prompt for pair in part], [pair.image for pair in part], side="left"), model)
         yield from _read(part, _answer_logits(model, chat, **batch, use_cache=False))
 
 
@@ -177,7 +180,7 @@ def _score_with_prefixes(model, chat, groups, batch_tokens):
         yield from _score_plainly(model, chat, alone, batch_tokens)
     if not shared:
         return
-    first = _on_device(chat.encode([group[0].prompt for group, _ in shared], [group[0].image for group, _ in shared]), model)
+    first = on_device(chat.encode([group[0].prompt for group, _ in shared], [group[0].image for group, _ in shared]), model)
     first["input_ids"], first["attention_mask"] = _left_padded([group[0].ids[:n] for group, n in shared], chat, model.device)
     first["position_ids"] = (first["attention_mask"].cumsum(1) - 1).clamp(min=0)
     cache = model(**first, logits_to_keep=1, use_cache=True).past_key_values
@@ -214,7 +217,7 @@ def _answer_logits(model, chat, **inputs):
         logits = model(**inputs, logits_to_keep=1).logits[:, -1, answers].float()
     finally:
         hook.remove()
-    if logits.shape[0] and layer.weight.dtype != torch.float32:
+    if layer.weight.dtype != torch.float32:
         logits = seen[0][:, -1].float() @ layer.weight[answers].float().T
     return logits
 
@@ -249,10 +252,3 @@ def _select(cache, places):
     chosen.layers = [copy.copy(layer) for layer in cache.layers]
     chosen.batch_select_indices(places)
     return chosen
-
-
-def _on_device(batch, model):
-    batch = batch.to(model.device)
-    if "pixel_values" in batch:
-        batch["pixel_values"] = batch["pixel_values"].to(model.dtype)
-    return batch

@@ -141,7 +141,7 @@ def read_pages(path, item_ids, args, broken):
     refused = [{"file": path.name, "item_id": item_ids[n], "reason": reasons[state[n]]} for n in np.flatnonzero(state < 2)]
     folder = Path(args.data_dir) / "images"
     known = state >= 2
-    has_image = (state == 3) & ~np.isin(item_ids.astype(str), list(broken)) if broken else state == 3
+    has_image = (state == 3) & ~places.isin(broken)
     image = [str(folder / f"{item_id}.jpg") if there else None for item_id, there in zip(item_ids[known], has_image[known], strict=True)]
     return pd.DataFrame({"title": "", "image": pd.Series(image, index=item_ids[known], dtype=object)}, index=item_ids[known]), refused
 
@@ -181,7 +181,7 @@ def main(argv=None):
     def load():
         log, refused = read_reviews(reviews)
         catalogue, without_page = read_pages(pages, log.item_ids, args, broken)
-        if broken and args.require_image and catalogue["image"].isna().all():
+        if broken and catalogue["image"].isna().all():
             raise InputError(
                 f"no image could be had ({rejected} says why); when that is mended: python data_processing/download_images.py "
                 f"--config {args.config} --data_dir {args.data_dir} --retry_rejected true"

@@ -11,6 +11,7 @@ import os
 import sys
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Literal
 
 import yaml
 from transformers import HfArgumentParser
@@ -42,6 +43,14 @@ class CommonArgs:
     seed: int = option(42, "seed of everything random (released code: 42)")
     limit: int = option(0, "only the first N rows, 0 = all; a later run without it goes on")
     overwrite: bool = option(False, "throw away what an earlier run with other settings made")
+
+
+@dataclass
+class ModelArgs(CommonArgs):
+    """What every stage that loads a model can be told besides."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("auto", "auto: bfloat16 on a GPU, float32 on a CPU")
+    attention: str = option("auto", "auto: FlashAttention 2 if installed, else SDPA")
 
 
 def parse_args(args_class, section, argv=None, description=None):

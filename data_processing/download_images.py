@@ -23,7 +23,6 @@ from pathlib import Path
 from urllib.parse import urljoin, urlsplit
 
 import httpcore2
-from tqdm import tqdm
 
 from data_processing.config import CommonArgs, option, parse_args, show
 from data_processing.errors import InputError, run
@@ -180,19 +179,9 @@ def main(argv=None):
     pool = httpcore2.ConnectionPool(
         max_connections=2 * args.workers, max_keepalive_connections=args.workers, network_backend=PublicOnly(args.allow_private),
     )  # fmt: skip
-    with (
-        output,
-        pool,
-        ThreadPoolExecutor(args.workers) as workers,
-        tqdm(total=len(output.todo), desc="images", unit="image") as progress,
-    ):
-        for pair, (row, reason) in in_order(workers, lambda pair: save(pool, *pair, folder, args), output.todo, 4 * args.workers):
-            if reason:
-                output.reject(pair, reason)
-            else:
-                output.write(row)
-            progress.update()
-    print(output.summary())
+    with pool, ThreadPoolExecutor(args.workers) as workers:
+        done = in_order(workers, lambda pair: save(pool, *pair, folder, args), output.todo, 4 * args.workers)
+        output.fill(((pair, *row_and_reason) for pair, row_and_reason in done), "images", "image")
 
 
 def in_order(workers, work, names, ahead):

@@ -96,6 +96,14 @@ def write_rows(path, rows):
             file.write(dump(row))
 
 
+def write_rejected(path, rows):
+    """Writes the rows that were refused, if any; else removes those of an earlier run."""
+    if rows:
+        write_rows(path, rows)
+    else:
+        Path(path).unlink(missing_ok=True)
+
+
 def write_json(path, value):
     """Writes one indented JSON document whole or not at all."""
     with whole_file(path) as file:

@@ -12,6 +12,7 @@ from sklearn.metrics import roc_auc_score
 from data_processing.errors import InputError
 
 CUTOFFS = (3, 5, 10)
+SHOWN = ("auc", "hr@5", "mrr@5", "ndcg@5")  # the columns of every table
 
 
 def by_user(rows, where="scores.jsonl"):
@@ -88,10 +89,8 @@ def evaluate(rows, where="scores.jsonl", cutoffs=CUTOFFS, resamples=1000, seed=0
     Returns dict: auc, auc_per_user, hr@k, mrr@k, ndcg@k, users, candidates, and NAME_ci95: [low, high] for each.
     """
     lists = by_user(rows, where)
-    scores = np.stack([s for s, _ in lists.values()])
+    scores, labels = map(np.stack, zip(*lists.values(), strict=True))
     n_users, n_candidates = scores.shape
-    labels = np.zeros(scores.shape, dtype=int)
-    labels[:, 0] = 1
     values = per_user(scores, cutoffs)
     result = {"auc": pooled_auc(scores, labels), **{name: float(value.mean()) for name, value in values.items()}}
     rng = np.random.default_rng(seed)

@@ -16,14 +16,13 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
 from data_processing.config import option, parse_args, show
 from data_processing.errors import InputError, run
 from data_processing.images import image_index
 from data_processing.split import Log, SplitArgs, run_loader
-from data_processing.tables import first_fields, read_table, set_aside
+from data_processing.tables import first_fields, read_table, set_aside, with_time
 
 
 @dataclass
@@ -54,8 +53,7 @@ def read_pairs(path):
     """(DataFrame of user, item, time, line; refused rows) from pairs.csv or pairs.tsv."""
     if path.suffix == ".csv":
         frame, refused = read_table(path, ("user", "item", "timestamp"))
-        frame["time"] = pd.to_numeric(frame["timestamp"], errors="coerce")
-        return set_aside(frame, frame["time"].isna() | ~np.isfinite(frame["time"]), "the timestamp is not a number", path.name, refused)
+        return with_time(frame, path.name, refused)
     frame, refused = read_table(path, ("user", "items"), delimiter="\t", header=False, quoted=False)
     frame["items"] = frame["items"].str.split()
     frame, refused = set_aside(frame, frame["items"].str.len() == 0, "the user has no items", path.name, refused)

@@ -16,8 +16,8 @@ from data_processing.candidates import candidates
 from data_processing.config import CommonArgs, option
 from data_processing.errors import InputError
 from data_processing.images import ImageError, open_image
-from data_processing.jsonl import read_by_id, relative_path, require, write_rows
-from data_processing.prompts import ANSWERS, cut, fill, plain_text
+from data_processing.jsonl import read_by_id, relative_path, require, write_rejected, write_rows
+from data_processing.prompts import ANSWERS, answer_turn, cut, fill, plain_text, user_turn
 from data_processing.run_record import digests, is_up_to_date, settings_of, write_record
 
 _PREFERENCE = "\0"  # stands where the preference will be; no title can hold it, `plain_text` leaves no such character
@@ -41,9 +41,7 @@ def pair_row(user_id, item, label, image, preference, args, with_answer):
     """One line. image: path relative to the file that the line goes to; messages: Hugging Face multimodal chat turns."""
     title = cut(item["title"], args.max_title_characters) if args.max_title_characters else item["title"]
     text, span = question(title, preference, args.domain, args.recommend_prompt)
-    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}]
-    if with_answer:
-        messages.append({"role": "assistant", "content": [{"type": "text", "text": ANSWERS[label]}]})
+    messages = [user_turn(text, images=1), *([answer_turn(ANSWERS[label])] if with_answer else [])]
     return {
         "user_id": user_id,
         "item_id": item["item_id"],
@@ -51,6 +49,18 @@ def pair_row(user_id, item, label, image, preference, args, with_answer):
         "images": [image],
         "messages": messages,
         "preference_span": span,
+    }
+
+
+def with_preference(row, preference):
+    """A line with another preference in its question; answers are left out."""
+    turn, (start, end) = row["messages"][0], row["preference_span"]
+    *pictures, question = turn["content"]
+    text = question["text"][:start] + preference + question["text"][end:]
+    return {
+        **row,
+        "messages": [{**turn, "content": [*pictures, {"type": "text", "text": text}]}],
+        "preference_span": [start, start + len(preference)],
     }
 
 
@@ -105,10 +115,7 @@ class _PairMaker:
 
         write_rows(path, lines())
         rejected_path = path.with_suffix(".rejected.jsonl")
-        if refused:
-            write_rows(rejected_path, refused)
-        else:
-            rejected_path.unlink(missing_ok=True)
+        write_rejected(rejected_path, refused)
         note = f"; {len(refused):,} users were set aside, each with its reason in {rejected_path}" if refused else ""
         note += f"; {counts['titles_shortened']:,} times a title was shortened" if counts["titles_shortened"] else ""
         print(f"wrote {path}: {counts['rows']:,} pairs of {counts['users']:,} users{note}")

@@ -66,6 +66,15 @@ def plain_text(text):
     return _SPACE.sub(" ", _MARKUP.sub(lambda match: match.group() + " ", text)).strip()
 
 
+def user_turn(text, images=0):
+    """One user turn in the Hugging Face multimodal format: pictures first, then the text."""
+    return {"role": "user", "content": [*({"type": "image"} for _ in range(images)), {"type": "text", "text": text}]}
+
+
+def answer_turn(text):
+    return {"role": "assistant", "content": [{"type": "text", "text": text}]}
+
+
 def cut(text, length):
     """The first `length` characters of `text`, less a word that the cut has broken (if words are parted by blanks)."""
     if len(text) <= length:

@@ -84,6 +84,26 @@ def first_difference(old, new):
     return None
 
 
+def read_state(path):
+    """Settings and inputs of a job under way, as they were written into `path`, or None."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def check_same_job(output, earlier, settings, inputs, was, old):
+    """Raises InputError if one of the `earlier` records or states (None: there is none) tells of another job.
+
+    was, old: for the message, how `output` came to be and what --overwrite would throw away.
+    """
+    for record in filter(None, earlier):
+        for what, new in (("settings", settings), ("inputs", inputs)):
+            difference = first_difference(record[what], new)
+            if difference:
+                raise InputError(
+                    f"{output} was {was} with other {what} ({difference}); choose another --output_dir, or throw {old} away "
+                    "with --overwrite true"
+                )
+
+
 def write_record(output, args, settings, inputs, seconds, rows, **more):
     """Writes the run record of `output`.
 

@@ -26,6 +26,8 @@ from data_processing.jsonl import read_rows, write_rows
 from data_processing.metrics import evaluate
 from data_processing.split import Log, SplitArgs, run_loader
 
+RULES = ("ceiling", "title_only", "no_recency")
+
 
 @dataclass
 class Args(SplitArgs):
@@ -57,7 +59,7 @@ def as_log(items, lives, covers_dir):
 
 def rule_scores(users, items, lives):
     """dict rule -> lines of scores.jsonl for the test users."""
-    rows = {"ceiling": [], "title_only": [], "no_recency": []}
+    rows = {rule: [] for rule in RULES}
     for user in users:
         if user["split"] != "test":
             continue
@@ -90,7 +92,7 @@ def main(argv=None):
             cover.save(covers_dir / f"i{number:03d}.png")
         return as_log(items, lives, covers_dir)
 
-    scores = {rule: Path(args.output_dir) / rule / "scores.jsonl" for rule in ("ceiling", "title_only", "no_recency")}
+    scores = {rule: Path(args.output_dir) / rule / "scores.jsonl" for rule in RULES}
     if run_loader(args, (), load, also=scores.values(), n_covers=len(list(covers_dir.glob("*.png"))) or args.n_items):
         users = read_rows(Path(args.data_dir) / "users.jsonl")
         print(f"\n{'rule':12} AUC   HR@5  (test users; what can be known without a model)")

@@ -29,7 +29,7 @@ import pandas as pd
 
 from data_processing.config import CommonArgs, option, parse_args, show
 from data_processing.errors import InputError, run
-from data_processing.jsonl import dump, read_by_id, relative_path, require, whole_file, write_json, write_rows
+from data_processing.jsonl import dump, read_by_id, relative_path, require, whole_file, write_json, write_rejected, write_rows
 from data_processing.run_record import digests, is_up_to_date, settings_of, write_record
 
 SPLITS = ("train", "validation", "test")
@@ -345,11 +345,9 @@ def run_loader(args, raw_files, load, complete=None, also=(), **more):
     stats["rejected_rows"] = len(refused)
     items, n_users = write_data(items, users, stats, args)
     rejected_path = folder / "interactions.rejected.jsonl"
+    write_rejected(rejected_path, refused)
     if refused:
-        write_rows(rejected_path, refused)
         print(f"{len(refused):,} rows of the raw files were refused; each is in {rejected_path} with its reason")
-    else:
-        rejected_path.unlink(missing_ok=True)
     rows = {"in": stats["raw"]["interactions"], "users": n_users, "items": len(items), "rejected": len(refused)}
     write_record(outputs[0], args, settings, inputs, time.monotonic() - started, rows)
     print_stats(stats, args)
@@ -360,7 +358,7 @@ def run_loader(args, raw_files, load, complete=None, also=(), **more):
 # ------------------------------------------------------------------------------------- your own data set
 def load_own(raw_dir):
     """(Log, catalogue, refused rows) from interactions.csv and catalogue.jsonl in `raw_dir`."""
-    from data_processing.tables import read_table, set_aside
+    from data_processing.tables import read_table, set_aside, with_time
 
     pairs, refused = read_table(Path(raw_dir) / "interactions.csv", ("user", "item", "timestamp"))
     path = Path(raw_dir) / "catalogue.jsonl"
@@ -370,8 +368,7 @@ def load_own(raw_dir):
             raise InputError(f"{path}, item {row['item_id']!r}: title must be a string, image a string or null; correct the line")
     images = [str(path.parent / row["image"]) if row["image"] and (path.parent / row["image"]).is_file() else None for row in rows]
     catalogue = pd.DataFrame({"title": [row["title"] for row in rows], "image": images}, index=[row["item_id"] for row in rows])
-    pairs["time"] = pd.to_numeric(pairs["timestamp"], errors="coerce")
-    pairs, refused = set_aside(pairs, ~np.isfinite(pairs["time"]), "the timestamp is not a number", "interactions.csv", refused)
+    pairs, refused = with_time(pairs, "interactions.csv", refused)
     pairs, refused = set_aside(pairs, pairs["user"] == "", "the user is empty", "interactions.csv", refused)
     pairs, refused = set_aside(
         pairs, ~pairs["item"].isin(catalogue.index), "the item is not in catalogue.jsonl", "interactions.csv", refused

@@ -5,6 +5,8 @@
         for item_id in output.todo:
             output.write({"item_id": item_id, "summary": …})      # or output.reject(item_id, "why")
 
+or, where every result comes with its id, `output.fill(results, "image summaries", "item")` in place of the whole block.
+
 While a stage runs, rows are in `X.jsonl.parts/`, one file per process (`accelerate launch` sets RANK and WORLD_SIZE;
 process r of n is dealt every n-th id). A row is complete or absent: after kill -9, half a line is cut off and the row
 done again. When all ids are done, whoever finishes last joins the parts, in the order of `ids`, so the bytes of
@@ -19,10 +21,11 @@ import time
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+from tqdm import tqdm
 
 from data_processing.errors import InputError
-from data_processing.jsonl import dump, read_lines, write_json, write_rows
-from data_processing.run_record import first_difference, read_record, record_path, write_record
+from data_processing.jsonl import dump, read_lines, write_json, write_rejected, write_rows
+from data_processing.run_record import check_same_job, read_record, read_state, record_path, write_record
 
 
 class StageOutput:
@@ -64,7 +67,7 @@ class StageOutput:
             self.lock.acquire()
         except Timeout:
             raise InputError(f"{self.path} is being written by another process right now; wait for it or stop it") from None
-        write_json(self.parts / "state.json", {"settings": self.settings, "inputs": self.inputs})
+        write_json(self.parts / "state.json", {"settings": self.settings, "inputs": self.inputs})  # read by `read_state`
         self.rows = self._open_part(f"rank-{self.rank}.jsonl")
         self.refused = self._open_part(f"rank-{self.rank}.rejected.jsonl")
         self.written = self.rejected = 0
@@ -82,6 +85,17 @@ class StageOutput:
         self.refused.write(dump({**self._id_fields(row_id), "reason": reason}))
         self.refused.flush()
         self.rejected += 1
+
+    def fill(self, results, what, unit):
+        """Writes or sets aside each (id, row, reason) of `results` (reason None: write), with a progress bar and a summary."""
+        with self, tqdm(total=len(self.todo), desc=what, unit=unit) as progress:
+            for row_id, row, reason in results:
+                if reason:
+                    self.reject(row_id, reason)
+                else:
+                    self.write(row)
+                progress.update()
+        print(self.summary())
 
     def __exit__(self, kind, error, trace):
         for file in (self.rows, self.refused):
@@ -117,14 +131,7 @@ class StageOutput:
             return
         record = read_record(self.path) if self.path.exists() else None
         state = self.parts / "state.json"
-        for old in (record, json.loads(state.read_text()) if state.exists() else None):
-            for what in ("settings", "inputs"):
-                difference = first_difference(old[what], getattr(self, what)) if old else None
-                if difference:
-                    raise InputError(
-                        f"{self.path} was made with other {what} ({difference}); choose another --output_dir, or throw the "
-                        "old rows away with --overwrite true"
-                    )
+        check_same_job(self.path, (record, read_state(state)), self.settings, self.inputs, "made", "the old rows")
         if self.path.exists() and record is None:
             raise InputError(f"{self.path} has no run record beside it, so nobody knows how it was made; move it away")
 
@@ -167,10 +174,7 @@ class StageOutput:
     def _join(self, rows, refused):
         rows, refused = ({i: found[i] for i in self.ids if i in found} for found in (rows, refused))
         write_rows(self.path, rows.values())
-        if refused:
-            write_rows(self.rejected_path, refused.values())
-        else:
-            self.rejected_path.unlink(missing_ok=True)
+        write_rejected(self.rejected_path, refused.values())
         counts = {"asked": len(self.wanted), "out": len(rows), "rejected": len(refused), "written_by_this_run": self.written}
         write_record(self.path, self.args, self.settings, self.inputs, self.seconds, counts, **self.counts)
         shutil.rmtree(self.parts)

@@ -4,6 +4,7 @@ import gzip
 import json
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.csv as pacsv
@@ -93,6 +94,12 @@ def set_aside(frame, bad, reason, name, refused):
         for row in frame.loc[bad].itertuples(index=False)
     ]
     return frame.loc[~bad].reset_index(drop=True), refused + added
+
+
+def with_time(frame, name, refused):
+    """(`frame` with a column time from its column timestamp, `refused` plus the rows where that is no finite number)."""
+    frame["time"] = pd.to_numeric(frame["timestamp"], errors="coerce")
+    return set_aside(frame, ~np.isfinite(frame["time"]), "the timestamp is not a number", name, refused)
 
 
 def first_fields(path, delimiter=","):

@@ -26,7 +26,7 @@ from data_processing.errors import run
 from data_processing.jsonl import write_json
 from data_processing.pairs import PairArgs, pair_row
 from data_processing.run_record import machine
-from Inference.chat import Chat
+from Inference.chat import Chat, on_device
 from Inference.models import DTYPES, pick_device
 from Inference.random_models import LLAVA_SIZES, random_llava
 from Inference.scoring import PairReader, score_pairs
@@ -57,8 +57,7 @@ def one_by_one(model, reader, rows, new_tokens):
     """(pairs, 2) yes and no logits, a pair at a time; new_tokens > 0: by generating so many tokens."""
     chat, found = reader.chat, []
     for row in rows:
-        batch = chat.encode([reader.prompt(row)[0]], [reader.image(row)]).to(model.device)
-        batch["pixel_values"] = batch["pixel_values"].to(model.dtype)
+        batch = on_device(chat.encode([reader.prompt(row)[0]], [reader.image(row)]), model)
         if new_tokens:
             options = {
                 "do_sample": False,

@@ -14,7 +14,9 @@ ROOT = Path(__file__).parent.parent
 TINY = Path(os.environ.get("TINY_MODELS", ROOT / "Inference/tiny_models"))  # another folder: see test_tiny_models.py
 PLACES = (ROOT / "data" / "raw" / "microlens", ROOT.parent / "shared" / "data" / "microlens")
 REAL = next((place for place in PLACES if (place / "MicroLens-50k_pairs.tsv").exists()), None)
-NO_REAL = "MicroLens-50k_pairs.tsv and _titles.csv are not in data/raw/microlens (README, «Real data»)"
+needs_real_data = pytest.mark.skipif(
+    REAL is None, reason="MicroLens-50k_pairs.tsv and _titles.csv are not in data/raw/microlens (README, «Real data»)"
+)
 STAGES = (
     "data_processing/sample.py",
     "Inference/image_summary.py",

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import NO_REAL, REAL
+from conftest import REAL, needs_real_data
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,8 +15,6 @@ from data_processing import microlens, split
 from data_processing.errors import InputError
 from data_processing.jsonl import read_rows
 from data_processing.split import Log, SplitArgs, histories, k_core, prepare, sample_negatives, split_users
-
-needs_real_data = pytest.mark.skipif(REAL is None, reason=NO_REAL)
 
 
 def small_log(rows, images=None):

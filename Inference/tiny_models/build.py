@@ -81,6 +81,11 @@ def new_tokenizer(bos, eos, pad, extra, vocabulary=900):
     )
 
 
+def special_ids(tokenizer):
+    """The ids that a model's configuration repeats from its tokenizer."""
+    return {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+
+
 def new_llava(seed):
     """(model, processor): 64-pixel tiles of 16 patches, one tile beside the overview, so a cover is 32 tokens."""
     torch.manual_seed(seed)
@@ -94,8 +99,7 @@ def new_llava(seed):
     text = MistralConfig(
         vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=MAX_POSITIONS, sliding_window=None,
-        initializer_range=INITIALIZER_RANGE, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        initializer_range=INITIALIZER_RANGE, **special_ids(tokenizer),
     )  # fmt: skip
     config = LlavaNextConfig(
         vision_config=vision,
@@ -131,7 +135,7 @@ def new_llama(seed):
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=MAX_POSITIONS, initializer_range=INITIALIZER_RANGE,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        **special_ids(tokenizer),
     )  # fmt: skip
     model = LlamaForCausalLM(config)
     model.generation_config.eos_token_id = tokenizer.eos_token_id

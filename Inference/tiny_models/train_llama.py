@@ -10,8 +10,6 @@ before a block is the rule's for a random earlier life, so the model must read i
 One CPU core, about 12 minutes.
 """
 
-import argparse
-
 import numpy as np
 import torch
 
@@ -19,7 +17,7 @@ from data_processing import prompts
 from data_processing import sample_world as world
 from Inference.chat import Chat, answer_turn, user_turn
 from Inference.tiny_models.build import new_llama
-from Inference.tiny_models.train_llava import train
+from Inference.tiny_models.train_llava import train, train_and_save
 
 STEPS, BATCH, DIRECT_BATCH = 1500, 32, 8
 SHARE_FIRST = 0.25  # of the prompts; the others are later blocks
@@ -86,14 +84,7 @@ def trained(seed=0):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", required=True, help="folder for the model")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args(argv)
-    model, tokenizer = trained(args.seed)
-    model.to(torch.float16).save_pretrained(args.output)
-    tokenizer.save_pretrained(args.output)
-    print(f"saved {args.output}")
+    train_and_save(trained, __doc__, argv)
 
 
 if __name__ == "__main__":

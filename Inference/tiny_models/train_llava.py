@@ -185,8 +185,9 @@ def trained(seed=0):
     return model.requires_grad_(True), processor
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def train_and_save(trained, description, argv=None):
+    """The command line of both training scripts. trained: (seed) -> (model, processor or tokenizer)."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", required=True, help="folder for the model")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
@@ -194,6 +195,10 @@ def main(argv=None):
     model.half().save_pretrained(args.output)
     processor.save_pretrained(args.output)
     print(f"saved {args.output}")
+
+
+def main(argv=None):
+    train_and_save(trained, __doc__, argv)
 
 
 if __name__ == "__main__":

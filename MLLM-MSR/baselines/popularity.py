@@ -14,7 +14,7 @@ from pathlib import Path
 from data_processing.candidates import popularity_scores
 from data_processing.config import CommonArgs, parse_args, show
 from data_processing.errors import run
-from data_processing.jsonl import read_rows, write_rows
+from data_processing.jsonl import read_rows, require, write_rows
 from data_processing.run_record import digests, is_up_to_date, settings_of, write_record
 
 
@@ -23,12 +23,11 @@ def main(argv=None):
     args = parse_args(CommonArgs, "popularity", argv, __doc__)
     show(args, "baseline: popularity")
     users_path, output = Path(args.data_dir) / "users.jsonl", Path(args.output_dir) / "popularity" / "scores.jsonl"
-    users = read_rows(users_path)
-    settings, inputs = settings_of(args), digests(users_path)
+    settings, inputs = settings_of(args), digests(require(users_path))
     if is_up_to_date([output], settings, inputs, args.overwrite):
         print(f"{output} is up to date, nothing to do")
         return
-    rows = popularity_scores(users)
+    rows = popularity_scores(read_rows(users_path))
     write_rows(output, rows)
     write_record(output, args, settings, inputs, time.monotonic() - started, {"out": len(rows)})
     print(f"wrote {output}: {len(rows):,} scores")

@@ -19,11 +19,10 @@ from pathlib import Path
 from data_processing.config import CommonArgs, option, parse_args, show
 from data_processing.errors import InputError, run
 from data_processing.jsonl import read_rows, write_json
-from data_processing.metrics import aggregate, evaluate
+from data_processing.metrics import SHOWN, aggregate, evaluate
 from data_processing.run_record import is_up_to_date, named_digests, settings_of, write_record
 
 FIRST = ("zero_shot", "sft")  # these rows lead the table, the others follow by name
-SHOWN = ("auc", "hr@5", "mrr@5", "ndcg@5")
 
 
 @dataclass

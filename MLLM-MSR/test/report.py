@@ -25,9 +25,9 @@ from data_processing.config import CommonArgs, option, parse_args, show
 from data_processing.errors import InputError, run
 from data_processing.images import ImageError, open_image
 from data_processing.jsonl import read_by_id, read_rows, require, whole_file
+from data_processing.metrics import SHOWN
 from data_processing.run_record import digests, is_up_to_date, record_path, settings_of, write_record
 
-SHOWN = ("auc", "hr@5", "mrr@5", "ndcg@5")
 STAGES = (
     ("1 data", "users.jsonl"), ("2 image summaries", "image_summaries.jsonl"), ("3 preferences", "user_preferences.jsonl"),
     ("4 pairs", "train.jsonl"), ("5 training", "adapter"), ("6 scoring", "sft/scores.jsonl"),

@@ -14,14 +14,14 @@ LLaVA-v1.6-Mistral-7B: a GPU; its weights take 15 GB in bfloat16; memory and tim
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from tqdm import tqdm
 
 from data_processing.candidates import score_row
-from data_processing.config import CommonArgs, option, parse_args, show
+from data_processing.config import ModelArgs, option, parse_args, show
 from data_processing.errors import InputError, run
 from data_processing.jsonl import read_rows
+from data_processing.pairs import with_preference
 from data_processing.run_record import digests, settings_of
 from data_processing.stage_output import StageOutput
 
@@ -30,7 +30,7 @@ HIDEABLE = ("nothing", "image", "preference")
 
 
 @dataclass
-class Args(CommonArgs):
+class Args(ModelArgs):
     model: str = option("llava-hf/llava-v1.6-mistral-7b-hf", "the model that the adapter was trained on")
     adapter: str = option("", "folder of the LoRA weights, or none; default: {output_dir}/adapter")
     variant: str = option(
@@ -38,8 +38,6 @@ class Args(CommonArgs):
     )
     hide: list[str] = option(["nothing"], f"what the model does not get to see, one variant for each: {', '.join(HIDEABLE)}")
     max_text_tokens: int = option(512, "of one pair, the picture counted as one token, as in training")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("auto", "auto: bfloat16 on a GPU, float32 on a CPU")
-    attention: str = option("auto", "auto: FlashAttention 2 if installed, else SDPA")
     batch_tokens: int = option(16384, "tokens in a batch, pictures counted")
     reuse_prefix: bool = option(True, "compute what all prompts of an item share only once")
 
@@ -47,14 +45,6 @@ class Args(CommonArgs):
 def variant_name(args, hidden):
     name = args.variant or ("zero_shot" if args.adapter == "none" else "sft")
     return name if hidden == "nothing" else f"{name}_no_{hidden}"
-
-
-def without_preference(row):
-    """The pair with an empty preference."""
-    turn = row["messages"][0]
-    text, (start, end) = turn["content"][-1]["text"], row["preference_span"]
-    content = [*turn["content"][:-1], {"type": "text", "text": text[:start] + text[end:]}]
-    return {**row, "messages": [{**turn, "content": content}], "preference_span": [start, start]}
 
 
 def main(argv=None):
@@ -74,7 +64,7 @@ def main(argv=None):
         raise InputError(f"{test_path} holds a pair twice; make it again with scripts/04_datasets.sh")
     inputs = digests(test_path, args.model, *([adapter] if adapter else []))
     users = set(list(dict.fromkeys(row["user_id"] for row in rows))[: args.limit or None])  # --limit counts users: a list is whole
-    limit = sum(row["user_id"] in users for row in rows) if args.limit else 0
+    limit = sum(row["user_id"] in users for row in rows)
     outputs = {}
     for hidden in args.hide:
         path, settings = folder / variant_name(args, hidden) / "scores.jsonl", settings_of(args, SPEED_OPTIONS, hidden=hidden)
@@ -102,7 +92,7 @@ def score_all(pairs, folder, adapter, outputs, args):
         reader = PairReader(Chat(processor), folder, args.max_text_tokens, grey=hidden == "image")
         rows = [pairs[pair] for pair in output.wanted]
         if hidden == "preference":
-            rows = [without_preference(row) for row in rows]
+            rows = [with_preference(row, "") for row in rows]
         too_long = reader.too_long(rows)
         rows, aside = [r for r in rows if r["user_id"] not in too_long], [r for r in rows if r["user_id"] in too_long]
         wanted = {index for index, row in enumerate(rows) if (row["user_id"], row["item_id"]) in output.left}

@@ -11,7 +11,6 @@ Out: {output_dir}/adapter/                LoRA weights that plain PEFT loads, pr
 Sample: 276 steps in about 45 seconds on 2 CPU cores. LLaVA-v1.6-Mistral-7B: a GPU; memory and time: not measured yet.
 """
 
-import json
 import shutil
 import time
 import warnings
@@ -19,17 +18,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from data_processing.config import CommonArgs, option, parse_args, show
+from data_processing.config import ModelArgs, option, parse_args, show
 from data_processing.errors import InputError, run
 from data_processing.jsonl import read_rows, write_json, write_rows
 from data_processing.metrics import by_user, per_user, pooled_auc
-from data_processing.run_record import digests, first_difference, read_record, settings_of, write_record
+from data_processing.run_record import check_same_job, digests, read_record, read_state, settings_of, write_record
 
 SPEED_OPTIONS = ("score_batch_tokens", "workers")  # another value of these gives the same adapter
 
 
 @dataclass
-class Args(CommonArgs):
+class Args(ModelArgs):
     model: str = option("llava-hf/llava-v1.6-mistral-7b-hf", "multimodal chat model, hub id or folder (paper: LLaVA-v1.6-Mistral-7B)")
     epochs: int = option(10, "passes over train.jsonl (paper: 10, released code: 4)")
     learning_rate: float = option(2e-5, "of AdamW (paper and released code: 2e-5)")
@@ -46,8 +45,6 @@ class Args(CommonArgs):
         "answer", "answer: on the answer only; sequence: on all text (paper, equation 2, and released code)"
     )
     max_text_tokens: int = option(512, "of one pair, the picture counted as one token (paper: 512, released code: 1024)")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("auto", "auto: bfloat16 on a GPU, float32 on a CPU")
-    attention: str = option("auto", "auto: FlashAttention 2 if installed, else SDPA")
     gradient_checkpointing: bool = option(False, "recompute instead of store: slower, less memory")
     score_batch_tokens: int = option(16384, "tokens in a batch of the validation")
     workers: int = option(0, "processes that read images ahead of the model")
@@ -120,9 +117,7 @@ def validation_metrics(model, reader, rows, args):
     from Inference.scoring import probability, score_pairs
 
     scored = [{**rows[i], "score": probability(yes, no)} for i, yes, no in score_pairs(model, reader, rows, args.score_batch_tokens)]
-    scores = np.stack([s for s, _ in by_user(scored, "validation.jsonl").values()])
-    labels = np.zeros(scores.shape)
-    labels[:, 0] = 1
+    scores, labels = map(np.stack, zip(*by_user(scored, "validation.jsonl").values(), strict=True))
     return {"auc": pooled_auc(scores, labels), "hr@5": float(per_user(scores)["hr@5"].mean())}
 
 
@@ -149,15 +144,9 @@ def is_done(adapter, settings, inputs, args):
     if args.overwrite:
         for path in (adapter, started.parent):
             shutil.rmtree(path, ignore_errors=True)
-    for old in (read_record(adapter), json.loads(started.read_text()) if started.exists() else None):
-        for what, new in (("settings", settings), ("inputs", inputs)):
-            difference = first_difference(old[what], new) if old else None
-            if difference:
-                raise InputError(
-                    f"{adapter} was trained with other {what} ({difference}); choose another --output_dir, or throw it away "
-                    "with --overwrite true"
-                )
-    return read_record(adapter) is not None
+    record = read_record(adapter)
+    check_same_job(adapter, (record, read_state(started)), settings, inputs, "trained", "it")
+    return record is not None
 
 
 def last_whole_checkpoint(folder):
