@@ -23,9 +23,9 @@ from data_processing.images import ImageError, open_image
 from data_processing.jsonl import read_by_id
 from data_processing.prompts import fill, plain_text
 from data_processing.run_record import digests, settings_of
-from data_processing.stage_output import StageOutput
+from data_processing.stage_output import SHORTENED, StageOutput
 
-SPEED_OPTIONS = ("batch_tokens",)  # another value of these gives the same summaries
+SPEED_OPTIONS = ("batch_tokens", "workers", "retry_rejected")  # another value of these gives the same summaries (in float32)
 
 
 @dataclass
@@ -35,28 +35,24 @@ class Args(ModelArgs):
     max_new_tokens: int = option(200, "length of a summary (released code: 200)")
     temperature: float = option(0.0, "0 = greedy; the released code samples")
     top_p: float = option(1.0, "nucleus sampling, used if temperature > 0")
-    batch_tokens: int = option(16384, "tokens in a batch, pictures and answers counted")
+    batch_tokens: int = option(0, "tokens in a batch, pictures and answers counted; 0: what a GPU's free memory holds, 32,768 on a CPU")
+    workers: int = option(-1, "processes that read pictures ahead of the model; -1: up to 8 beside a GPU, none on a CPU")
     retry_rejected: bool = option(False, "try items again that were set aside earlier")
     image_prompt: str = option(prompts.IMAGE, "template of the image prompt")
     title_prompt: str = option(prompts.TITLE, "template of the text prompt (fused)")
     fusion_prompt: str = option(prompts.FUSION, "template of the fusion prompt (fused)")
 
 
-def summarise(item, image, ask, args):
+def summarise(item, shown, ask, args):
     """The dialogue that makes one item's summary (paper, "Multimodal Summarisation").
 
-    item: a row of items.jsonl; image: its picture; ask: (text, image or None) -> Prompt.
+    item: a row of items.jsonl; shown: the Prompt with the item's picture; ask: (template, texts by name) -> Prompt.
     """
-    image_summary = yield ask(fill(args.image_prompt, args.domain), image)
+    image_summary = yield shown
     if args.summary == "image":
         return image_summary
-    text_summary = yield ask(fill(args.title_prompt, args.domain, title=plain_text(item["title"])), None)
-    return (
-        yield ask(
-            fill(args.fusion_prompt, args.domain, image_summary=plain_text(image_summary), text_summary=plain_text(text_summary)),
-            None,
-        )
-    )
+    text_summary = yield ask(args.title_prompt, title=item["title"])
+    return (yield ask(args.fusion_prompt, image_summary=image_summary, text_summary=text_summary))
 
 
 def main(argv=None):
@@ -65,9 +61,8 @@ def main(argv=None):
     items_path = Path(args.data_dir) / "items.jsonl"
     items = read_by_id(items_path, "item_id")
     path = Path(args.output_dir) / "image_summaries.jsonl"
-    output = StageOutput(
-        path, "item_id", items, args, settings_of(args, SPEED_OPTIONS), digests(items_path, args.model), args.retry_rejected
-    )
+    settings, inputs = settings_of(args, SPEED_OPTIONS), digests(items_path, args.model)
+    output = StageOutput(path, "item_id", items, args, settings, inputs, args.retry_rejected, counted=SHORTENED)
     if output.finished:
         print(f"{path} is up to date, nothing to do")
     else:
@@ -75,32 +70,59 @@ def main(argv=None):
     print(f"next: bash scripts/03_preference.sh {args.config}")
 
 
+class Pictures:
+    """What worker processes read ahead of the model: (item id, its picture in the image prompt as arrays, reason why not)."""
+
+    def __init__(self, ids, items, folder, chat, prompt):
+        self.ids, self.items, self.folder, self.chat, self.prompt = ids, items, folder, chat, prompt
+
+    def __len__(self):
+        return len(self.ids)
+
+    def __getitem__(self, n):
+        item_id = self.ids[n]
+        name = self.items[item_id]["image"]
+        if name is None:
+            return item_id, None, "image: the item has none"
+        try:
+            return item_id, self.chat.encode_one(self.prompt, open_image(self.folder / name)), None
+        except (ImageError, ValueError) as error:  # ValueError: some processors refuse the narrowest pictures
+            return item_id, None, f"image {name}: {error}"
+
+
 def describe_all(items, folder, output, args):
     """Loads the model and writes a summary, or a reason, for every item that is still to do."""
     # Imported here, so that --help and a missing input answer at once.
-    from Inference.chat import Chat, user_turn
-    from Inference.engine import Engine, Prompt, Refused, run_dialogues
-    from Inference.models import load_multimodal
+    from Inference.chat import Chat, fit, user_turn
+    from Inference.engine import Engine, Prompt, Refused, read_ahead, run_dialogues
+    from Inference.models import load_multimodal, room_for_prompts
 
-    model, processor = load_multimodal(args.model, args.dtype, args.attention)
-    chat = Chat(processor)
+    model, processor = load_multimodal(args.model, args.dtype, args.attention, args.quantization)
+    chat, limit = Chat(processor), room_for_prompts(model, args.max_new_tokens)
     engine = Engine(model, chat, args.max_new_tokens, args.batch_tokens, args.temperature, args.top_p, args.seed)
+    pictures = Pictures(output.todo, items, folder, chat, chat.render([user_turn(fill(args.image_prompt, args.domain), images=1)]))
 
-    def ask(text, image):
-        rendered = chat.render([user_turn(text, images=int(image is not None))])
-        return Prompt(rendered, image, chat.count(rendered) + (chat.image_tokens(image) if image else 0))
+    def dialogue(item_id, picture, reason):
+        if reason:
+            raise Refused(reason)
+        cut = []
 
-    def dialogue(item):
-        if item["image"] is None:
-            raise Refused("image: the item has none")
-        try:
-            image = open_image(folder / item["image"])
-        except ImageError as error:
-            raise Refused(f"image {item['image']}: {error}") from None
-        summary = yield from summarise(item, image, ask, args)
-        return {"item_id": item["item_id"], "summary": summary}
+        def ask(template, **texts):
+            def rendered(values):
+                return chat.render([user_turn(fill(template, args.domain, **dict(zip(texts, values, strict=True))))])
 
-    output.fill(run_dialogues(engine, ((i, dialogue(items[i])) for i in output.todo)), "image summaries", "item")
+            prompt, was_cut = fit(rendered, [plain_text(text) for text in texts.values()], lambda text: chat.count(text) <= limit)
+            cut.extend([1] * was_cut)
+            return Prompt(prompt, chat.count(prompt))
+
+        shown = Prompt(pictures.prompt, picture["input_ids"].shape[1], picture)
+        if shown.length > limit:
+            raise Refused(f"image {items[item_id]['image']}: its prompt takes {shown.length} tokens, the model has room for {limit}")
+        summary = yield from summarise(items[item_id], shown, ask, args)
+        return {"item_id": item_id, "summary": summary, **({"shortened": len(cut)} if cut else {})}
+
+    dialogues = ((entry[0], dialogue(*entry)) for entry in read_ahead(pictures, args.workers))
+    output.fill(run_dialogues(engine, dialogues), "image summaries", "item")
 
 
 if __name__ == "__main__":

@@ -2,11 +2,11 @@
 
 import importlib.util
 import os
-import re
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, BitsAndBytesConfig
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES, processor_class_from_name
 from transformers.utils import logging
 
 from data_processing.errors import InputError
@@ -52,40 +52,71 @@ def read_config(name):
         raise InputError(f"the model {name} cannot be read: {_first_sentence(error)}") from None
 
 
-def load_multimodal(name, dtype="auto", attention="auto"):
+def load_multimodal(name, dtype="auto", attention="auto", quantization="none"):
     """(model, processor) of a chat model that takes pictures, in evaluation mode on this process's device."""
     config = read_config(name)
     if not hasattr(config, "vision_config"):
         raise InputError(
             f"the model {name} ({config.model_type}) takes no pictures; name a multimodal --model such as llava-hf/llava-v1.6-mistral-7b-hf"
         )
-    return _load(AutoModelForImageTextToText, name, dtype, attention), _load_processor(AutoProcessor, name)
+    return _load(AutoModelForImageTextToText, name, config, dtype, attention, quantization), _load_processor(AutoProcessor, name, config)
 
 
-def load_text(name, dtype="auto", attention="auto"):
+def load_text(name, dtype="auto", attention="auto", quantization="none"):
     """(model, tokenizer) of a chat model for text, in evaluation mode on this process's device."""
-    read_config(name)
-    return _load(AutoModelForCausalLM, name, dtype, attention), _load_processor(AutoTokenizer, name)
+    config = read_config(name)
+    return _load(AutoModelForCausalLM, name, config, dtype, attention, quantization), _load_processor(AutoTokenizer, name, config)
 
 
-def _load(auto_class, name, dtype, attention):
+def quantization_config(quantization, auto_class, config, dtype):
+    """How bitsandbytes stores the language model's linear layers, or None; the rest (eyes, projector, answers) stays as it is.
+
+    quantization: none; int8 (8 bit); nf4 (4 bit, as in QLoRA), computed in `dtype`.
+    """
+    if quantization == "none":
+        return None
+    with torch.device("meta"):
+        model = auto_class.from_config(config)
+    path = module_path(model, model.get_decoder())
+    # Parts that neither are the language model nor hold it; a part of one that is listed need not be listed.
+    outside = [n for n, _ in model.named_modules() if n and not f"{path}.".startswith(f"{n}.") and not n.startswith(f"{path}.")]
+    outside = [name for name in outside if name.rpartition(".")[0] not in outside]
+    if quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=outside)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype, bnb_4bit_use_double_quant=True,
+        llm_int8_skip_modules=outside,
+    )  # fmt: skip
+
+
+def _load(auto_class, name, config, dtype, attention, quantization):
     device = pick_device()
     dtype = pick_dtype(dtype, device)
     logging.disable_progress_bar()
     try:
         model = auto_class.from_pretrained(
-            name, dtype=dtype, attn_implementation=pick_attention(attention, device, dtype), device_map={"": device}
-        )
+            name, dtype=dtype, attn_implementation=pick_attention(attention, device, dtype), device_map={"": device},
+            quantization_config=quantization_config(quantization, auto_class, config, dtype),
+        )  # fmt: skip
     except (OSError, ValueError) as error:
         raise InputError(f"the model {name} cannot be loaded: {_first_sentence(error)}") from None
+    except ImportError as error:
+        wants = f"--quantization {quantization} --attention {attention}"
+        raise InputError(f"the model {name} cannot be loaded with {wants}, a package is missing: {_first_sentence(error)}") from None
     return model.eval()
 
 
-def _load_processor(auto_class, name):
-    try:
-        processor = auto_class.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{name} has no usable tokenizer or processor: {_first_sentence(error)}") from None
+def _load_processor(auto_class, name, config):
+    problems = []
+    # Processors that also take films want torchvision for that alone; no stage shows a film.
+    for load in (auto_class.from_pretrained, lambda name: without_films(config.model_type).from_pretrained(name)):
+        try:
+            processor = load(name)
+            break
+        except (ImportError, KeyError, OSError, ValueError) as error:
+            problems.append(error)
+    else:
+        raise InputError(f"{name} has no usable tokenizer or processor: {_first_sentence(problems[0])}")
     tokenizer = getattr(processor, "tokenizer", processor)
     if tokenizer.pad_token is None:  # Llama-3 ships without one; padding is masked, so any token does
         tokenizer.pad_token = tokenizer.eos_token
@@ -94,36 +125,27 @@ def _load_processor(auto_class, name):
     return processor
 
 
+def without_films(model_type):
+    """The processor class of a kind of model, less its video part."""
+    processor_class = processor_class_from_name(PROCESSOR_MAPPING_NAMES[model_type])
+    return type(
+        processor_class.__name__, (processor_class,),
+        {"get_attributes": classmethod(lambda cls: ["image_processor", "tokenizer"]), "__module__": processor_class.__module__},
+    )  # fmt: skip
+
+
+def module_path(model, wanted):
+    """Name of a module inside a model."""
+    return next(name for name, module in model.named_modules() if module is wanted)
+
+
 def _first_sentence(error):
     return " ".join(str(error).split())[:300]
 
 
-def language_model_linears(model, names=()):
-    """(regular expression, list) of the linear layers of the LANGUAGE model, by module path.
-
-    names: last parts of the layers' names to take, e.g. ("q_proj", "v_proj"); empty: all of them. The path is asked of
-    the model, because the name of its vision part has changed once already. Raises InputError for unknown names.
-    """
-    decoder = model.get_decoder()
-    path = next(name for name, module in model.named_modules() if module is decoder)
-    found = [f"{path}.{name}" for name, module in decoder.named_modules() if isinstance(module, torch.nn.Linear)]
-    kinds = sorted({name.rsplit(".", 1)[1] for name in found})
-    unknown = sorted(set(names) - set(kinds))
-    if unknown:
-        raise InputError(f"the language model has no linear layers called {unknown[0]!r}; it has {', '.join(kinds)}")
-    chosen = [name for name in found if name.rsplit(".", 1)[1] in (names or kinds)]
-    pattern = rf"{re.escape(path)}\..*\.({'|'.join(names or kinds)})"
-    return pattern, chosen
-
-
-def attach_adapter(model, folder, name):
-    """`model` with the LoRA weights of `folder`, in evaluation mode. Raises InputError if they belong to another base."""
-    from peft import PeftConfig, PeftModel
-
-    base = PeftConfig.from_pretrained(folder).base_model_name_or_path
-    if base and Path(base).name != Path(name).name:
-        raise InputError(f"the adapter {folder} was trained on {base}, not on {name}; pass the matching --model or --adapter")
-    try:
-        return PeftModel.from_pretrained(model, folder).eval()
-    except (RuntimeError, ValueError) as error:
-        raise InputError(f"the adapter {folder} does not fit the model {name}: {_first_sentence(error)}") from None
+def room_for_prompts(model, max_new_tokens):
+    """How many tokens a prompt may have beside an answer of `max_new_tokens`. Raises InputError if there is no room."""
+    longest = model.config.get_text_config().max_position_embeddings
+    if max_new_tokens >= longest:
+        raise InputError(f"--max_new_tokens {max_new_tokens} leaves no room for a prompt: the model takes {longest} tokens in all")
+    return longest - max_new_tokens

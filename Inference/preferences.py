@@ -3,6 +3,7 @@
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from data_processing import prompts
 from data_processing.config import ModelArgs, option
@@ -10,9 +11,11 @@ from data_processing.errors import InputError
 from data_processing.jsonl import read_by_id
 from data_processing.prompts import block_text, fill, plain_text
 from data_processing.run_record import digests, settings_of
-from data_processing.stage_output import StageOutput
+from data_processing.stage_output import SHORTENED, StageOutput
 
-SPEED_OPTIONS = ("batch_tokens", "summaries", "retry_rejected")  # another value of these gives the same preferences
+# Another value of these gives the same preferences (in float32).
+SPEED_OPTIONS = ("batch_tokens", "batching", "summaries", "retry_rejected")
+COUNTED = SHORTENED | {"items_left_out": "items were left out of a prompt"}
 
 
 @dataclass
@@ -23,7 +26,10 @@ class PreferenceArgs(ModelArgs):
     max_prompt_tokens: int = option(0, "0: as many as the model can take beside the answer")
     temperature: float = option(0.6, "0 = greedy (released code: 0.6)")
     top_p: float = option(0.9, "nucleus sampling, used if temperature > 0 (released code: 0.9)")
-    batch_tokens: int = option(16384, "tokens in a batch, answers counted")
+    batch_tokens: int = option(0, "tokens in a batch, answers counted; 0: what a GPU's free memory holds, 32,768 on a CPU")
+    batching: Literal["auto", "continuous", "batches"] = option(
+        "auto", "continuous: a finished text's place is taken at once; batches: of like length; auto: continuous with FlashAttention"
+    )
     retry_rejected: bool = option(False, "try users again that were set aside earlier")
     first_prompt: str = option(prompts.PREFERENCE_FIRST, "template of a history's first block")
 
@@ -65,21 +71,22 @@ def infer_preferences(args, dialogue_of):
     """
     users, items, summaries = read_histories(args)
     path = Path(args.output_dir) / "user_preferences.jsonl"
-    output = StageOutput(
-        path, "user_id", users, args, settings_of(args, SPEED_OPTIONS), digests(*input_paths(args), args.model), args.retry_rejected
-    )
+    settings, inputs = settings_of(args, SPEED_OPTIONS), digests(*input_paths(args), args.model)
+    output = StageOutput(path, "user_id", users, args, settings, inputs, args.retry_rejected, counted=COUNTED)
     if output.finished:
         print(f"{path} is up to date, nothing to do")
         return
     # Imported here, so that --help and a missing input answer at once.
     from Inference.chat import Chat
     from Inference.engine import Engine, run_dialogues
-    from Inference.models import load_text
+    from Inference.models import load_text, room_for_prompts
 
-    model, tokenizer = load_text(args.model, args.dtype, args.attention)
+    model, tokenizer = load_text(args.model, args.dtype, args.attention, args.quantization)
     chat = Chat(tokenizer)
-    engine = Engine(model, chat, args.max_new_tokens, args.batch_tokens, args.temperature, args.top_p, args.seed)
-    limit = args.max_prompt_tokens or model.config.get_text_config().max_position_embeddings - args.max_new_tokens
+    continuous = {"auto": None, "continuous": True, "batches": False}[args.batching]
+    engine = Engine(model, chat, args.max_new_tokens, args.batch_tokens, args.temperature, args.top_p, args.seed, continuous)
+    room = room_for_prompts(model, args.max_new_tokens)
+    limit = min(args.max_prompt_tokens or room, room)
 
     def dialogue(user_id):
         history = [(i, items[i]["title"], summaries[i]) for i in users[user_id]["history"]]
@@ -123,4 +130,4 @@ class Asker:
                 prompt, _ = fit(lambda texts: rendered(texts, [""] * len(texts)), titles, fits)
             if not fits(prompt):
                 raise Refused(f"a prompt for {len(part)} items is longer than {self.limit} tokens even without titles")
-        return Prompt(prompt, None, self.chat.count(prompt))
+        return Prompt(prompt, self.chat.count(prompt))

@@ -19,11 +19,30 @@ from transformers import (
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
     MistralConfig,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLImageProcessorPil,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 
+from Inference.models import without_films
 from Inference.tiny_models.build import special_ids
 
 TINY = Path(__file__).parent / "tiny_models"
+# The form of Qwen's turns.
+CHATML = (
+    "{% for turn in messages %}<|im_start|>{{ turn.role }}\n"
+    "{% if turn.content is string %}{{ turn.content }}{% else %}{% for part in turn.content %}"
+    "{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part.text }}{% endif %}"
+    "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# The form of LLaVA-1.5's turns.
+USER_ASSISTANT = (
+    "{% for turn in messages %}{{ turn.role.upper() }}:"
+    "{% for part in turn.content %}{% if part.type == 'image' %} <image>\n{% else %} {{ part.text }}{% endif %}{% endfor %} "
+    "{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
 # size -> (vision tower, language model, tile size in pixels, pinpoints)
 LLAVA_SIZES = {
     "tiny": (
@@ -89,9 +108,43 @@ def random_llava(size="100m", kind="next", seed=0, dtype=torch.float32, device="
         processor = LlavaProcessor(
             image_processor=CLIPImageProcessorPil(size={"shortest_edge": tile}, crop_size=square), tokenizer=tokenizer,
             patch_size=vision["patch_size"], vision_feature_select_strategy="default", num_additional_image_tokens=1,
-            chat_template=processor.chat_template,
+            chat_template=USER_ASSISTANT,
         )  # fmt: skip
     return _built(model_class, config, seed, dtype, device), processor
+
+
+def random_qwen_vl(seed=0, dtype=torch.float32, device="cpu"):
+    """(model, processor) of a tiny Qwen2.5-VL: other picture tokens, other positions, another template."""
+    tokenizer = _speaking_chatml(AutoTokenizer.from_pretrained(TINY / "llama"))
+    tokens = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in ("vision_start", "vision_end", "image_pad", "video_pad")}
+    text = LLAMA_SIZES["tiny"] | special_ids(tokenizer) | {
+        "vocab_size": len(tokenizer), "max_position_embeddings": 4096,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]},
+    }  # fmt: skip
+    vision = {"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 64, "fullatt_block_indexes": [1]}
+    config = Qwen2_5_VLConfig(
+        text_config=text, vision_config=vision, image_token_id=tokens["image_pad"], video_token_id=tokens["video_pad"],
+        vision_start_token_id=tokens["vision_start"], vision_end_token_id=tokens["vision_end"],
+    )  # fmt: skip
+    pixels = {"shortest_edge": 4 * 28 * 28, "longest_edge": 36 * 28 * 28}
+    processor = without_films("qwen2_5_vl")(Qwen2VLImageProcessorPil(size=pixels), tokenizer, chat_template=CHATML)
+    return _built(Qwen2_5_VLForConditionalGeneration, config, seed, dtype, device), processor
+
+
+def random_qwen3(seed=0, dtype=torch.float32, device="cpu"):
+    """(model, tokenizer) of a tiny Qwen3."""
+    tokenizer = _speaking_chatml(AutoTokenizer.from_pretrained(TINY / "llama"))
+    tokenizer.chat_template = CHATML
+    sizes = LLAMA_SIZES["tiny"] | {"vocab_size": len(tokenizer), "head_dim": 16, "max_position_embeddings": 4096}
+    config = Qwen3Config(**sizes, **special_ids(tokenizer))
+    return _built(Qwen3ForCausalLM, config, seed, dtype, device), tokenizer
+
+
+def _speaking_chatml(tokenizer):
+    names = ("im_start", "im_end", "vision_start", "vision_end", "image_pad", "video_pad")
+    tokenizer.add_special_tokens({"additional_special_tokens": [f"<|{name}|>" for name in names]})
+    tokenizer.eos_token = "<|im_end|>"
+    return tokenizer
 
 
 def random_llama(size="100m", seed=0, dtype=torch.float32, device="cpu"):

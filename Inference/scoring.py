@@ -1,7 +1,6 @@
 """Yes/no logits of (user, candidate) pairs from one forward pass each (paper, equation 1).
 
-`PairReader` turns a line of train/validation/test.jsonl into a rendered prompt and a picture, the same way for training
-and for scoring. `score_pairs` reads the logits at the last position only.
+Prompts and pictures come from a `PairReader`; `score_pairs` reads the logits at the last position only.
 
 The prompt starts with the picture, and a candidate is offered to many users. So pairs are grouped by item: keys and
 values of what their prompts share (picture, title) are computed once, and extended by each user's own text.
@@ -9,86 +8,11 @@ values of what their prompts share (picture, title) are computed once, and exten
 
 import copy
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from PIL import Image
 
-from data_processing.errors import InputError
-from data_processing.images import ImageError, open_image
-from data_processing.pairs import with_preference
-from Inference.chat import fit, on_device
-
-
-class TooLong(Exception):
-    """A question that does not fit; the message says which and what to do."""
-
-
-class PairReader:
-    """Prompts and pictures of the lines of one pairs file.
-
-    folder: where the file lies (image paths are relative to it); max_text_tokens: how long the text of a prompt may be,
-    its picture counted as one token (0: no limit). Longer texts lose the tail of the preference. grey: every picture is
-    a grey one of the same size, to see what the pictures are worth.
-    """
-
-    def __init__(self, chat, folder, max_text_tokens=0, grey=False):
-        self.chat, self.folder, self.max_text_tokens, self.grey = chat, Path(folder), max_text_tokens, grey
-        self.shortened = 0
-
-    def image(self, row):
-        """The picture of the candidate. Raises InputError if it is gone or broken."""
-        path = self.folder / row["images"][0]
-        try:
-            image = open_image(path)
-            return Image.new("RGB", image.size, (128, 128, 128)) if self.grey else image
-        except ImageError as error:
-            raise InputError(
-                f"{path}, item {row['item_id']!r}: {error}; restore it, or make the pairs again with scripts/04_datasets.sh"
-            ) from None
-
-    def prompt(self, row):
-        """(rendered question without the answer, its token ids with the picture as one token).
-
-        Raises TooLong if the question is too long without any preference.
-        """
-        prompt, ids, was_cut = self._fitted(row)
-        self.shortened += was_cut
-        return prompt, ids
-
-    def too_long(self, rows):
-        """dict user_id -> reason, for the users with a pair whose question cannot be made to fit."""
-        reasons = {}
-        for row in rows:
-            text = row["messages"][0]["content"][-1]["text"]
-            if self.max_text_tokens and len(text.encode()) + 128 > self.max_text_tokens:  # shorter ones fit for sure
-                try:
-                    self._fitted(row)
-                except TooLong as reason:
-                    reasons.setdefault(row["user_id"], str(reason))
-        return reasons
-
-    def _fitted(self, row):
-        """(rendered question, its token ids, was the preference cut)."""
-        prompt = self.chat.render(row["messages"][:1])
-        ids = self.chat.ids(prompt)
-        if not self.max_text_tokens or len(ids) <= self.max_text_tokens:
-            return prompt, ids, False
-        row = {"preference_span": (0, 0), **row}  # another's rows may lack it: then there is nothing to cut
-        start, end = row["preference_span"]
-        preference = row["messages"][0]["content"][-1]["text"][start:end]
-
-        def rendered(texts):
-            return self.chat.render(with_preference(row, texts[0])["messages"])
-
-        prompt, _ = fit(rendered, [preference], lambda text: self.chat.count(text) <= self.max_text_tokens)
-        ids = self.chat.ids(prompt)
-        if len(ids) > self.max_text_tokens:
-            raise TooLong(
-                f"item {row['item_id']!r}: the question is longer than {self.max_text_tokens} tokens even without a preference; raise "
-                "--max_text_tokens, or lower --max_title_characters in stage 4"
-            )
-        return prompt, ids, True
+from Inference.chat import on_device
 
 
 def probability(yes_logit, no_logit):
@@ -104,7 +28,7 @@ def group_by_item(rows):
     return list(groups.values())
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference mode: what a model split among GPUs gathers here is used in training, too
 def score_pairs(model, reader, rows, batch_tokens=16384, reuse_prefix=True, wanted=None, part=(0, 1)):
     """Yields (index into rows, yes logit, no logit) for every pair, items together.
 
@@ -113,7 +37,7 @@ def score_pairs(model, reader, rows, batch_tokens=16384, reuse_prefix=True, want
     wanted: indices to yield, None = all; part: (k, n) for the k-th of n processes. What is batched together depends on
     `rows` alone, so that a score's last digits do not depend on what was done before or by whom.
     """
-    chat, reuse_prefix = reader.chat, reuse_prefix and _has_plain_positions(model)
+    chat, reuse_prefix = reader.chat, reuse_prefix and has_plain_positions(model)
     for number, chunk in enumerate(_chunks(group_by_item(rows), batch_tokens, chat, reader, rows)):
         indices = {pair.index for group in chunk for pair in group}
         if number % part[1] != part[0] or (wanted is not None and not indices & wanted):
@@ -153,7 +77,7 @@ def _chunks(groups, batch_tokens, chat, reader, rows):
         yield chunk
 
 
-def _has_plain_positions(model):
+def has_plain_positions(model):
     """False for models that number picture positions in two dimensions (Qwen2.5-VL); their prefix is not reused."""
     return not any(hasattr(module, "get_rope_index") for module in model.modules())
 
@@ -171,7 +95,7 @@ def _score_with_prefixes(model, chat, groups, batch_tokens):
     """First all items' shared beginnings in one left-padded pass, then each pair's own text behind its item's."""
     shared, alone = [], []  # shared: (group, length of what its prompts share)
     for group in groups:
-        length = _common_length([pair.ids for pair in group])
+        length = common_length([pair.ids for pair in group])
         if len(group) > 1 and chat.image_token_id not in group[0].ids[length:]:
             shared.append((group, length))
         else:
@@ -210,16 +134,22 @@ def _answer_logits(model, chat, **inputs):
     The last hidden state is multiplied by the two answers' rows of the output layer in float32: in bfloat16 a logit near
     20 is known to an eighth, and many candidates would tie.
     """
-    answers = [chat.answer_ids[1][0], chat.answer_ids[0][0]]
-    layer, seen = model.get_output_embeddings(), []
-    hook = layer.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    answers, found = [chat.answer_ids[1][0], chat.answer_ids[0][0]], []
+
+    def keep(layer, hidden, logits):  # inside the pass, where weights that are split among GPUs are whole
+        if logits.dtype != torch.float32:
+            with torch.autocast(logits.device.type, enabled=False):  # training computes in 16 bit around it
+                logits = hidden[0][:, -1:].float() @ layer.weight[answers].float().T
+            found.append(logits[:, -1])
+        else:
+            found.append(logits[:, -1, answers])
+
+    hook = model.get_output_embeddings().register_forward_hook(keep)
     try:
-        logits = model(**inputs, logits_to_keep=1).logits[:, -1, answers].float()
+        model(**inputs, logits_to_keep=1)
     finally:
         hook.remove()
-    if layer.weight.dtype != torch.float32:
-        logits = seen[0][:, -1].float() @ layer.weight[answers].float().T
-    return logits
+    return found[0]
 
 
 def _read(pairs, logits):
@@ -228,7 +158,7 @@ def _read(pairs, logits):
         yield pair.index, yes_logit, no_logit
 
 
-def _common_length(ids):
+def common_length(ids):
     """How many leading tokens all lists share; at least one token of each is left over."""
     shortest = min(map(len, ids))
     first = ids[0]

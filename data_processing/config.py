@@ -22,7 +22,7 @@ DEFAULT_CONFIG = "configs/microlens.yaml"
 CONFIG_VARIABLE = "MLLM_MSR_CONFIG"  # environment variable: another default for --config
 # One section per stage; `dataset` names the loader that scripts/01_prepare_data.sh calls.
 SECTIONS = (
-    "common", "data", "download", "image_summary", "preference", "datasets", "train", "score", "popularity", "metrics", "report",
+    "common", "data", "download", "image_summary", "preference", "datasets", "train", "merge", "score", "popularity", "metrics", "report",
 )  # fmt: skip
 
 
@@ -51,6 +51,7 @@ class ModelArgs(CommonArgs):
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("auto", "auto: bfloat16 on a GPU, float32 on a CPU")
     attention: str = option("auto", "auto: FlashAttention 2 if installed, else SDPA")
+    quantization: Literal["none", "int8", "nf4"] = option("none", "of the language model, by bitsandbytes: int8 or nf4 (4 bit)")
 
 
 def parse_args(args_class, section, argv=None, description=None):

@@ -43,6 +43,18 @@ def open_image(path):
         raise ImageError(f"not a readable image ({type(error).__name__}: {reason})") from None
 
 
+def image_size(path):
+    """(width, height) that `open_image` would give, from the file's header alone. Raises ImageError as far as that tells."""
+    try:
+        with Image.open(path) as image:
+            turned = image.getexif().get(0x0112) in (5, 6, 7, 8)
+            return image.size[::-1] if turned else image.size
+    except FileNotFoundError:
+        raise ImageError("the file is missing") from None
+    except Exception as error:  # as above
+        raise ImageError(f"not a readable image ({type(error).__name__})") from None
+
+
 def image_index(folder):
     """dict name without ending -> path of the picture in `folder` (None: no folder, no pictures).
 

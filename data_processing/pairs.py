@@ -15,7 +15,7 @@ from data_processing import prompts
 from data_processing.candidates import candidates
 from data_processing.config import CommonArgs, option
 from data_processing.errors import InputError
-from data_processing.images import ImageError, open_image
+from data_processing.images import ImageError, image_size, open_image
 from data_processing.jsonl import read_by_id, relative_path, require, write_rejected, write_rows
 from data_processing.prompts import ANSWERS, answer_turn, cut, fill, plain_text, user_turn
 from data_processing.run_record import digests, is_up_to_date, settings_of, write_record
@@ -62,6 +62,33 @@ def with_preference(row, preference):
         "messages": [{**turn, "content": [*pictures, {"type": "text", "text": text}]}],
         "preference_span": [start, start + len(preference)],
     }
+
+
+def check_pairs(rows, path):
+    """Checks lines that have answers, before a model is loaded for them. Returns dict picture's path -> (width, height).
+
+    Raises InputError that names the line for a label that is not 0 or 1, an answer that is not the label's, a line without
+    exactly one picture, and a picture that is gone or has no readable header.
+    """
+    sizes = {}
+    for number, row in enumerate(rows, start=1):
+        where = f"{path}, line {number}"
+        again = "make the file again with scripts/04_datasets.sh"
+        if row["label"] not in ANSWERS:
+            raise InputError(f"{where}: the label is {row['label']!r}, it must be 0 or 1; {again}")
+        answer = "".join(part.get("text", "") for turn in row["messages"][1:] for part in turn["content"])
+        if answer != ANSWERS[row["label"]]:
+            wanted = ANSWERS[row["label"]]
+            raise InputError(f"{where}: the answer is {answer[:40]!r}, for the label {row['label']} it must be {wanted!r}; {again}")
+        if len(row["images"]) != 1:
+            raise InputError(f"{where}: there are {len(row['images'])} pictures, there must be one; {again}")
+        image = Path(path).parent / row["images"][0]
+        if image not in sizes:
+            try:
+                sizes[image] = image_size(image)
+            except ImageError as reason:
+                raise InputError(f"{where}: image {row['images'][0]}: {reason}; restore it, or {again}") from None
+    return sizes
 
 
 def input_paths(args):

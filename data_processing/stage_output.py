@@ -10,14 +10,15 @@ or, where every result comes with its id, `output.fill(results, "image summaries
 While a stage runs, rows are in `X.jsonl.parts/`, one file per process (`accelerate launch` sets RANK and WORLD_SIZE;
 process r of n is dealt every n-th id). A row is complete or absent: after kill -9, half a line is cut off and the row
 done again. When all ids are done, whoever finishes last joins the parts, in the order of `ids`, so the bytes of
-X.jsonl depend on neither interruptions nor the number of processes, if the rows do not (greedy generation, scores; a
-model that samples draws anew for what was not done). Refused rows go to `X.rejected.jsonl`.
+X.jsonl depend on neither interruptions nor the number of processes, as far as a row does not depend on what was computed
+beside it (texts and scores in float32). Refused rows go to `X.rejected.jsonl`.
 """
 
 import json
 import os
 import shutil
 import time
+from contextlib import closing
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -27,6 +28,9 @@ from data_processing.errors import InputError
 from data_processing.jsonl import dump, read_lines, write_json, write_rejected, write_rows
 from data_processing.run_record import check_same_job, read_record, read_state, record_path, write_record
 
+# Counts that rows may carry, and what a count says: printed at the end and kept in the run record.
+SHORTENED = {"shortened": "prompts were shortened to fit the model"}
+
 
 class StageOutput:
     """One output file under work.
@@ -35,9 +39,10 @@ class StageOutput:
     (tuples where key is one); settings, inputs: see `run_record`; a change of either since the rows were made is
     refused with an InputError, because rows of two kinds in one file would be worth nothing; with args.overwrite the
     old rows are thrown away. limit (default: args.limit) > 0 asks for the first ids only; a later run goes on from there.
+    counted: see SHORTENED.
     """
 
-    def __init__(self, path, key, ids, args, settings, inputs, retry_rejected=False, limit=None):
+    def __init__(self, path, key, ids, args, settings, inputs, retry_rejected=False, limit=None, counted=None):
         self.path, self.args, self.settings, self.inputs = Path(path), args, settings, inputs
         self.key = key
         self.ids = list(ids)
@@ -48,7 +53,8 @@ class StageOutput:
         self.parts = self.path.with_name(self.path.name + ".parts")
         self.rejected_path = self.path.with_suffix(".rejected.jsonl")
         self.retry_rejected = retry_rejected
-        self.counts = {}  # what a stage wants counted in its record, e.g. shortened prompts
+        self.counted = counted or {}
+        self.counts = {}  # what else a stage wants in its record
         self._check_same_job()
         done = self._read_done()
         self.left = {i for i in self.wanted if i not in done}  # by any process
@@ -87,8 +93,12 @@ class StageOutput:
         self.rejected += 1
 
     def fill(self, results, what, unit):
-        """Writes or sets aside each (id, row, reason) of `results` (reason None: write), with a progress bar and a summary."""
-        with self, tqdm(total=len(self.todo), desc=what, unit=unit) as progress:
+        """Writes or sets aside each (id, row, reason) of `results`, a generator (reason None: write), with a progress bar.
+
+        After a pilot (--limit) it also says what all rows would take.
+        """
+        # closing: what computes ahead must stop when a row cannot be written
+        with self, closing(results), tqdm(total=len(self.todo), desc=what, unit=unit) as progress:
             for row_id, row, reason in results:
                 if reason:
                     self.reject(row_id, reason)
@@ -96,6 +106,13 @@ class StageOutput:
                     self.write(row)
                 progress.update()
         print(self.summary())
+        done = self.written + self.rejected
+        if done and len(self.wanted) < len(self.ids):
+            per_second = done * self.world / self.seconds
+            print(
+                f"at {per_second:.3g} {unit}s a second all {len(self.ids):,} would take {duration(len(self.ids) / per_second)} on this "
+                f"machine{f' with its {self.world} processes' if self.world > 1 else ''}, loading the model not counted"
+            )
 
     def __exit__(self, kind, error, trace):
         for file in (self.rows, self.refused):
@@ -112,7 +129,8 @@ class StageOutput:
         if not self.is_complete:
             return f"this process wrote {self.written:,} rows; {self.path} is joined when the other processes are done"
         refused = f"; {self.n_rejected:,} were set aside, each with its reason in {self.rejected_path}" if self.n_rejected else ""
-        return f"wrote {self.path}: {self.n_rows:,} rows, {self.written:,} of them now, in {self.seconds:.1f} s{refused}"
+        counts = "".join(f"; {self.counts[key]:,} {words}" for key, words in self.counted.items() if self.counts[key])
+        return f"wrote {self.path}: {self.n_rows:,} rows, {self.written:,} of them now, in {self.seconds:.1f} s{refused}{counts}"
 
     # ------------------------------------------------------------------------------------------ inside
     def _row_id(self, row):
@@ -175,7 +193,16 @@ class StageOutput:
         rows, refused = ({i: found[i] for i in self.ids if i in found} for found in (rows, refused))
         write_rows(self.path, rows.values())
         write_rejected(self.rejected_path, refused.values())
+        self.counts |= {key: sum(row.get(key, 0) for row in rows.values()) for key in self.counted}
         counts = {"asked": len(self.wanted), "out": len(rows), "rejected": len(refused), "written_by_this_run": self.written}
         write_record(self.path, self.args, self.settings, self.inputs, self.seconds, counts, **self.counts)
         shutil.rmtree(self.parts)
         self.is_complete, self.n_rows, self.n_rejected = True, len(rows), len(refused)
+
+
+def duration(seconds):
+    """Seconds as a person says them: 42 s, 7 min, 3 h 20 min."""
+    minutes = round(seconds / 60)
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02} min"

@@ -3,4 +3,4 @@
 # Usage: bash scripts/02_image_summary.sh [configs/NAME.yaml] [--limit N] [--model DIR] ...
 # Needs stage 1. Sample: 10 s on 2 CPU cores. LLaVA-v1.6-Mistral-7B: one GPU; memory and time not measured yet.
 source "$(dirname "$0")/common.sh"
-"$PYTHON" Inference/image_summary.py --config "$CONFIG" "$@"
+launch Inference/image_summary.py --config "$CONFIG" "$@"

@@ -3,4 +3,4 @@
 # Usage: bash scripts/03_preference.sh [configs/NAME.yaml] [--limit N] [--model DIR] ...
 # Needs stages 1 and 2. Sample: 40 s on 2 CPU cores. Llama-3-8B: one GPU; memory and time not measured yet.
 source "$(dirname "$0")/common.sh"
-"$PYTHON" Inference/preference_recurrent.py --config "$CONFIG" "$@"
+launch Inference/preference_recurrent.py --config "$CONFIG" "$@"

@@ -3,4 +3,4 @@
 # Usage: bash scripts/05_train.sh [configs/NAME.yaml] [--epochs N] [--batch_size N] ...
 # Needs stage 4. Sample: 60 s on 2 CPU cores. LLaVA-v1.6-Mistral-7B: one GPU; memory and time not measured yet.
 source "$(dirname "$0")/common.sh"
-"$PYTHON" MLLM-MSR/train/train_llava_sft.py --config "$CONFIG" "$@"
+launch MLLM-MSR/train/train_llava_sft.py --config "$CONFIG" "$@"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Times a published procedure beside ours, same machine, same run -> outputs/benchmark/NAME.json
-# Usage: bash scripts/benchmark.sh data|scoring [options of scripts/benchmark_NAME.py]
+# Usage: bash scripts/benchmark.sh data|inference|train|scoring [options of scripts/benchmark_NAME.py]
 source "$(dirname "$0")/common.sh"
 name=${CONFIG##*/} # the first argument
 if [[ ! -f scripts/benchmark_$name.py ]]; then

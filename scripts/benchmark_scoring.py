@@ -14,11 +14,11 @@ import argparse
 import statistics
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
 import torch
+from bench_tools import PREFERENCE, SHAPES, cover, taste, timed
 from PIL import Image
 
 from data_processing import prompts
@@ -28,27 +28,20 @@ from data_processing.pairs import PairArgs, pair_row
 from data_processing.run_record import machine
 from Inference.chat import Chat, on_device
 from Inference.models import DTYPES, pick_device
+from Inference.pair_reader import PairReader
 from Inference.random_models import LLAVA_SIZES, random_llava
-from Inference.scoring import PairReader, score_pairs
+from Inference.scoring import score_pairs
 
 OUTPUT = Path("outputs/benchmark/scoring.json")
-SHAPES = ((400, 300), (300, 400), (360, 360), (500, 280))  # pixels; covers of mixed shapes
-PREFERENCE = (
-    "The user appears to have a preference for short documentaries on travel and food, told in a calm voice, with bright covers, "
-    "large lettering and one person in the middle of the picture; lately more music, less sport, and warmer colours than before."
-)
 
 
 def make_pairs(folder, n_items, n_users):
     """Rows of test.jsonl: each of `n_items` items with a cover of noise, offered to `n_users` users."""
-    rng, rows = np.random.default_rng(0), []
+    rows = []
     for n in range(n_items):
-        width, height = SHAPES[n % len(SHAPES)]
-        Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(Path(folder) / f"{n}.png")
-        for user in range(n_users):
-            taste = " ".join(PREFERENCE.split()[: 20 + (7 * user + n) % 20])
-            item = {"item_id": str(n), "title": f"Number {n}: a day in the mountains"}
-            rows.append(pair_row(f"u{user}", item, 0, f"{n}.png", taste, PairArgs(), with_answer=False))
+        cover(n).save(Path(folder) / f"{n}.png")
+        item = {"item_id": str(n), "title": f"Number {n}: a day in the mountains"}
+        rows += [pair_row(f"u{u}", item, 0, f"{n}.png", taste(u + n), PairArgs(), with_answer=False) for u in range(n_users)]
     return rows
 
 
@@ -75,16 +68,6 @@ def one_by_one(model, reader, rows, new_tokens):
 def ours(model, reader, rows, batch_tokens):
     found = {index: (yes, no) for index, yes, no in score_pairs(model, reader, rows, batch_tokens)}
     return np.array([found[n] for n in range(len(rows))])
-
-
-def timed(work):
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    started = time.perf_counter()
-    result = work()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - started, result
 
 
 def compare(model, chat, folder, n_items, n_users, args):

@@ -11,6 +11,18 @@ if [[ -z ${PYTHON:-} ]]; then
     if [[ -x .venv/bin/python ]]; then PYTHON=.venv/bin/python; else PYTHON=python; fi
 fi
 
+# Runs a script that loads a model: on one device, or as $ACCELERATE says, e.g.
+#   ACCELERATE="--config_file configs/accelerate/multi_gpu.yaml --num_processes 4" bash scripts/02_image_summary.sh …
+launch() {
+    local words
+    read -ra words <<< "${ACCELERATE:-}"
+    if [[ ${#words[@]} -gt 0 ]]; then
+        "$PYTHON" -m accelerate.commands.launch "${words[@]}" "$@"
+    else
+        "$PYTHON" "$@"
+    fi
+}
+
 # The overrides that every script understands, for the scripts of a stage that are not its main one.
 common_overrides() {
     COMMON=()

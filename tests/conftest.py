@@ -2,10 +2,14 @@
 
 import importlib.util
 import os
+import struct
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+from PIL import Image
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may look for a model elsewhere
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -67,3 +71,35 @@ def small_run(tmp_path_factory):
         run(stage)
     yield SimpleNamespace(folder=folder, config=config, run=run)
     os.chdir(before)
+
+
+def pictures_from_the_wild(folder):
+    """Writes pictures that break naive code; returns (names that can be opened, names that cannot)."""
+    folder.mkdir()
+    noise = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
+    picture, exif = Image.fromarray(noise), Image.Exif()
+    exif[0x0112] = 6  # turned by a quarter
+    picture.save(folder / "plain.jpg")
+    picture.convert("CMYK").save(folder / "cmyk.jpg")
+    Image.fromarray(noise[..., 0].astype(np.uint16) * 257).save(folder / "16bit.png")
+    picture.convert("P").save(folder / "palette.png", transparency=7)
+    picture.save(folder / "turned.jpg", exif=exif)
+    picture.save(folder / "moving.gif", save_all=True, append_images=[picture.rotate(90)])
+    picture.resize((1, 1)).save(folder / "1x1.png")
+    picture.resize((20000, 10)).save(folder / "20000x10.png")
+    good = [path.name for path in sorted(folder.iterdir())]
+    (folder / "empty.jpg").write_bytes(b"")
+    (folder / "half.jpg").write_bytes((folder / "plain.jpg").read_bytes()[:900])
+    (folder / "text.jpg").write_text("<html>not found</html>")
+    (folder / "bomb.png").write_bytes(bomb())
+    return good, [path.name for path in sorted(folder.iterdir()) if path.name not in good]
+
+
+def bomb():
+    """A PNG of 60,000 x 60,000 pixels in a few bytes of header."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")

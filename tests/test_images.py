@@ -1,11 +1,10 @@
 """Pictures from the wild: one RGB image, or one reason."""
 
 import io
-import struct
-import zlib
 
 import numpy as np
 import pytest
+from conftest import bomb
 from PIL import Image
 
 from data_processing.images import ImageError, image_index, open_image
@@ -61,16 +60,6 @@ def test_of_an_animation_the_first_frame(tmp_path):
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
     path = saved(tmp_path, frames[0], "moving.gif", save_all=True, append_images=frames[1:])
     assert open_image(path).getpixel((4, 4)) == (255, 0, 0)
-
-
-def bomb():
-    """A PNG of 60,000 x 60,000 pixels in a few bytes of header."""
-
-    def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
 
 
 def jpeg_bytes():

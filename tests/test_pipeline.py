@@ -345,24 +345,20 @@ def test_killed_and_started_again_gives_the_same_bytes(small_run, tmp_path, stag
     assert (tmp_path / name).read_bytes() == undisturbed.read_bytes()
 
 
-@pytest.mark.parametrize(
-    ("stage", "name"),
-    [("Inference/preference_recurrent.py", "user_preferences.jsonl"), ("MLLM-MSR/test/test_with_llava_sft.py", "sft/scores.jsonl")],
-)
-def test_two_processes_give_the_bytes_of_one(small_run, tmp_path, stage, name):
+def test_two_scoring_processes_give_the_bytes_of_one(small_run, tmp_path):
     """Started together, as `accelerate launch --num_processes 2` would; a user whose question cannot fit is set aside whole."""
+    name = "sft/scores.jsonl"
     for path in small_run.folder.iterdir():
-        if path.name not in (Path(name).name, Path(name).parts[0], "test.jsonl") and not path.name.startswith("user_preferences.run"):
+        if path.name not in ("sft", "test.jsonl"):
             (tmp_path / path.name).symlink_to(path)
     rows = read_rows(small_run.folder / "test.jsonl")
     too_long = rows[30]["user_id"]
     rows[30]["messages"][0]["content"][1]["text"] += " word" * 600
     write_rows(tmp_path / "test.jsonl", rows)
-    command = [stage, "--config", str(small_run.config), "--data_dir", str(tmp_path), "--batch_tokens", "2000"]
-    command += ["--hide", "nothing", "--adapter", str(small_run.folder / "adapter")] if "score" in name else []
-    for inputs in ("users", "items", "image_summaries", "test"):
-        (tmp_path / "one").mkdir(exist_ok=True)
-        (tmp_path / "one" / f"{inputs}.jsonl").symlink_to(tmp_path / f"{inputs}.jsonl")
+    command = ["MLLM-MSR/test/test_with_llava_sft.py", "--config", str(small_run.config), "--data_dir", str(tmp_path)]
+    command += ["--batch_tokens", "2000", "--hide", "nothing", "--adapter", str(small_run.folder / "adapter")]
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "test.jsonl").symlink_to(tmp_path / "test.jsonl")
     (tmp_path / "one" / "covers").symlink_to(small_run.folder / "covers")
     assert call(*command, "--output_dir", str(tmp_path / "one")).returncode == 0
     started = [
@@ -373,11 +369,10 @@ def test_two_processes_give_the_bytes_of_one(small_run, tmp_path, stage, name):
     ]
     assert [process.wait(timeout=300) for process in started] == [0, 0]
     assert (tmp_path / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
-    if "score" in name:
-        rejected = read_rows((tmp_path / name).with_suffix(".rejected.jsonl"))
-        assert len(rejected) == 21
-        assert {row["user_id"] for row in rejected} == {too_long}
-        assert not any(row["user_id"] == too_long for row in read_rows(tmp_path / name))
+    rejected = read_rows((tmp_path / name).with_suffix(".rejected.jsonl"))
+    assert len(rejected) == 21
+    assert {row["user_id"] for row in rejected} == {too_long}
+    assert not any(row["user_id"] == too_long for row in read_rows(tmp_path / name))
 
 
 def test_a_limit_in_scoring_counts_users(small_run):

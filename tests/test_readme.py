@@ -92,7 +92,7 @@ def test_every_dependency_is_pinned_and_used():
     assert all(re.fullmatch(r"[\w-]+==[\d.]+", line) for line in lines[:-1])
     code = "".join((ROOT / name).read_text() for name in tracked() if name.endswith(".py"))
     imported_as = {"scikit-learn": "sklearn", "pillow": "PIL", "pyyaml": "yaml"}
-    indirectly = {"accelerate"}  # by transformers.Trainer
+    indirectly = {"psutil", "tensorboard"}  # by transformers: continuous batching on a CPU, --tensorboard
     for line in lines[:-1]:
         name = line.split("==")[0]
         module = imported_as.get(name, name)

@@ -10,9 +10,11 @@ from data_processing import sample_world as world
 from data_processing.errors import InputError
 from data_processing.pairs import pair_row
 from Inference.chat import Chat
-from Inference.models import attach_adapter, load_multimodal
+from Inference.models import load_multimodal
+from Inference.pair_reader import PairReader, TooLong
 from Inference.random_models import random_llava
-from Inference.scoring import PairReader, TooLong, group_by_item, probability, score_pairs
+from Inference.recommender import attach_adapter
+from Inference.scoring import group_by_item, probability, score_pairs
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -59,7 +61,7 @@ def one_by_one(model, processor, folder, rows):
     """The plainest way: each rendered prompt alone through the processor, logits of the last position."""
     chat, found = Chat(processor), []
     for row in rows:
-        text = processor.apply_chat_template(row["messages"])
+        text = processor.apply_chat_template(row["messages"], add_generation_prompt=True)
         batch = processor(text=[text], images=[Image.open(folder / row["images"][0]).convert("RGB")], return_tensors="pt")
         with torch.no_grad():
             logits = model(**batch).logits[0, -1]
@@ -87,6 +89,14 @@ def test_prefix_reuse_changes_no_score_of_another_model(pairs, kind):
     difference = wanted[:, 0] - wanted[:, 1]
     assert difference.std() > 1e-3
     assert (np.argsort(found[:, 0] - found[:, 1]) == np.argsort(difference)).mean() > 0.99
+
+
+def test_logits_keep_their_digits_where_training_computes_in_16_bit(model, pairs):
+    """In bfloat16 a logit near 20 is known to an eighth, and the validation's candidates would tie."""
+    folder, rows = pairs
+    with torch.autocast("cpu", torch.bfloat16):
+        found = torch.from_numpy(scored(*model, folder, rows)).float()
+    assert (found != found.bfloat16().float()).float().mean() > 0.9
 
 
 def test_prefix_reuse_changes_no_score_with_an_adapter(pairs, tmp_path):

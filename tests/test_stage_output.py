@@ -148,6 +148,25 @@ with output:
 """
 
 
+def test_what_computes_ahead_is_stopped_when_a_row_cannot_be_written(tmp_path, monkeypatch):
+    stopped = []
+
+    def results():
+        try:
+            yield from ((item, {"item_id": item}, None) for item in "ab")
+        finally:
+            stopped.append(True)
+
+    def full(self, row):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(StageOutput, "write", full)
+    with pytest.raises(OSError, match="No space left") as caught:
+        open_output(tmp_path, ["a", "b"]).fill(results(), "rows", "row")
+    assert stopped, "while the error is still on its way"
+    assert caught
+
+
 def test_kill_9_loses_no_finished_row(tmp_path):
     environment = {**os.environ, "TESTS": os.path.dirname(__file__)}
     process = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path)], stdout=subprocess.PIPE, env=environment, text=True)

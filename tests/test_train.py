@@ -2,15 +2,20 @@
 
 import json
 import random
+import shutil
 
 import pytest
 import torch
 from conftest import TINY, script, small_config
 
+from data_processing.errors import InputError
 from data_processing.jsonl import read_rows, write_rows
 from Inference.chat import Chat
 from Inference.models import load_multimodal
-from Inference.scoring import PairReader
+from Inference.pair_reader import PairReader
+from Inference.random_models import random_llava, random_qwen_vl
+from Inference.recommender import RecommenderArgs, add_lora, check_adapter, layer_class, load_recommender
+from Inference.trainer import Collator, Order, check_sharing
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -26,18 +31,151 @@ def pairs(small_run):
 
 
 @pytest.fixture
-def collators(stage, pairs):
+def collators(pairs):
     _, processor = load_multimodal(str(TINY / "llava"))
     reader = PairReader(Chat(processor), pairs[0])
-    return stage.Collator(reader, "answer"), stage.Collator(reader, "sequence")
+    return Collator(reader, "answer"), Collator(reader, "sequence")
 
 
-def test_the_training_text_is_the_scoring_text_plus_the_answer(collators, pairs):
-    collator = collators[0]
-    for row in pairs[1][:20]:
-        scoring_text, _ = collator.reader.prompt(row)
-        assert collator.text(row) == scoring_text + collator.chat.answer_texts[row["label"]]
-        assert collator.text(row) == collator.chat.render(row["messages"], answer_follows=False)
+MODELS = {
+    "next": lambda: load_multimodal(str(TINY / "llava")), "1.5": lambda: random_llava("tiny", kind="1.5"), "qwen2.5-vl": random_qwen_vl,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_the_training_text_is_the_scoring_text_plus_the_answer(kind, pairs):
+    chat = Chat(MODELS[kind]()[1])
+    collator = Collator(PairReader(chat, pairs[0]), "answer")
+    for row in pairs[1][:10]:
+        scoring_text, ids = collator.reader.prompt(row)
+        assert collator.text(row) == scoring_text + chat.answer_texts[row["label"]]
+        assert chat.ids(collator.text(row)) == ids + chat.answer_ids[row["label"]], "token for token"
+        whole = chat.render(row["messages"], answer_follows=False)
+        assert whole.startswith(collator.text(row).removesuffix(chat.tokenizer.eos_token))
+        batch = collator([row])
+        asked = chat.expand(ids, chat.image_tokens(collator.reader.image(row)))
+        assert batch["input_ids"][0].tolist() == asked + chat.answer_ids[row["label"]]
+
+
+def gradients(model, batch):
+    """(loss, dict name -> gradient) of one batch."""
+    model.zero_grad()
+    loss = model(**batch).loss
+    loss.backward()
+    return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("kind", ["next", "1.5"])
+def test_a_shared_beginning_changes_neither_loss_nor_gradients(kind, stage, pairs):
+    """Pairs of one item with texts of different lengths, beside an item with one pair."""
+    model, processor = MODELS[kind]()
+    model = add_lora(model, stage.Args(lora_dropout=0.0)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:  # they start as zeros, and so would half of the gradients
+                parameter.normal_(0, 0.05, generator=torch.Generator().manual_seed(len(name)))
+    reader = PairReader(Chat(processor), pairs[0])
+    many = of_one_item(pairs[1])
+    rows = [many[0], pairs[1][0], *many[1:4]]
+    assert len({row["messages"][0]["content"][1]["text"] for row in rows}) == 5
+    shared = Collator(reader, "answer", share=True)(rows)
+    assert len(shared["input_ids"]) == 2, "two items"
+    loss, found = gradients(model, shared)
+    wanted_loss, wanted = gradients(model, Collator(reader, "answer")(rows))
+    assert loss == pytest.approx(wanted_loss, abs=1e-5)
+    assert found.keys() == wanted.keys() != set()
+    for name in wanted:
+        assert torch.allclose(found[name], wanted[name], atol=1e-5, rtol=1e-3), name
+
+
+def of_one_item(rows):
+    """Pairs that are offered the item of the second row, made from other users' pairs."""
+    first, title = rows[1], rows[1]["messages"][0]["content"][1]["text"].partition("\n")[0]
+    made = []
+    for n, row in enumerate(rows[2:6]):
+        own = row["messages"][0]["content"][1]["text"].partition("\n")[2]
+        turn = {**first["messages"][0], "content": [{"type": "image"}, {"type": "text", "text": f"{title}\n{own[n:]}"}]}
+        made.append({**row, "item_id": first["item_id"], "images": first["images"], "messages": [turn, row["messages"][1]]})
+    return made
+
+
+def test_sharing_is_refused_where_it_cannot_be(stage):
+    model = random_llava("tiny")[0]
+    check_sharing(model, stage.Args(batch_size=8))
+    with pytest.raises(InputError, match="--group_by item needs --loss answer"):
+        check_sharing(model, stage.Args(batch_size=8, loss="sequence"))
+    with pytest.raises(InputError, match="--group_by item shares nothing with 1 pairs in a pass; set --batch_size to 4"):
+        check_sharing(model, stage.Args())
+    model.config._attn_implementation = "eager"  # there a mask of True and False would be added to the scores
+    with pytest.raises(InputError, match="--attention sdpa, not llava_next with eager"):
+        check_sharing(model, stage.Args(batch_size=8))
+    with pytest.raises(InputError, match=r"needs a model with plain positions .* not qwen2_5_vl"):
+        check_sharing(random_qwen_vl()[0], stage.Args(batch_size=8))
+
+
+@pytest.mark.parametrize("group_by", ["none", "length", "item"])
+def test_an_epochs_order_is_a_permutation_that_seed_and_epoch_decide(group_by):
+    rows = [{"item_id": str(n % 9), "images": [str(n % 9)]} for n in range(100)]
+    lengths = [50 + (7 * n) % 31 for n in range(100)]
+
+    def order(seed, epoch):
+        sampler = Order(rows, lengths, 8, 8, group_by, seed)
+        sampler.set_epoch(epoch)
+        return list(sampler)
+
+    assert len(order(1, 0)) == 104, "whole steps"
+    assert sorted(order(1, 0)[:100]) == list(range(100)), "every pair once"
+    assert order(1, 0)[100:] == order(1, 0)[:4], "and the first ones again"
+    assert order(1, 0) == order(1, 0)
+    assert len({tuple(order(seed, epoch)) for seed in (1, 2) for epoch in (0, 1)}) == 4
+    batches = [order(1, 0)[start : start + 8] for start in range(0, 100, 8)]
+    spread = sum(max(lengths[n] for n in batch) - min(lengths[n] for n in batch) for batch in batches) / len(batches)
+    items = sum(len({rows[n]["item_id"] for n in batch}) for batch in batches) / len(batches)
+    assert (spread < 15) == (group_by == "length")
+    assert (items < 4) == (group_by == "item")
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_a_step_of_qlora_trains_the_adapter_only(stage, pairs, quantization):
+    args = stage.Args(model=str(TINY / "llava"), quantization=quantization, gradient_checkpointing=True)
+    model, chat = load_recommender(args)
+    model = add_lora(model, args).train()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    loss = model(**Collator(PairReader(chat, pairs[0]), "answer")(pairs[1][:4])).loss
+    loss.backward()
+    optimizer.step()
+    changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert loss.isfinite()
+    assert changed
+    assert all("lora_" in name and "language_model" in name for name in changed)
+
+
+def test_a_single_tile_is_the_picture_as_a_whole(pairs):
+    """Its tokens are the first ones of the full form, and the end of a row."""
+    name = str(TINY / "llava")
+    (whole, full_chat), (model, chat) = (load_recommender(RecommenderArgs(model=name, image_tiles=tiles)) for tiles in ("full", "single"))
+    image = PairReader(chat, pairs[0]).image(pairs[1][0])
+    assert (chat.image_tokens(image), full_chat.image_tokens(image)) == (17, 36)
+    reader = PairReader(chat, pairs[0])
+    batch = Collator(reader, "answer")(pairs[1][:3])
+    assert (batch["input_ids"] == chat.image_token_id).sum(1).tolist() == [17, 17, 17]
+    assert batch["pixel_values"].shape[1] == 1
+    with torch.no_grad():
+        assert model(**batch).loss.isfinite()
+        seen = model.model.get_image_features(batch["pixel_values"], batch["image_sizes"]).pooler_output[0]
+        full = Collator(PairReader(full_chat, pairs[0]), "answer")(pairs[1][:3])
+        everything = whole.model.get_image_features(full["pixel_values"], full["image_sizes"]).pooler_output[0]
+    assert torch.allclose(seen[:16], everything[:16], atol=1e-5)
+    with pytest.raises(InputError, match=r"--image_tiles single is for LLaVA-NeXT; the model .* has no tiles"):
+        load_recommender_of(random_qwen_vl())
+
+
+def load_recommender_of(model_and_processor):
+    """load_recommender for a model that lies in no folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("Inference.models.load_multimodal", lambda *_: model_and_processor)
+        return load_recommender(RecommenderArgs(image_tiles="single"))
 
 
 def test_the_answer_loss_is_the_full_loss_at_the_answer(collators, pairs):
@@ -105,7 +243,7 @@ def tiny_qwen_25_vl():
     "make", [lambda: load_multimodal(str(TINY / "llava"))[0], tiny_llava_15, tiny_qwen_25_vl], ids=["next", "1.5", "qwen"]
 )
 def test_lora_is_on_the_language_model_and_nowhere_else(stage, make):
-    model = stage.add_lora(make(), stage.Args())
+    model = add_lora(make(), stage.Args())
     trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     assert trainable
     assert all("language_model" in name and "lora_" in name for name in trainable)
@@ -115,13 +253,11 @@ def test_lora_is_on_the_language_model_and_nowhere_else(stage, make):
 
 
 def test_lora_layers_can_be_chosen_and_unknown_ones_are_refused(stage):
-    from data_processing.errors import InputError
-
-    model = stage.add_lora(tiny_llava_15(), stage.Args(lora_layers=["q_proj", "v_proj"]))
+    model = add_lora(tiny_llava_15(), stage.Args(lora_layers=["q_proj", "v_proj"]))
     trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     assert {name.split(".lora_")[0].rsplit(".", 1)[1] for name in trainable} == {"q_proj", "v_proj"}
     with pytest.raises(InputError, match="no linear layers called 'query'; it has down_proj"):
-        stage.add_lora(tiny_llava_15(), stage.Args(lora_layers=["query"]))
+        add_lora(tiny_llava_15(), stage.Args(lora_layers=["query"]))
 
 
 @pytest.fixture(scope="module")
@@ -184,8 +320,6 @@ def test_shuffled_labels_give_no_gain(learned):
 
 
 def test_other_settings_are_not_mixed_into_an_adapter(small_run):
-    from data_processing.errors import InputError
-
     before = (small_run.folder / "adapter" / "adapter_model.safetensors").read_bytes()
     with pytest.raises(InputError, match=r"was trained with other settings \(lora_r was 16, is 4\)"):
         small_run.run("MLLM-MSR/train/train_llava_sft.py", "--lora_r", "4")
@@ -193,8 +327,6 @@ def test_other_settings_are_not_mixed_into_an_adapter(small_run):
 
 
 def test_an_empty_training_file_is_refused_before_the_model_is_loaded(small_run, tmp_path, monkeypatch):
-    from data_processing.errors import InputError
-
     for name in ("train", "validation"):
         (tmp_path / f"{name}.jsonl").write_text("")
     monkeypatch.setattr("Inference.models.load_multimodal", None)
@@ -203,17 +335,60 @@ def test_an_empty_training_file_is_refused_before_the_model_is_loaded(small_run,
 
 
 def test_the_adapter_of_another_base_is_refused(small_run, tmp_path):
-    from data_processing.errors import InputError
-    from Inference.models import attach_adapter
-
-    config = json.loads((small_run.folder / "adapter" / "adapter_config.json").read_text())
+    adapter = small_run.folder / "adapter"
+    check_adapter(adapter, str(TINY / "llava"), "full")
+    with pytest.raises(InputError, match=r"was trained with --image_tiles full, not single; score with the same"):
+        check_adapter(adapter, str(TINY / "llava"), "single")
+    moved = tmp_path / "moved"
+    shutil.copytree(TINY / "llava", moved)
+    check_adapter(adapter, str(moved), "full")
+    config = json.loads((adapter / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "someone/other-model"}))
     with pytest.raises(InputError, match=r"was trained on someone/other-model, not on .*llava; pass the matching"):
-        attach_adapter(None, tmp_path, str(TINY / "llava"))
+        check_adapter(tmp_path, str(TINY / "llava"))
+    other = tmp_path / "llava"
+    for part in random_llava("tiny"):
+        part.save_pretrained(other)
+    with pytest.raises(InputError, match=r"which is another model than .*llava \(hidden_size was 128, is 64\); pass the matching"):
+        check_adapter(adapter, str(other))
+    weights = bytearray((moved / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (moved / "model.safetensors").write_bytes(weights)
+    with pytest.raises(InputError, match=r"which is another model than .*moved \(model.safetensors was"):
+        check_adapter(adapter, str(moved))
+
+
+def test_fsdp_is_told_layers_that_every_model_has(stage, monkeypatch):
+    """PEFT takes the names from the environment; without them it looks for a part that LLaVA's vision tower lacks."""
+    from peft.utils.other import fsdp_auto_wrap_policy
+
+    for make in MODELS.values():
+        model = add_lora(make()[0], stage.Args())
+        monkeypatch.setenv("FSDP_TRANSFORMER_CLS_TO_WRAP", layer_class(model))
+        assert fsdp_auto_wrap_policy(model)
+
+
+def test_with_several_gpus_in_sight_a_process_uses_one(stage, tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.TrainingArguments.n_gpu", property(lambda self: getattr(self, "_n_gpu", 4)))
+    options = stage.training_arguments(stage.Args(), tmp_path, "cpu", torch.float32, True)
+    assert options.n_gpu <= 1
+
+
+def test_no_checkpoint_stands_between_an_epochs_last_step_and_its_validation():
+    from types import SimpleNamespace
+
+    from transformers import TrainerControl, TrainerState
+
+    from Inference.trainer import EverySteps
+
+    saves = []
+    for step in range(1, 21):
+        control = TrainerControl()
+        EverySteps(5).on_step_end(SimpleNamespace(num_train_epochs=2.0), TrainerState(global_step=step, max_steps=20), control)
+        saves += [step] if control.should_save else []
+    assert saves == [5, 15]
 
 
 def test_a_text_model_is_refused_as_a_recommender():
-    from data_processing.errors import InputError
-
     with pytest.raises(InputError, match=r"\(llama\) takes no pictures; name a multimodal --model"):
         load_multimodal(str(TINY / "llama"))

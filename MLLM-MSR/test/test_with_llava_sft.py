@@ -18,26 +18,25 @@ from pathlib import Path
 from tqdm import tqdm
 
 from data_processing.candidates import score_row
-from data_processing.config import ModelArgs, option, parse_args, show
+from data_processing.config import option, parse_args, show
 from data_processing.errors import InputError, run
 from data_processing.jsonl import read_rows
 from data_processing.pairs import with_preference
 from data_processing.run_record import digests, settings_of
 from data_processing.stage_output import StageOutput
+from Inference.recommender import RecommenderArgs, attach_adapter, check_adapter, load_recommender
 
 SPEED_OPTIONS = ("batch_tokens", "reuse_prefix", "adapter", "variant", "hide")
 HIDEABLE = ("nothing", "image", "preference")
 
 
 @dataclass
-class Args(ModelArgs):
-    model: str = option("llava-hf/llava-v1.6-mistral-7b-hf", "the model that the adapter was trained on")
+class Args(RecommenderArgs):
     adapter: str = option("", "folder of the LoRA weights, or none; default: {output_dir}/adapter")
     variant: str = option(
         "", "name of the row in metrics.json; default: sft, or zero_shot without adapter, with _no_image or _no_preference behind it"
     )
     hide: list[str] = option(["nothing"], f"what the model does not get to see, one variant for each: {', '.join(HIDEABLE)}")
-    max_text_tokens: int = option(512, "of one pair, the picture counted as one token, as in training")
     batch_tokens: int = option(16384, "tokens in a batch, pictures counted")
     reuse_prefix: bool = option(True, "compute what all prompts of an item share only once")
 
@@ -57,8 +56,8 @@ def main(argv=None):
     adapter = None if args.adapter == "none" else Path(args.adapter or folder / "adapter")
     test_path = folder / "test.jsonl"
     rows = read_rows(test_path)
-    if adapter is not None and not (adapter / "adapter_config.json").exists():
-        raise InputError(f"{adapter} is missing or holds no adapter_config.json; scripts/05_train.sh makes it, or pass --adapter none")
+    if adapter is not None:
+        check_adapter(adapter, args.model, args.image_tiles)
     pairs = {(row["user_id"], row["item_id"]): row for row in rows}
     if len(pairs) != len(rows):
         raise InputError(f"{test_path} holds a pair twice; make it again with scripts/04_datasets.sh")
@@ -81,15 +80,14 @@ def main(argv=None):
 def score_all(pairs, folder, adapter, outputs, args):
     """Loads the model and writes a score for every pair that is still to do. outputs: dict what is hidden -> StageOutput."""
     # Imported here, so that --help and a missing input answer at once.
-    from Inference.chat import Chat
-    from Inference.models import attach_adapter, load_multimodal
-    from Inference.scoring import PairReader, probability, score_pairs
+    from Inference.pair_reader import PairReader
+    from Inference.scoring import probability, score_pairs
 
-    model, processor = load_multimodal(args.model, args.dtype, args.attention)
+    model, chat = load_recommender(args)
     if adapter:
         model = attach_adapter(model, adapter, args.model)
     for hidden, output in outputs.items():
-        reader = PairReader(Chat(processor), folder, args.max_text_tokens, grey=hidden == "image")
+        reader = PairReader(chat, folder, args.max_text_tokens, grey=hidden == "image")
         rows = [pairs[pair] for pair in output.wanted]
         if hidden == "preference":
             rows = [with_preference(row, "") for row in rows]

@@ -3,14 +3,18 @@
 In:  {output_dir}/train.jsonl, {output_dir}/validation.jsonl
 Out: {output_dir}/adapter/                LoRA weights that plain PEFT loads, processor, run.json
      {output_dir}/training_log.jsonl      step, epoch, loss, learning rate, validation AUC and HR@5
+     {output_dir}/training_curve.png      the same as a picture
      {output_dir}/checkpoints/            what the same command goes on from
      {output_dir}/training.rejected.jsonl users with a question that is too long even without a preference
 
     python MLLM-MSR/train/train_llava_sft.py --config configs/microlens.yaml
 
-Sample: 276 steps in about 45 seconds on 2 CPU cores. LLaVA-v1.6-Mistral-7B: a GPU; memory and time: not measured yet.
+Sample: 276 steps in about 45 seconds on 2 CPU cores. LLaVA-v1.6-Mistral-7B: a GPU (README, "Which card for what"); time: not
+measured yet.
 """
 
+import importlib.util
+import os
 import shutil
 import time
 import warnings
@@ -18,22 +22,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from data_processing.config import ModelArgs, option, parse_args, show
+from data_processing.config import option, parse_args, show
 from data_processing.errors import InputError, run
 from data_processing.jsonl import read_rows, write_json, write_rows
-from data_processing.metrics import by_user, per_user, pooled_auc
+from data_processing.pairs import check_pairs
 from data_processing.run_record import check_same_job, digests, read_record, read_state, settings_of, write_record
+from Inference.recommender import RecommenderArgs, add_lora, fingerprint, layer_class, load_recommender
 
-SPEED_OPTIONS = ("score_batch_tokens", "workers")  # another value of these gives the same adapter
+# Another value of these gives the same adapter.
+SPEED_OPTIONS = ("score_batch_tokens", "workers", "save_total", "checkpoint_steps", "logging_steps", "tensorboard")
 
 
 @dataclass
-class Args(ModelArgs):
-    model: str = option("llava-hf/llava-v1.6-mistral-7b-hf", "multimodal chat model, hub id or folder (paper: LLaVA-v1.6-Mistral-7B)")
+class Args(RecommenderArgs):
     epochs: int = option(10, "passes over train.jsonl (paper: 10, released code: 4)")
     learning_rate: float = option(2e-5, "of AdamW (paper and released code: 2e-5)")
-    batch_size: int = option(1, "pairs in one forward pass (paper: 1)")
+    batch_size: int = option(1, "pairs in one pass (paper: 1)")
     accumulation: int = option(8, "passes per step (paper: 8, released code: 4 on each of 6 GPUs)")
+    group_by: Literal["none", "length", "item"] = option(
+        "none", "what shares a pass: length: like lengths; item: pairs of one item, whose common beginning is then read once"
+    )
     warmup_ratio: float = option(0.0, "share of the steps in which the learning rate rises")
     schedule: Literal["linear", "cosine", "constant"] = option("linear", "of the learning rate")
     clip: float = option(1.0, "gradient clipping (released code: 1.0)")
@@ -44,181 +52,155 @@ class Args(ModelArgs):
     loss: Literal["answer", "sequence"] = option(
         "answer", "answer: on the answer only; sequence: on all text (paper, equation 2, and released code)"
     )
-    max_text_tokens: int = option(512, "of one pair, the picture counted as one token (paper: 512, released code: 1024)")
     gradient_checkpointing: bool = option(False, "recompute instead of store: slower, less memory")
+    patience: int = option(0, "stop after so many epochs without a better validation AUC, 0 = never")
+    validation_users: int = option(0, "users whose candidate lists are scored after each epoch, 0 = all")
     score_batch_tokens: int = option(16384, "tokens in a batch of the validation")
     workers: int = option(0, "processes that read images ahead of the model")
+    checkpoint_steps: int = option(200, "a checkpoint every so many steps, besides the one after each epoch")
     save_total: int = option(2, "checkpoints kept; the best is one of them")
-
-
-class Collator:
-    """Lines of train.jsonl -> one right-padded batch with the loss on the answer, or on the whole text.
-
-    The training text is the scoring text plus the answer. With loss "answer", logits are computed for the answer's
-    positions only: `logits_to_keep` (batch, answer length) holds the positions before the answer tokens and
-    `shift_labels` the tokens themselves, which is how transformers takes labels that need no shifting.
-    """
-
-    def __init__(self, reader, loss):
-        self.reader, self.chat, self.loss = reader, reader.chat, loss
-
-    def text(self, row):
-        """The rendered pair, question and answer."""
-        return self.reader.prompt(row)[0] + self.chat.answer_texts[row["label"]]
-
-    def __call__(self, rows):
-        import torch
-
-        batch = self.chat.encode([self.text(row) for row in rows], [self.reader.image(row) for row in rows], side="right")
-        answers = [self.chat.answer_ids[row["label"]] for row in rows]
-        lengths = batch["attention_mask"].sum(1).tolist()
-        for row, length, answer, ids in zip(rows, lengths, answers, batch["input_ids"].tolist(), strict=True):
-            if ids[length - len(answer) : length] != answer:
-                raise InputError(
-                    f"user {row['user_id']!r}, item {row['item_id']!r}: the rendered text does not end with the answer's tokens"
-                )
-        if self.loss == "sequence":
-            not_text = (batch["attention_mask"] == 0) | (batch["input_ids"] == self.chat.image_token_id)
-            batch["labels"] = batch["input_ids"].masked_fill(not_text, -100)
-            return batch
-        longest = max(map(len, answers))
-        place = [
-            [length - len(a) - 1 + k for k in range(len(a))] + [0] * (longest - len(a)) for length, a in zip(lengths, answers, strict=True)
-        ]
-        wanted = [a + [-100] * (longest - len(a)) for a in answers]
-        batch["logits_to_keep"] = torch.tensor(place)
-        batch["labels"] = batch["shift_labels"] = torch.tensor(wanted)
-        return batch
-
-
-def add_lora(model, args):
-    """`model` with LoRA on the linear layers of its language model and nowhere else; prints what is adapted."""
-    from peft import LoraConfig, get_peft_model
-
-    from Inference.models import language_model_linears
-
-    pattern, chosen = language_model_linears(model, args.lora_layers)
-    config = LoraConfig(
-        r=args.lora_r, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout, target_modules=pattern, task_type="CAUSAL_LM"
-    )
-    adapted = get_peft_model(model, config)
-    trainable = {name: p.numel() for name, p in adapted.named_parameters() if p.requires_grad}
-    strays = [name for name in trainable if not any(f".{layer}." in name for layer in chosen)]
-    if strays:
-        raise InputError(f"LoRA would also train {strays[0]}, which is no part of the language model; set --lora_layers")
-    print(f"LoRA on {len(chosen)} linear layers, {pattern}: {sum(trainable.values()):,} trainable parameters")
-    return adapted
-
-
-def validation_metrics(model, reader, rows, args):
-    """dict auc, hr@5 over the validation users' whole candidate lists."""
-    import numpy as np
-
-    from Inference.scoring import probability, score_pairs
-
-    scored = [{**rows[i], "score": probability(yes, no)} for i, yes, no in score_pairs(model, reader, rows, args.score_batch_tokens)]
-    scores, labels = map(np.stack, zip(*by_user(scored, "validation.jsonl").values(), strict=True))
-    return {"auc": pooled_auc(scores, labels), "hr@5": float(per_user(scores)["hr@5"].mean())}
+    logging_steps: int = option(10, "the training log has the mean loss of every so many steps")
+    tensorboard: bool = option(False, "also log for TensorBoard, into {output_dir}/tensorboard")
 
 
 def main(argv=None):
     args = parse_args(Args, "train", argv, __doc__)
     show(args, "stage 5, supervised fine-tuning")
     folder = Path(args.output_dir)
-    train_path, validation_path, adapter = folder / "train.jsonl", folder / "validation.jsonl", folder / "adapter"
-    rows, validation = read_rows(train_path), read_rows(validation_path)
+    paths = [folder / "train.jsonl", folder / "validation.jsonl"]
+    rows, validation = map(read_rows, paths)
     if not rows:
-        raise InputError(f"{train_path} is empty; make it again with scripts/04_datasets.sh and look into train.rejected.jsonl")
-    settings = settings_of(args, SPEED_OPTIONS, limit=args.limit)
-    inputs = digests(train_path, validation_path, args.model)
-    if is_done(adapter, settings, inputs, args):
-        print(f"{adapter} is up to date, nothing to do")
+        raise InputError(f"{paths[0]} is empty; make it again with scripts/04_datasets.sh and look into train.rejected.jsonl")
+    if args.quantization != "none" and os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        raise InputError("FSDP cannot split a model that is loaded with --quantization; use configs/accelerate/multi_gpu.yaml")
+    if args.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise InputError("--tensorboard true wants the package tensorboard; pip install tensorboard, or leave the option out")
+    settings, inputs = settings_of(args, SPEED_OPTIONS, limit=args.limit), digests(*paths, args.model)
+    if is_done(folder / "adapter", settings, inputs, args):
+        print(f"{folder / 'adapter'} is up to date, nothing to do")
     else:
-        train(rows[: args.limit or None], validation, folder, settings, inputs, args)
+        rows, validation = rows[: args.limit or None], first_users(validation, args.validation_users)
+        sizes = check_pairs(rows, paths[0]) | check_pairs(validation, paths[1])
+        train(rows, validation, sizes, folder, settings, inputs, args)
     print(f"next: bash scripts/06_score.sh {args.config}")
+
+
+def first_users(rows, n):
+    """The lines of the first `n` users, 0 = all."""
+    users = set(list(dict.fromkeys(row["user_id"] for row in rows))[: n or None])
+    return [row for row in rows if row["user_id"] in users]
 
 
 def is_done(adapter, settings, inputs, args):
     """True if the adapter was trained with these settings. Raises InputError if it, or a checkpoint, was not."""
     started = adapter.parent / "checkpoints" / "state.json"
+    if args.overwrite and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError(f"--overwrite cannot be used with several processes; delete {adapter} and {started.parent} first")
     if args.overwrite:
         for path in (adapter, started.parent):
             shutil.rmtree(path, ignore_errors=True)
     record = read_record(adapter)
-    check_same_job(adapter, (record, read_state(started)), settings, inputs, "trained", "it")
+    check_same_job(adapter, (record,), settings, inputs, "trained", "it")
+    if record is None:
+        check_same_job(adapter, (read_state(started),), settings | processes(), inputs, "begun", "it")
     return record is not None
 
 
-def last_whole_checkpoint(folder):
+def processes():
+    """What going on must have the same besides the settings: another number of processes is another order of the pairs."""
+    return {"processes": int(os.environ.get("WORLD_SIZE", "1"))}
+
+
+def last_whole_checkpoint(folder, may_delete=True):
     """Path of the last checkpoint that was written to its end, or None; what a killed process left behind is removed."""
     found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rsplit("-", 1)[1]))
-    whole = [path for path in found if (path / "trainer_state.json").exists()]  # the Trainer writes this file last
-    for path in set(found) - set(whole):
+    # The main process writes trainer_state.json last; each process has its own state of chance.
+    whole = [p for p in found if (p / "trainer_state.json").exists() and len(list(p.glob("rng_state*"))) == processes()["processes"]]
+    for path in set(found) - set(whole) if may_delete else ():
         shutil.rmtree(path)
     return str(whole[-1]) if whole else None
 
 
-def train(rows, validation, folder, settings, inputs, args):
-    """Trains, validates after every epoch, and saves the best adapter."""
-    # Imported here, so that --help and a missing input answer at once.
+def training_arguments(args, folder, device_type, dtype, with_validation):
+    """transformers' TrainingArguments for `args`; epochs end with a validation and a checkpoint."""
     import torch
-    from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+    from transformers import TrainingArguments
 
-    from Inference.chat import Chat
-    from Inference.models import load_multimodal, pick_device, pick_dtype
-    from Inference.scoring import PairReader
+    several_on_cpu = device_type == "cpu" and processes()["processes"] > 1
+    options = TrainingArguments(
+        output_dir=str(folder), num_train_epochs=args.epochs, learning_rate=args.learning_rate,
+        per_device_train_batch_size=args.batch_size, gradient_accumulation_steps=args.accumulation,
+        warmup_steps=args.warmup_ratio, lr_scheduler_type=args.schedule, max_grad_norm=args.clip, seed=args.seed,
+        bf16=dtype == torch.bfloat16, fp16=dtype == torch.float16, use_cpu=device_type == "cpu",
+        activation_checkpointing=args.gradient_checkpointing, dataloader_num_workers=args.workers,
+        save_strategy="epoch", eval_strategy="epoch" if with_validation else "no", save_total_limit=args.save_total,
+        load_best_model_at_end=with_validation, metric_for_best_model="auc" if with_validation else None, greater_is_better=True,
+        logging_steps=args.logging_steps, report_to="tensorboard" if args.tensorboard else "none", include_num_input_tokens_seen="all",
+        remove_unused_columns=False, label_names=["labels"],
+        ddp_find_unused_parameters=False, ddp_backend="gloo" if several_on_cpu else None, restore_callback_states_from_checkpoint=True,
+    )  # fmt: skip
+    options._n_gpu = min(options.n_gpu, 1)  # a process that sees several GPUs would wrap the model for all of them by itself
+    return options
+
+
+def train(rows, validation, sizes, folder, settings, inputs, args):
+    """Trains, validates after every epoch, and saves the best adapter. sizes: see `check_pairs`."""
+    # Imported here, so that --help and a missing input answer at once.
+    from transformers import EarlyStoppingCallback, set_seed
+
+    from data_processing import figures
+    from Inference.models import pick_device, pick_dtype
+    from Inference.pair_reader import PairReader
+    from Inference.trainer import AfterLog, Collator, EverySteps, Order, RecommenderTrainer, check_sharing
 
     started = time.monotonic()
     warnings.filterwarnings("ignore", category=FutureWarning)  # renamings announced inside transformers and peft
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / "tensorboard")
     set_seed(args.seed)
-    model, processor = load_multimodal(args.model, args.dtype, args.attention)
-    reader = PairReader(Chat(processor), folder, args.max_text_tokens)
+    model, chat = load_recommender(args)
+    if args.group_by == "item":
+        check_sharing(model, args)
+    os.environ.setdefault("FSDP_TRANSFORMER_CLS_TO_WRAP", layer_class(model))  # else PEFT looks for layers that no tower has
+    reader = PairReader(chat, folder, args.max_text_tokens)
     too_long = reader.too_long([*rows, *validation])
     rows, validation = ([row for row in part if row["user_id"] not in too_long] for part in (rows, validation))
-    write_rows(folder / "training.rejected.jsonl", [{"user_id": user_id, "reason": reason} for user_id, reason in too_long.items()])
+    lengths, shortened = reader.measure(rows, sizes)
     model = add_lora(model, args)
     dtype = pick_dtype(args.dtype, pick_device())
+    options = training_arguments(args, folder / "checkpoints", model.device.type, dtype, bool(validation))
 
-    class Recommender(Trainer):
-        def evaluate(self, *_, **__):
-            """Ranking metrics in place of a loss: they are what the model is chosen by."""
-            self.model.eval()
-            found = validation_metrics(self.model, reader, validation, args)
-            metrics = {f"eval_{name}": value for name, value in found.items()}
-            self.log(metrics)
-            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-            return metrics
+    def write_log(log):
+        write_rows(folder / "training_log.jsonl", log)
+        if "loss" not in log[-1]:
+            (folder / "training_curve.png").write_bytes(figures.training(log))
 
-    class Log(TrainerCallback):
-        def on_log(self, _, state, *__, **___):
-            write_rows(folder / "training_log.jsonl", state.log_history)
-
-    checkpoints = folder / "checkpoints"
-    options = TrainingArguments(
-        output_dir=str(checkpoints), num_train_epochs=args.epochs, learning_rate=args.learning_rate,
-        per_device_train_batch_size=args.batch_size, gradient_accumulation_steps=args.accumulation,
-        warmup_steps=args.warmup_ratio, lr_scheduler_type=args.schedule, max_grad_norm=args.clip, seed=args.seed,
-        bf16=dtype == torch.bfloat16, fp16=dtype == torch.float16, use_cpu=model.device.type == "cpu",
-        activation_checkpointing=args.gradient_checkpointing, dataloader_num_workers=args.workers,
-        logging_steps=10, save_strategy="epoch", eval_strategy="epoch" if validation else "no", save_total_limit=args.save_total,
-        load_best_model_at_end=bool(validation), metric_for_best_model="auc" if validation else None, greater_is_better=True,
-        remove_unused_columns=False, report_to="none", label_names=["labels"],
+    callbacks = [AfterLog(write_log), EverySteps(args.checkpoint_steps)]
+    if args.patience and validation:
+        callbacks.append(EarlyStoppingCallback(args.patience))
+    trainer = RecommenderTrainer(
+        model=model, args=options, train_dataset=rows, eval_dataset=validation, callbacks=callbacks, reader=reader,
+        data_collator=Collator(reader, args.loss, share=args.group_by == "item"), score_batch_tokens=args.score_batch_tokens,
+        order=Order(rows, lengths, options.world_size * args.batch_size * args.accumulation, args.batch_size, args.group_by, args.seed),
     )  # fmt: skip
-    trainer = Recommender(
-        model=model, args=options, train_dataset=rows, eval_dataset=validation, data_collator=Collator(reader, args.loss),
-        callbacks=[Log()],
-    )  # fmt: skip
-    last = last_whole_checkpoint(checkpoints)
-    write_json(checkpoints / "state.json", {"settings": settings, "inputs": inputs})
+    main_process = trainer.is_world_process_zero()
+    last = last_whole_checkpoint(folder / "checkpoints", main_process)
+    if main_process:
+        write_json(folder / "checkpoints" / "state.json", {"settings": settings | processes(), "inputs": inputs})
+        write_rows(folder / "training.rejected.jsonl", [{"user_id": user_id, "reason": reason} for user_id, reason in too_long.items()])
     result = trainer.train(resume_from_checkpoint=last)
-    adapter = folder / "adapter"
-    trainer.model.save_pretrained(adapter)
-    processor.save_pretrained(adapter)
-    best = trainer.state.best_metric
-    counts = {"in": len(rows), "shortened": reader.shortened, "validation_pairs": len(validation), "rejected_users": len(too_long)}
-    write_record(adapter, args, settings, inputs, time.monotonic() - started, counts, loss=result.training_loss, best_validation_auc=best)
-    shortened = f"; {reader.shortened:,} times a preference was shortened to fit" if reader.shortened else ""
-    print(f"wrote {adapter}: {len(rows):,} pairs, best validation AUC {best or float('nan'):.4f}{shortened}")
+    weights = trainer.accelerator.get_state_dict(trainer.model_wrapped) if trainer.is_fsdp_enabled else None
+    if not main_process:
+        return
+    adapter, best = folder / "adapter", trainer.state.best_metric
+    trainer.model.save_pretrained(adapter, state_dict=weights)
+    chat.processor.save_pretrained(adapter)
+    counts = {"in": len(rows), "shortened": shortened, "validation_pairs": len(validation), "rejected_users": len(too_long)}
+    more = {"base": fingerprint(args.model), "dtype": str(dtype).removeprefix("torch."), "loss": result.training_loss}
+    more |= {"best_validation_auc": best, "steps": trainer.state.global_step}
+    write_record(adapter, args, settings, inputs, time.monotonic() - started, counts, **more)
+    cut = f"; of {shortened:,} pairs the preference was shortened to fit" if shortened else ""
+    cut += f"; {len(too_long):,} users were set aside, each with its reason in {folder / 'training.rejected.jsonl'}" if too_long else ""
+    print(f"wrote {adapter}: {len(rows):,} pairs, best validation AUC {best or float('nan'):.4f}{cut}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,38 @@
+"""What the benchmarks share: covers and preferences of realistic size, and a stopwatch."""
+
+import time
+
+import numpy as np
+import torch
+from PIL import Image
+
+SHAPES = ((400, 300), (300, 400), (360, 360), (500, 280), (280, 500), (640, 360))  # pixels; covers of mixed shapes
+PREFERENCE = (
+    "The user appears to have a preference for short documentaries on travel and food, told in a calm voice, with bright covers, "
+    "large lettering and one person in the middle of the picture; lately more music, less sport, and warmer colours than before."
+)
+
+
+def cover(number):
+    """A picture of noise, of a shape and content that `number` decides."""
+    width, height = SHAPES[number % len(SHAPES)]
+    return Image.fromarray(np.random.default_rng(number).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def taste(number):
+    """A preference of 20 to 39 words."""
+    return " ".join(PREFERENCE.split()[: 20 + 7 * number % 20])
+
+
+def timed(work):
+    """(seconds, result) of `work()`, what a GPU still has to do included."""
+    synchronize()
+    started = time.perf_counter()
+    result = work()
+    synchronize()
+    return time.perf_counter() - started, result
+
+
+def synchronize():
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

@@ -1,0 +1,179 @@
+"""Stage 5 as its users run it: going on after a death, several processes, early stopping, logs, bad input, merging."""
+
+import json
+
+import pytest
+import torch
+from conftest import script
+from peft.utils import load_peft_weights
+from test_pipeline import call
+
+from data_processing.errors import InputError
+from data_processing.jsonl import read_rows, write_rows
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+STAGE = "MLLM-MSR/train/train_llava_sft.py"
+# Dies at the start of pass number argv[1], as kill -9 would have it.
+KILLED = """
+import os, runpy, signal, sys
+from transformers import Trainer
+whole, left = Trainer.training_step, int(sys.argv[1])
+def training_step(self, *args, **options):
+    global left
+    left -= 1
+    if left == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return whole(self, *args, **options)
+Trainer.training_step = training_step
+sys.argv = sys.argv[2:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def prepared(small_run, folder):
+    """A folder with the pairs of the small run, and the command that trains there."""
+    folder.mkdir(exist_ok=True)
+    for name in ("train.jsonl", "validation.jsonl", "covers"):
+        (folder / name).symlink_to(small_run.folder / name)
+    return [STAGE, "--config", str(small_run.config), "--data_dir", str(folder), "--output_dir", str(folder)]
+
+
+def losses(folder):
+    return [row["loss"] for row in read_rows(folder / "training_log.jsonl") if "loss" in row]
+
+
+def weights(folder):
+    return load_peft_weights(str(folder / "adapter"))
+
+
+def assert_same_training(one, other, loss, weight):
+    assert len(losses(one)) == len(losses(other)) > 1
+    assert losses(one) == pytest.approx(losses(other), abs=loss)
+    first, second = weights(one), weights(other)
+    assert first.keys() == second.keys() != set()
+    for name in first:
+        assert torch.allclose(first[name], second[name], atol=weight, rtol=0), name
+
+
+@pytest.mark.parametrize(("group_by", "batch_size", "deaths"), [("none", 2, (9, 12)), ("item", 4, (5, 8))])
+def test_a_killed_training_goes_on_as_if_nothing_had_happened(small_run, tmp_path, group_by, batch_size, deaths):
+    """Killed in the first epoch and again in the second, with dropout; losses to 1e-6 and weights to 1e-5."""
+    more = ["--epochs", "2", "--batch_size", str(batch_size), "--accumulation", str(4 // batch_size), "--checkpoint_steps", "3"]
+    more += ["--logging_steps", "1", "--lora_dropout", "0.1", "--group_by", group_by]
+    command = prepared(small_run, tmp_path / "undisturbed")
+    assert call(*command, *more).returncode == 0
+    command = prepared(small_run, tmp_path / "killed")
+    for passes in deaths:
+        assert call("-c", KILLED, str(passes), *command, *more).returncode == -9
+        assert not (tmp_path / "killed" / "adapter").exists()
+    done = call(*command, *more)
+    assert done.returncode == 0, done.stderr
+    assert_same_training(tmp_path / "undisturbed", tmp_path / "killed", 1e-6, 1e-5)
+    logs = [read_rows(tmp_path / name / "training_log.jsonl") for name in ("undisturbed", "killed")]
+    assert [row["step"] for row in logs[0]] == [row["step"] for row in logs[1]]
+    assert [row.get("eval_auc") for row in logs[0]] == [row.get("eval_auc") for row in logs[1]]
+
+
+def test_two_processes_train_like_one_with_twice_the_accumulation(small_run, tmp_path):
+    more = ["--batch_size", "2", "--lora_dropout", "0", "--epochs", "2", "--logging_steps", "1"]
+    one, two = prepared(small_run, tmp_path / "one"), prepared(small_run, tmp_path / "two")
+    done = call(*one, *more, "--accumulation", "4")
+    assert done.returncode == 0, done.stderr
+    launch = ["-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/multi_gpu.yaml", "--num_processes", "2"]
+    done = call(*launch, *two, *more, "--accumulation", "2", OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stderr
+    assert_same_training(tmp_path / "one", tmp_path / "two", 1e-4, 1e-3)
+    records = [json.loads((tmp_path / name / "adapter" / "run.json").read_text()) for name in ("one", "two")]
+    assert records[0]["steps"] == records[1]["steps"], "as many steps, each over as many pairs"
+    assert [record["processes"] for record in records] == [1, 2]
+    logs = [read_rows(tmp_path / name / "training_log.jsonl") for name in ("one", "two")]
+    seen = [max(row.get("num_input_tokens_seen", 0) for row in log) for log in logs]
+    assert seen[0] == seen[1] > 0, "the same pairs were seen"
+    aucs = [[row["eval_auc"] for row in log if "eval_auc" in row] for log in logs]
+    assert aucs[0] == pytest.approx(aucs[1], abs=0.02)
+    assert len(aucs[0]) == 2
+
+
+def test_a_training_that_does_not_get_better_stops_early(small_run, tmp_path, capsys):
+    command = prepared(small_run, tmp_path / "run")
+    script(STAGE).main([*command[1:], "--epochs", "6", "--learning_rate", "0", "--patience", "2", "--tensorboard", "true"])
+    log = read_rows(tmp_path / "run" / "training_log.jsonl")
+    assert len([row for row in log if "eval_auc" in row]) == 3, "the first one, and two that were no better"
+    assert all({"eval_auc", "eval_hr@5"} <= row.keys() for row in log if "eval_auc" in row)
+    assert (tmp_path / "run" / "training_curve.png").read_bytes().startswith(b"\x89PNG")
+    assert list((tmp_path / "run" / "tensorboard").rglob("events.out.tfevents.*"))
+
+
+def test_what_is_cut_is_the_preference_and_it_is_counted(small_run, tmp_path, capsys):
+    command = prepared(small_run, tmp_path / "run")
+    rows = read_rows(tmp_path / "run" / "train.jsonl")
+    (tmp_path / "run" / "train.jsonl").unlink()
+    for row in rows[:3]:
+        turn, (_, end) = row["messages"][0], row["preference_span"]
+        text = turn["content"][1]["text"]
+        turn["content"][1]["text"] = text[:end] + " word" * 500 + text[end:]
+        row["preference_span"][1] = end + 2500
+    write_rows(tmp_path / "run" / "train.jsonl", rows)
+    script(STAGE).main([*command[1:], "--limit", "8"])
+    assert "of 3 pairs the preference was shortened to fit" in capsys.readouterr().out
+    assert json.loads((tmp_path / "run" / "adapter" / "run.json").read_text())["rows"]["shortened"] == 3
+
+
+def spoilt(rows, how):
+    row = rows[4]
+    if how == "picture":
+        row["images"] = ["covers/gone.png"]
+    elif how == "answer":
+        row["messages"][1]["content"][0]["text"] = "Maybe"
+    elif how == "other answer":
+        row["messages"][1]["content"][0]["text"] = {1: "No", 0: "Yes"}[row["label"]]
+    elif how == "label":
+        row["label"] = 2
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("picture", r"train.jsonl, line 5: image covers/gone.png: the file is missing; restore it, or make the file again"),
+        ("answer", r"train.jsonl, line 5: the answer is 'Maybe', for the label . it must be '(Yes|No)'; make the file again"),
+        ("other answer", r"train.jsonl, line 5: the answer is '(Yes|No)', for the label . it must be"),
+        ("label", r"train.jsonl, line 5: the label is 2, it must be 0 or 1; make the file again"),
+    ],
+)
+def test_bad_pairs_are_told_before_the_model_is_loaded(small_run, tmp_path, monkeypatch, how, message):
+    command = prepared(small_run, tmp_path / "run")
+    rows = read_rows(tmp_path / "run" / "train.jsonl")
+    (tmp_path / "run" / "train.jsonl").unlink()
+    write_rows(tmp_path / "run" / "train.jsonl", spoilt(rows, how))
+    monkeypatch.setattr("Inference.models._load", None)
+    with pytest.raises(InputError, match=message):
+        script(STAGE).main(command[1:])
+
+
+def test_a_checkpoint_of_other_settings_is_not_gone_on_from(small_run, tmp_path, monkeypatch):
+    command = prepared(small_run, tmp_path / "run")
+    assert call("-c", KILLED, "9", *command, "--batch_size", "2", "--checkpoint_steps", "3").returncode == -9
+    assert list((tmp_path / "run" / "checkpoints").glob("checkpoint-*"))
+    with pytest.raises(InputError, match=r"begun with other settings \(batch_size was 2, is 16\)"):
+        script(STAGE).main(command[1:])
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match=r"begun with other settings \(processes was 1, is 2\)"):
+        script(STAGE).main([*command[1:], "--batch_size", "2"])
+
+
+def test_a_merged_model_scores_like_base_and_adapter(small_run, tmp_path):
+    merged = tmp_path / "merged"
+    small_run.run("MLLM-MSR/train/merge_adapter.py", "--merged", str(merged))
+    where = ["--model", str(merged), "--adapter", "none", "--variant", "merged", "--hide", "nothing"]
+    small_run.run("MLLM-MSR/test/test_with_llava_sft.py", *where)
+    wanted = {(row["user_id"], row["item_id"]): row["score"] for row in read_rows(small_run.folder / "sft" / "scores.jsonl")}
+    found = {(row["user_id"], row["item_id"]): row["score"] for row in read_rows(small_run.folder / "merged" / "scores.jsonl")}
+    assert found == pytest.approx(wanted, abs=1e-4)
+    base = {(row["user_id"], row["item_id"]): row["score"] for row in read_rows(small_run.folder / "zero_shot" / "scores.jsonl")}
+    assert max(abs(base[pair] - wanted[pair]) for pair in wanted) > 0.01, "the adapter does something"
+    (small_run.folder / "merged" / "scores.jsonl").unlink()
+    (small_run.folder / "merged" / "scores.run.json").unlink()
+    (small_run.folder / "merged").rmdir()
+    assert not list(merged.glob("adapter*"))
