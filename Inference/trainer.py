@@ -125,7 +125,8 @@ class Order(torch.utils.data.Sampler):
 
     rows: lines of train.jsonl; lengths: tokens of each; step: pairs in a step, all processes and passes together, to which
     the epoch is filled up with its first pairs, so that it is the same for any number of processes; group_by: none, length
-    (like lengths come together), or item (up to half a pass of one item's pairs come together); in_pass: pairs in a pass.
+    (like lengths come together), or item (up to a pass, but at most half a step, of one item's pairs come together);
+    in_pass: pairs in a pass.
     """
 
     def __init__(self, rows, lengths, step, in_pass, group_by, seed):
@@ -147,19 +148,30 @@ class Order(torch.utils.data.Sampler):
             return get_length_grouped_indices(self.lengths, self.step, generator=chance)
         order = torch.randperm(len(self.rows), generator=chance).tolist()
         if self.group_by == "item":
-            size = max(1, self.in_pass // 2)
+            size = max(1, min(self.in_pass, self.step // 2))
             groups = [[order[k] for k in group] for group in group_by_item([self.rows[index] for index in order])]
             chunks = [group[start : start + size] for group in groups for start in range(0, len(group), size)]
-            order = [index for k in torch.randperm(len(chunks), generator=chance).tolist() for index in chunks[k]]
+            passes = put_together([chunks[k] for k in torch.randperm(len(chunks), generator=chance).tolist()], self.in_pass)
+            order = [index for group in passes for index in group]
         return order
+
+
+def put_together(chunks, size):
+    """Chunks of at most `size` pairs as passes of `size`, so that none is torn apart; what finds no partner comes last."""
+    full, waiting = [], {free: [] for free in range(1, size)}  # waiting: passes by how many pairs they still take
+    for chunk in chunks:
+        free = next((free for free in range(len(chunk), size) if waiting[free]), None)  # the fullest one that takes it
+        together = (waiting[free].pop() if free else []) + chunk
+        (full if len(together) == size else waiting[size - len(together)]).append(together)
+    return full + [rest for passes in waiting.values() for rest in passes]
 
 
 def check_sharing(model, args):
     """Raises InputError if `--group_by item` cannot be had with this model or these options."""
     if args.loss != "answer":
         raise InputError("--group_by item needs --loss answer: one position cannot predict the next words of several texts")
-    if args.batch_size < 4:
-        raise InputError(f"--group_by item shares nothing with {args.batch_size} pairs in a pass; set --batch_size to 4 or more")
+    if args.batch_size < 2:
+        raise InputError("--group_by item shares nothing with one pair in a pass; set --batch_size to 2 or more")
     if not has_plain_positions(model) or model.config._attn_implementation != "sdpa":
         raise InputError(
             f"--group_by item needs a model with plain positions and --attention sdpa, not {model.config.model_type} with "

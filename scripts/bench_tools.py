@@ -20,8 +20,10 @@ def cover(number):
 
 
 def taste(number):
-    """A preference of 20 to 39 words."""
-    return " ".join(PREFERENCE.split()[: 20 + 7 * number % 20])
+    """A preference of 20 to 39 words; another number's starts with another word."""
+    words = PREFERENCE.split()
+    start = 7 * number % len(words)
+    return " ".join((words[start:] + words[:start])[: 20 + 11 * number % 20])
 
 
 def timed(work):

@@ -15,7 +15,7 @@ from Inference.models import load_multimodal
 from Inference.pair_reader import PairReader
 from Inference.random_models import random_llava, random_qwen_vl
 from Inference.recommender import RecommenderArgs, add_lora, check_adapter, layer_class, load_recommender
-from Inference.trainer import Collator, Order, check_sharing
+from Inference.trainer import Collator, Order, check_sharing, put_together
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -104,7 +104,7 @@ def test_sharing_is_refused_where_it_cannot_be(stage):
     check_sharing(model, stage.Args(batch_size=8))
     with pytest.raises(InputError, match="--group_by item needs --loss answer"):
         check_sharing(model, stage.Args(batch_size=8, loss="sequence"))
-    with pytest.raises(InputError, match="--group_by item shares nothing with 1 pairs in a pass; set --batch_size to 4"):
+    with pytest.raises(InputError, match="--group_by item shares nothing with one pair in a pass; set --batch_size to 2"):
         check_sharing(model, stage.Args())
     model.config._attn_implementation = "eager"  # there a mask of True and False would be added to the scores
     with pytest.raises(InputError, match="--attention sdpa, not llava_next with eager"):
@@ -133,6 +133,12 @@ def test_an_epochs_order_is_a_permutation_that_seed_and_epoch_decide(group_by):
     items = sum(len({rows[n]["item_id"] for n in batch}) for batch in batches) / len(batches)
     assert (spread < 15) == (group_by == "length")
     assert (items < 4) == (group_by == "item")
+
+
+def test_chunks_are_put_together_to_whole_passes():
+    chunks = [[1, 2, 3], [4, 5], [6], [7, 8, 9, 10], [11, 12], [13, 14, 15]]
+    assert put_together(chunks, 4) == [[1, 2, 3, 6], [7, 8, 9, 10], [4, 5, 11, 12], [13, 14, 15]]
+    assert put_together([[1], [2]], 1) == [[1], [2]]
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
