@@ -64,7 +64,8 @@ class Engine:
         self.model, self.chat = model, chat
         self.in_portions = prefill.can_read_in_portions(model)
         self.max_new_tokens, self.batch_tokens = max_new_tokens, batch_tokens or self._tokens_that_fit()
-        self.portion_tokens = 16384 if model.device.type == "cuda" else 1024  # read in one pass; see `prefill`
+        # Read in one pass, see `prefill`; on a CPU what a layer computes should stay near its caches.
+        self.portion_tokens = 16384 if model.device.type == "cuda" else max(1024, (1 << 20) // model.config.get_text_config().hidden_size)
         self.temperature, self.top_p, self.seed = temperature, top_p, seed
         self.continuous = "flash" in model.config._attn_implementation if continuous is None else continuous
         # A published model's own settings (temperature, repetition penalty, …) must not mix with the config's.

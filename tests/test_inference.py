@@ -35,8 +35,11 @@ def outcome(small_run, stage, folder, *more):
     return (folder / OUTPUTS[stage]).read_bytes()
 
 
-@pytest.mark.parametrize("stage", OUTPUTS)
-@pytest.mark.parametrize("how", [(), SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize(
+    ("how", "stage"),
+    [((), STAGE_2), ((), STAGE_3), (SAMPLED, STAGE_2), pytest.param(SAMPLED, STAGE_3, marks=pytest.mark.slow)],
+    ids=["greedy-2", "greedy-3", "sampled-2", "sampled-3"],
+)
 def test_batches_workers_pilots_and_processes_give_the_same_bytes(small_run, tmp_path, stage, how):
     single = outcome(small_run, stage, tmp_path / "single", *how, "--batch_tokens", "1")
     assert outcome(small_run, stage, tmp_path / "batched", *how) == single

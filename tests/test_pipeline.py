@@ -402,10 +402,12 @@ def test_a_broken_cover_is_told_in_stage_4(small_run, tmp_path):
 
 def test_a_half_written_checkpoint_is_removed(tmp_path):
     stage = script("MLLM-MSR/train/train_llava_sft.py")
-    for step, whole in ((9, True), (18, True), (100, False)):
+    for step, files in ((9, ("rng_state.pth", "trainer_state.json")), (18, ("rng_state.pth", "trainer_state.json")),
+                        (99, ("trainer_state.json",)), (100, ("rng_state.pth",))):  # fmt: skip
         (tmp_path / f"checkpoint-{step}").mkdir()
-        if whole:
-            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
+        for name in files:
+            (tmp_path / f"checkpoint-{step}" / name).write_text("{}")
     assert stage.last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-18")
+    assert not (tmp_path / "checkpoint-99").exists()
     assert not (tmp_path / "checkpoint-100").exists()
     assert stage.last_whole_checkpoint(tmp_path / "nowhere") is None
