@@ -25,6 +25,8 @@ from Inference.chat import on_device
 
 MOST_AT_ONCE = 2048  # dialogues under way in continuous batching; more than a GPU's memory holds
 
+BATCHING = {"auto": None, "continuous": True, "batches": False}  # --batching -> `continuous` of `Engine`
+
 
 @dataclass
 class Prompt:

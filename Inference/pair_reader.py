@@ -50,25 +50,25 @@ class PairReader:
         """dict user_id -> reason, for the users with a pair whose question cannot be made to fit."""
         reasons = {}
         for row in rows:
-            text = row["messages"][0]["content"][-1]["text"]
-            if self.max_text_tokens and len(text.encode()) + 128 > self.max_text_tokens:  # shorter ones fit for sure
+            if self._may_be_long(row):
                 try:
                     self._fitted(row)
                 except TooLong as reason:
                     reasons.setdefault(row["user_id"], str(reason))
         return reasons
 
-    def measure(self, rows, sizes):
-        """(list of each pair's length in tokens, its picture's among them; number of pairs whose preference is cut).
+    def lengths(self, rows, sizes):
+        """Each pair's length in tokens, its picture's among them. sizes: dict picture's path -> (width, height)."""
+        return [len(self._fitted(row)[1]) - 1 + self.chat.tokens_of_size(*sizes[self.folder / row["images"][0]]) for row in rows]
 
-        sizes: dict picture's path -> (width, height).
-        """
-        lengths, cut = [], 0
-        for row in rows:
-            _, ids, was_cut = self._fitted(row)
-            lengths.append(len(ids) - 1 + self.chat.tokens_of_size(*sizes[self.folder / row["images"][0]]))
-            cut += was_cut
-        return lengths, cut
+    def count_cut(self, rows):
+        """Number of pairs whose preference is cut."""
+        return sum(self._fitted(row)[2] for row in rows if self._may_be_long(row))
+
+    def _may_be_long(self, row):
+        """False only for texts that fit for sure: no token is shorter than a byte, and 128 are enough for the template's own."""
+        text = row["messages"][0]["content"][-1]["text"]
+        return self.max_text_tokens > 0 and len(text.encode()) + 128 > self.max_text_tokens
 
     def _fitted(self, row):
         """(rendered question, its token ids, was the preference cut)."""

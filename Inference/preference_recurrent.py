@@ -8,7 +8,7 @@ Out: {output_dir}/user_preferences.jsonl   user_id, preference, blocks: [{items,
     python Inference/preference_recurrent.py --config configs/microlens.yaml
 
 Only the history is read, never the target. Started again, it goes on where it stopped.
-Sample: 1,100 users in about 35 seconds on 2 CPU cores. Llama-3-8B: a GPU; its weights take 16 GB in bfloat16; memory and
+Sample: 1,100 users in about 20 seconds on 2 CPU cores. Llama-3-8B: a GPU; its weights take 16 GB in bfloat16; memory and
 time: not measured yet.
 """
 

@@ -78,13 +78,12 @@ def infer_preferences(args, dialogue_of):
         return
     # Imported here, so that --help and a missing input answer at once.
     from Inference.chat import Chat
-    from Inference.engine import Engine, run_dialogues
+    from Inference.engine import BATCHING, Engine, run_dialogues
     from Inference.models import load_text, room_for_prompts
 
     model, tokenizer = load_text(args.model, args.dtype, args.attention, args.quantization)
     chat = Chat(tokenizer)
-    continuous = {"auto": None, "continuous": True, "batches": False}[args.batching]
-    engine = Engine(model, chat, args.max_new_tokens, args.batch_tokens, args.temperature, args.top_p, args.seed, continuous)
+    engine = Engine(model, chat, args.max_new_tokens, args.batch_tokens, args.temperature, args.top_p, args.seed, BATCHING[args.batching])
     room = room_for_prompts(model, args.max_new_tokens)
     limit = min(args.max_prompt_tokens or room, room)
 

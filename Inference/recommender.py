@@ -92,19 +92,22 @@ def layer_class(model):
     return type(model.get_decoder().layers[0]).__name__
 
 
-def check_adapter(folder, name, image_tiles=None):
-    """Raises InputError if the LoRA weights of `folder` belong to another base than `name`, or were trained on other tiles.
-
-    Compared are the digests of the base's files where both are folders, its kind and size where this repository trained the
-    adapter, and the bare names otherwise. name: None = whatever it was trained on.
-    """
+def adapter_base(folder):
+    """Name of the model that the LoRA weights of `folder` were trained on. Raises InputError if there are none."""
     from peft import PeftConfig
 
     if not (Path(folder) / "adapter_config.json").exists():
         raise InputError(f"{folder} is missing or holds no adapter_config.json; scripts/05_train.sh makes it, or pass --adapter none")
-    if name is None:
-        return
-    base, record = PeftConfig.from_pretrained(folder).base_model_name_or_path, read_record(Path(folder)) or {}
+    return PeftConfig.from_pretrained(folder).base_model_name_or_path
+
+
+def check_adapter(folder, name, image_tiles=None):
+    """Raises InputError if the LoRA weights of `folder` belong to another base than `name`, or were trained on other tiles.
+
+    Compared are the digests of the base's files where both are folders, its kind and size where this repository trained the
+    adapter, and the bare names otherwise.
+    """
+    base, record = adapter_base(folder), read_record(Path(folder)) or {}
     remedy = "pass the matching --model or --adapter"
     if "base" not in record:
         if base and Path(base).name != Path(name).name:
@@ -127,7 +130,9 @@ def attach_adapter(model, folder, name):
     """`model` (of the name `name`) with the LoRA weights of `folder`, in evaluation mode. Raises InputError if they do not fit."""
     from peft import PeftModel
 
+    from Inference.models import first_sentence
+
     try:
         return PeftModel.from_pretrained(model, folder).eval()
     except (RuntimeError, ValueError) as error:
-        raise InputError(f"the adapter {folder} does not fit the model {name}: {' '.join(str(error).split())[:300]}") from None
+        raise InputError(f"the adapter {folder} does not fit the model {name}: {first_sentence(error)}") from None

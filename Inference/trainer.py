@@ -59,7 +59,8 @@ class Collator:
             group = [rows[index] for index in indices]
             image = self.reader.image(group[0])
             prompts = [self.reader.prompt(row) for row in group]
-            wholes = [self.chat.expand(ids, self.chat.image_tokens(image)) for _, ids in prompts]
+            image_tokens = self.chat.image_tokens(image)
+            wholes = [self.chat.expand(ids, image_tokens) for _, ids in prompts]
             start = common_length(wholes)
             if self.chat.image_token_id in wholes[0][start:]:
                 raise InputError("--group_by item needs a chat template that starts with the picture; use --group_by length")
@@ -191,15 +192,16 @@ class RecommenderTrainer(Trainer):
 
     def evaluate(self, *_, **__):
         rows = self.eval_dataset
-        split = self.is_fsdp_enabled or self.args.world_size == 1  # FSDP: every process must make the same passes
+        everyone_scores_all = self.is_fsdp_enabled or self.args.world_size == 1  # FSDP: every process must make the same passes
         model = self.model_wrapped if self.is_fsdp_enabled else self.model
         model.eval()
-        part = (0, 1) if split else (self.args.process_index, self.args.world_size)
+        part = (0, 1) if everyone_scores_all else (self.args.process_index, self.args.world_size)
         scored = [
             {**{key: rows[i][key] for key in ("user_id", "item_id", "label")}, "score": probability(yes, no)}
             for i, yes, no in score_pairs(model, self.reader, rows, self.score_batch_tokens, part=part)
         ]
-        scores, labels = map(np.stack, zip(*by_user(scored if split else gather_object(scored), "validation.jsonl").values(), strict=True))
+        scored = scored if everyone_scores_all else gather_object(scored)
+        scores, labels = map(np.stack, zip(*by_user(scored, "validation.jsonl").values(), strict=True))
         metrics = {"eval_auc": pooled_auc(scores, labels), "eval_hr@5": float(per_user(scores)["hr@5"].mean())}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)

@@ -64,6 +64,12 @@ def with_preference(row, preference):
     }
 
 
+def first_users(rows, n):
+    """The lines of the first `n` users, each with the whole candidate list; 0 = all."""
+    users = set(list(dict.fromkeys(row["user_id"] for row in rows))[: n or None])
+    return [row for row in rows if row["user_id"] in users]
+
+
 def check_pairs(rows, path):
     """Checks lines that have answers, before a model is loaded for them. Returns dict picture's path -> (width, height).
 

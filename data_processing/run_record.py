@@ -104,6 +104,11 @@ def check_same_job(output, earlier, settings, inputs, was, old):
                 )
 
 
+def world_size():
+    """Number of processes that share the work, as `accelerate launch` says."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def write_record(output, args, settings, inputs, seconds, rows, **more):
     """Writes the run record of `output`.
 
@@ -119,7 +124,7 @@ def write_record(output, args, settings, inputs, seconds, rows, **more):
         "seconds": round(seconds, 2),
         **more,
         **machine(),
-        "processes": int(os.environ.get("WORLD_SIZE", "1")),
+        "processes": world_size(),
     }
     write_json(record_path(output), record)
 

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from data_processing.errors import InputError
 from data_processing.jsonl import dump, read_lines, write_json, write_rejected, write_rows
-from data_processing.run_record import check_same_job, read_record, read_state, record_path, write_record
+from data_processing.run_record import check_same_job, read_record, read_state, record_path, world_size, write_record
 
 # Counts that rows may carry, and what a count says: printed at the end and kept in the run record.
 SHORTENED = {"shortened": "prompts were shortened to fit the model"}
@@ -49,7 +49,7 @@ class StageOutput:
         if len(set(self.ids)) != len(self.ids):
             raise InputError(f"{path} would hold an id twice; the input names one id in two lines")
         self.wanted = self.ids[: (args.limit if limit is None else limit) or None]
-        self.rank, self.world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        self.rank, self.world = int(os.environ.get("RANK", "0")), world_size()
         self.parts = self.path.with_name(self.path.name + ".parts")
         self.rejected_path = self.path.with_suffix(".rejected.jsonl")
         self.retry_rejected = retry_rejected

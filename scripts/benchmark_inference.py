@@ -29,7 +29,7 @@ from data_processing.errors import run
 from data_processing.jsonl import write_json
 from data_processing.run_record import machine
 from Inference.chat import Chat, on_device, user_turn
-from Inference.engine import Engine, Prompt, run_dialogues
+from Inference.engine import BATCHING, Engine, Prompt, run_dialogues
 from Inference.models import DTYPES, pick_device
 from Inference.preference_recurrent import Args, recurrent_preference
 from Inference.preferences import Asker
@@ -145,7 +145,7 @@ def main(argv=None):
     parser.add_argument("--history", type=int, default=6, help="items in a history, in blocks of three")
     parser.add_argument("--new_tokens", type=int, default=200, help="length of every text that is written")
     parser.add_argument("--batch_tokens", type=int, default=0, help="as in the stages: 0 = what fits")
-    parser.add_argument("--batching", default="auto", choices=("auto", "continuous", "batches"))
+    parser.add_argument("--batching", default="auto", choices=tuple(BATCHING))
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args(sys.argv[1:] if argv is None else argv)
     device, dtype, rows = pick_device(), DTYPES[args.dtype], []
@@ -166,12 +166,11 @@ def main(argv=None):
     model, tokenizer = random_llama({"full": "8b"}.get(args.size, args.size), dtype=dtype, device=device)
     model.generation_config.eos_token_id = -1
     chat, histories = Chat(tokenizer), make_histories(args.users, args.history, summary_words=40)
-    continuous = {"auto": None, "continuous": True, "batches": False}[args.batching]
     blocks = -(-args.history // 3)
     row, results = compare(
         f"recurrent preferences, {args.users} users of {blocks} blocks",
         lambda: published_preferences(model, chat, histories, args.new_tokens),
-        lambda: our_preferences(model, chat, histories, args.new_tokens, args.batch_tokens, continuous),
+        lambda: our_preferences(model, chat, histories, args.new_tokens, args.batch_tokens, BATCHING[args.batching]),
         args.users * blocks * args.new_tokens, args.repeats,
     )  # fmt: skip
     same = np.mean([a == b for a, b in zip(results["published"], results["ours"], strict=True)])

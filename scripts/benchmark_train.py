@@ -71,7 +71,7 @@ def one_turn(how, args):
         chat = Chat(processor)
         reader = PairReader(chat, folder)
         sizes = {Path(folder) / row["images"][0]: reader.image(row).size for row in rows}
-        lengths, _ = reader.measure(rows, sizes)
+        lengths = reader.lengths(rows, sizes)
         model = add_lora(model, SimpleNamespace(**vars(LORA), gradient_checkpointing=False)).train()
         if args.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})

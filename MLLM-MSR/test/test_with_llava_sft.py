@@ -21,7 +21,7 @@ from data_processing.candidates import score_row
 from data_processing.config import option, parse_args, show
 from data_processing.errors import InputError, run
 from data_processing.jsonl import read_rows
-from data_processing.pairs import with_preference
+from data_processing.pairs import first_users, with_preference
 from data_processing.run_record import digests, settings_of
 from data_processing.stage_output import StageOutput
 from Inference.recommender import RecommenderArgs, attach_adapter, check_adapter, load_recommender
@@ -62,8 +62,7 @@ def main(argv=None):
     if len(pairs) != len(rows):
         raise InputError(f"{test_path} holds a pair twice; make it again with scripts/04_datasets.sh")
     inputs = digests(test_path, args.model, *([adapter] if adapter else []))
-    users = set(list(dict.fromkeys(row["user_id"] for row in rows))[: args.limit or None])  # --limit counts users: a list is whole
-    limit = sum(row["user_id"] in users for row in rows)
+    limit = len(first_users(rows, args.limit))
     outputs = {}
     for hidden in args.hide:
         path, settings = folder / variant_name(args, hidden) / "scores.jsonl", settings_of(args, SPEED_OPTIONS, hidden=hidden)

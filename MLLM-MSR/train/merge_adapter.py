@@ -15,7 +15,7 @@ from pathlib import Path
 from data_processing.config import ModelArgs, option, parse_args, show
 from data_processing.errors import InputError, run
 from data_processing.run_record import digests, is_up_to_date, read_record, settings_of, write_record
-from Inference.recommender import attach_adapter, check_adapter
+from Inference.recommender import adapter_base, attach_adapter, check_adapter
 
 
 @dataclass
@@ -32,7 +32,7 @@ def main(argv=None):
     adapter, merged = Path(args.adapter or folder / "adapter"), Path(args.merged or folder / "merged")
     if args.quantization != "none":
         raise InputError("a quantised model cannot take up an adapter exactly; merge without --quantization, then load the result with it")
-    name = args.model or base_of(adapter)
+    name = args.model or adapter_base(adapter)
     check_adapter(adapter, name)
     settings, inputs = settings_of(args, ("adapter", "merged", "model")), digests(adapter, name)
     if is_up_to_date([merged], settings, inputs, args.overwrite):
@@ -45,14 +45,6 @@ def main(argv=None):
     tiles = record.get("settings", {}).get("image_tiles", "full")
     options = f"--model {merged} --adapter none --variant merged" + (f" --image_tiles {tiles}" if tiles != "full" else "")
     print(f"wrote {merged}; score with it: python MLLM-MSR/test/test_with_llava_sft.py --config {args.config} {options}")
-
-
-def base_of(adapter):
-    """The base model that an adapter names. Raises InputError if there is no adapter."""
-    check_adapter(adapter, None)
-    from peft import PeftConfig
-
-    return PeftConfig.from_pretrained(adapter).base_model_name_or_path
 
 
 def merge(name, adapter, merged, dtype, attention):

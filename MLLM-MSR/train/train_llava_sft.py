@@ -9,7 +9,7 @@ Out: {output_dir}/adapter/                LoRA weights that plain PEFT loads, pr
 
     python MLLM-MSR/train/train_llava_sft.py --config configs/microlens.yaml
 
-Sample: 276 steps in about 45 seconds on 2 CPU cores. LLaVA-v1.6-Mistral-7B: a GPU (README, "Which card for what"); time: not
+Sample: 552 steps in about 55 seconds on 2 CPU cores. LLaVA-v1.6-Mistral-7B: a GPU (README, "Which card for what"); time: not
 measured yet.
 """
 
@@ -25,8 +25,8 @@ from typing import Literal
 from data_processing.config import option, parse_args, show
 from data_processing.errors import InputError, run
 from data_processing.jsonl import read_rows, write_json, write_rows
-from data_processing.pairs import check_pairs
-from data_processing.run_record import check_same_job, digests, read_record, read_state, settings_of, write_record
+from data_processing.pairs import check_pairs, first_users
+from data_processing.run_record import check_same_job, digests, read_record, read_state, settings_of, world_size, write_record
 from Inference.recommender import RecommenderArgs, add_lora, fingerprint, layer_class, load_recommender
 
 # Another value of these gives the same adapter.
@@ -85,37 +85,26 @@ def main(argv=None):
     print(f"next: bash scripts/06_score.sh {args.config}")
 
 
-def first_users(rows, n):
-    """The lines of the first `n` users, 0 = all."""
-    users = set(list(dict.fromkeys(row["user_id"] for row in rows))[: n or None])
-    return [row for row in rows if row["user_id"] in users]
-
-
 def is_done(adapter, settings, inputs, args):
     """True if the adapter was trained with these settings. Raises InputError if it, or a checkpoint, was not."""
     started = adapter.parent / "checkpoints" / "state.json"
-    if args.overwrite and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if args.overwrite and world_size() > 1:
         raise InputError(f"--overwrite cannot be used with several processes; delete {adapter} and {started.parent} first")
     if args.overwrite:
         for path in (adapter, started.parent):
             shutil.rmtree(path, ignore_errors=True)
     record = read_record(adapter)
     check_same_job(adapter, (record,), settings, inputs, "trained", "it")
-    if record is None:
-        check_same_job(adapter, (read_state(started),), settings | processes(), inputs, "begun", "it")
+    if record is None:  # with another number of processes the rest would be another order of the pairs
+        check_same_job(adapter, (read_state(started),), settings | {"processes": world_size()}, inputs, "begun", "it")
     return record is not None
-
-
-def processes():
-    """What going on must have the same besides the settings: another number of processes is another order of the pairs."""
-    return {"processes": int(os.environ.get("WORLD_SIZE", "1"))}
 
 
 def last_whole_checkpoint(folder, may_delete=True):
     """Path of the last checkpoint that was written to its end, or None; what a killed process left behind is removed."""
     found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rsplit("-", 1)[1]))
     # The main process writes trainer_state.json last; each process has its own state of chance.
-    whole = [p for p in found if (p / "trainer_state.json").exists() and len(list(p.glob("rng_state*"))) == processes()["processes"]]
+    whole = [p for p in found if (p / "trainer_state.json").exists() and len(list(p.glob("rng_state*"))) == world_size()]
     for path in set(found) - set(whole) if may_delete else ():
         shutil.rmtree(path)
     return str(whole[-1]) if whole else None
@@ -126,7 +115,7 @@ def training_arguments(args, folder, device_type, dtype, with_validation):
     import torch
     from transformers import TrainingArguments
 
-    several_on_cpu = device_type == "cpu" and processes()["processes"] > 1
+    several_on_cpu = device_type == "cpu" and world_size() > 1
     options = TrainingArguments(
         output_dir=str(folder), num_train_epochs=args.epochs, learning_rate=args.learning_rate,
         per_device_train_batch_size=args.batch_size, gradient_accumulation_steps=args.accumulation,
@@ -164,7 +153,8 @@ def train(rows, validation, sizes, folder, settings, inputs, args):
     reader = PairReader(chat, folder, args.max_text_tokens)
     too_long = reader.too_long([*rows, *validation])
     rows, validation = ([row for row in part if row["user_id"] not in too_long] for part in (rows, validation))
-    lengths, shortened = reader.measure(rows, sizes)
+    lengths = reader.lengths(rows, sizes) if args.group_by == "length" else None
+    shortened = reader.count_cut(rows)
     model = add_lora(model, args)
     dtype = pick_dtype(args.dtype, pick_device())
     options = training_arguments(args, folder / "checkpoints", model.device.type, dtype, bool(validation))
@@ -185,7 +175,7 @@ def train(rows, validation, sizes, folder, settings, inputs, args):
     main_process = trainer.is_world_process_zero()
     last = last_whole_checkpoint(folder / "checkpoints", main_process)
     if main_process:
-        write_json(folder / "checkpoints" / "state.json", {"settings": settings | processes(), "inputs": inputs})
+        write_json(folder / "checkpoints" / "state.json", {"settings": settings | {"processes": world_size()}, "inputs": inputs})
         write_rows(folder / "training.rejected.jsonl", [{"user_id": user_id, "reason": reason} for user_id, reason in too_long.items()])
     result = trainer.train(resume_from_checkpoint=last)
     weights = trainer.accelerator.get_state_dict(trainer.model_wrapped) if trainer.is_fsdp_enabled else None
