@@ -33,9 +33,7 @@ class Chat:
         if not self.takes_images:  # templates of text models want plain strings
             messages = [{**turn, "content": "".join(part["text"] for part in turn["content"])} for turn in messages]
             # Templates of models that can think aloud first (Qwen3) take the last option, all others pass over it.
-            return self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=answer_follows, enable_thinking=False
-            )
+            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer_follows, enable_thinking=False)
         return self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer_follows)
 
     def count(self, text):

@@ -60,7 +60,10 @@ def make_pairs(folder, n_pairs):
 
 
 def one_turn(how, args):
-    """Trains on all pairs once in this process; returns dict of seconds, tokens and peak memory. The first pass is not timed."""
+    """Trains on all pairs once in this process; returns dict of seconds, tokens and peak memory.
+
+    What a run does once, such as fetching its memory, is not timed: the largest pass is made before.
+    """
     device = pick_device()
     dtype = pick_dtype(args.dtype, device)
     if how == "published" and device.type == "cuda":
@@ -81,20 +84,25 @@ def one_turn(how, args):
         in_pass = 1 if how == "published" else args.batch
         collator = Collator(reader, "sequence" if how == "published" else "answer", share=how == "item")
         order = list(Order(rows, lengths, args.step, in_pass, group_by, seed=0))
+        steps = [order[start : start + args.step] for start in range(0, len(order), args.step)]
         scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-        model(**on_device(collator(rows[:in_pass]), model)).loss.backward()
+
+        def one_pass(numbers, pairs_in_step):
+            batch = on_device(collator([rows[n] for n in numbers]), model)
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                loss = model(**batch).loss * len(numbers) / pairs_in_step
+            scaler.scale(loss).backward()
+            return batch["input_ids"].numel()
+
+        def pictures_and_length(numbers):
+            return len({rows[n]["item_id"] for n in numbers}), max(lengths[n] for n in numbers)
+
+        one_pass(max((part for step in steps for part in passes(step, in_pass)), key=pictures_and_length), args.step)
         optimizer.zero_grad()
         synchronize()
         started, tokens = time.perf_counter(), 0
-        for step in range(args.steps):
-            mine = order[step * args.step : (step + 1) * args.step]
-            for start in range(0, len(mine), in_pass):
-                part = [rows[n] for n in mine[start : start + in_pass]]
-                batch = on_device(collator(part), model)
-                with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                    loss = model(**batch).loss * len(part) / len(mine)
-                scaler.scale(loss).backward()
-                tokens += batch["input_ids"].numel()
+        for step in steps:
+            tokens += sum(one_pass(part, len(step)) for part in passes(step, in_pass))
             scaler.unscale_(optimizer)
             torch.nn.utils.clip_grad_norm_(weights, 1.0)
             scaler.step(optimizer)
@@ -110,6 +118,10 @@ def one_turn(how, args):
         language = sum(p.numel() for p in model.get_decoder().layers.parameters())
         found["mfu"] = 4 * language * tokens / seconds / matmul_flops(device)
     return found
+
+
+def passes(step, size):
+    return [step[start : start + size] for start in range(0, len(step), size)]
 
 
 def matmul_flops(device):
