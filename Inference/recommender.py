@@ -24,12 +24,13 @@ class RecommenderArgs(ModelArgs):
 def load_recommender(args):
     """(model, Chat) as `args`, a RecommenderArgs, wants them."""
     from Inference.chat import Chat
-    from Inference.models import load_multimodal
+    from Inference.models import load_multimodal, read_config
 
+    kind = read_config(args.model).model_type
+    if args.image_tiles == "single" and kind != "llava_next":
+        raise InputError(f"--image_tiles single is for LLaVA-NeXT; the model {args.model} ({kind}) has no tiles")
     model, processor = load_multimodal(args.model, args.dtype, args.attention, args.quantization)
     if args.image_tiles == "single":
-        if model.config.model_type != "llava_next":
-            raise InputError(f"--image_tiles single is for LLaVA-NeXT; the model {args.model} ({model.config.model_type}) has no tiles")
         model.config.image_grid_pinpoints = [[0, 0]]  # no tile at all: what is left is the picture as a whole
     return model, Chat(processor, one_tile=args.image_tiles == "single")
 
@@ -65,7 +66,7 @@ def add_lora(model, args):
 
     pattern, chosen = language_model_linears(model, args.lora_layers)
     if args.quantization != "none":
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=args.gradient_checkpointing)
+        model = prepare_model_for_kbit_training(model, args.gradient_checkpointing, {"use_reentrant": False})
     config = LoraConfig(
         r=args.lora_r, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout, target_modules=pattern, task_type="CAUSAL_LM"
     )
@@ -84,7 +85,8 @@ def fingerprint(name):
 
     config = read_config(name)
     text = config.get_text_config()
-    return {"model_type": config.model_type} | {key: getattr(text, key, None) for key in ("vocab_size", "hidden_size", "num_hidden_layers")}
+    sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_key_value_heads")
+    return {"model_type": config.model_type, "text_model_type": text.model_type} | {key: getattr(text, key, None) for key in sizes}
 
 
 def layer_class(model):
@@ -104,8 +106,8 @@ def adapter_base(folder):
 def check_adapter(folder, name, image_tiles=None):
     """Raises InputError if the LoRA weights of `folder` belong to another base than `name`, or were trained on other tiles.
 
-    Compared are the digests of the base's files where both are folders, its kind and size where this repository trained the
-    adapter, and the bare names otherwise.
+    Where this repository trained the adapter, compared are the base's kind and size, and the digests of its files where both
+    are folders, or the names where both are hub ids; else the bare names.
     """
     base, record = adapter_base(folder), read_record(Path(folder)) or {}
     remedy = "pass the matching --model or --adapter"
@@ -119,6 +121,8 @@ def check_adapter(folder, name, image_tiles=None):
     difference = first_difference(record["base"], fingerprint(name)) or first_difference(
         {file: then[file] for file in shared}, {file: now[file] for file in shared}
     )
+    if not difference and not then and not now and base != name:
+        difference = f"the name was {base}, is {name}"
     if difference:
         raise InputError(f"the adapter {folder} was trained on {base}, which is another model than {name} ({difference}); {remedy}")
     tiles = record["settings"].get("image_tiles", image_tiles)

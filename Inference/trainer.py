@@ -167,17 +167,20 @@ def put_together(chunks, size):
     return full + [rest for passes in waiting.values() for rest in passes]
 
 
-def check_sharing(model, args):
-    """Raises InputError if `--group_by item` cannot be had with this model or these options."""
+def check_sharing(args):
+    """Raises InputError if `--group_by item` cannot be had with these options."""
     if args.loss != "answer":
         raise InputError("--group_by item needs --loss answer: one position cannot predict the next words of several texts")
     if args.batch_size < 2:
         raise InputError("--group_by item shares nothing with one pair in a pass; set --batch_size to 2 or more")
-    if not has_plain_positions(model) or model.config._attn_implementation != "sdpa":
-        raise InputError(
-            f"--group_by item needs a model with plain positions and --attention sdpa, not {model.config.model_type} with "
-            f"{model.config._attn_implementation}; use --group_by length"
-        )
+    if args.attention not in ("auto", "sdpa"):
+        raise InputError(f"--group_by item needs --attention sdpa, which takes a mask of its own for each pair, not {args.attention}")
+
+
+def check_positions(model):
+    """Raises InputError if the model numbers its tokens in a way that `--group_by item` cannot follow."""
+    if not has_plain_positions(model):
+        raise InputError(f"--group_by item needs a model with plain positions, not {model.config.model_type}; use --group_by length")
 
 
 class RecommenderTrainer(Trainer):
@@ -208,17 +211,44 @@ class RecommenderTrainer(Trainer):
         return metrics
 
 
+def _steps_in_epoch(args, state):
+    return state.max_steps // int(args.num_train_epochs)
+
+
+class TellEpoch(TrainerCallback):
+    """Tells the order which epoch begins: of several processes that go on in mid-epoch, the data loader would not."""
+
+    def __init__(self, order):
+        self.order = order
+
+    def on_epoch_begin(self, args, state, *_, **__):
+        self.order.set_epoch(state.global_step // _steps_in_epoch(args, state))
+
+
 class EverySteps(TrainerCallback):
-    """A checkpoint every so many steps, besides the one after each epoch: what a killed run loses is less than that."""
+    """A checkpoint every so many steps, besides the one after each epoch: what a killed run loses is less than that.
+
+    The loss is logged with each: a checkpoint does not hold the sum that the next line of the log would be the mean of.
+    """
 
     def __init__(self, steps):
         self.steps = steps
 
     def on_step_end(self, args, state, control, **_):
-        ends_epoch = state.global_step % (state.max_steps // int(args.num_train_epochs)) == 0  # saved there, after the validation
+        ends_epoch = state.global_step % _steps_in_epoch(args, state) == 0  # saved there, after the validation
         if self.steps and state.global_step % self.steps == 0 and not ends_epoch:
-            control.should_save = True
+            control.should_save = control.should_log = True
         return control
+
+    def on_epoch_end(self, _, __, control, **___):
+        control.should_log = True
+        return control
+
+
+def mean_loss(log):
+    """Mean of the loss over all steps. log: the Trainer's log rows, whose losses are means over the steps since the last."""
+    losses = {row["step"]: row["loss"] for row in log if "loss" in row}
+    return float(np.average(list(losses.values()), weights=np.diff([0, *losses])))
 
 
 class AfterLog(TrainerCallback):

@@ -92,7 +92,7 @@ def one_turn(how, args):
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 loss = model(**batch).loss * len(numbers) / pairs_in_step
             scaler.scale(loss).backward()
-            return batch["input_ids"].numel()
+            return (batch["input_ids"] != chat.tokenizer.pad_token_id).sum().item()
 
         def pictures_and_length(numbers):
             return len({rows[n]["item_id"] for n in numbers}), max(lengths[n] for n in numbers)
@@ -165,7 +165,8 @@ def main(argv=None):
             "ours_peak_gb": round(max(t["peak_gb"] for t in found[how]), 2),
         }  # fmt: skip
         for name, key in (("baseline", "published"), ("ours", how)):
-            row |= {f"{name}_mfu": round(found[key][-1]["mfu"], 3)} if "mfu" in found[key][-1] else {}
+            if "mfu" in found[key][0]:
+                row[f"{name}_mfu"] = round(statistics.median(turn["mfu"] for turn in found[key]), 3)
         rows.append(row)
         print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
     about = {key: found["published"][0][key] for key in ("parameters", "mean_length")}

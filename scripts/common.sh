@@ -12,7 +12,7 @@ if [[ -z ${PYTHON:-} ]]; then
 fi
 
 # On a CPU: keep the memory of large tensors in place of giving it back and fetching it anew after each use (glibc), which
-# made a training pass over three pictures take 21 s in place of 18.
+# made a training pass over three pictures take 22 s in place of 15.
 if ! command -v nvidia-smi > /dev/null; then
     export MALLOC_MMAP_MAX_=${MALLOC_MMAP_MAX_:-0} MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-100000000000}
 fi

@@ -15,7 +15,7 @@ from Inference.models import load_multimodal
 from Inference.pair_reader import PairReader
 from Inference.random_models import random_llava, random_qwen_vl
 from Inference.recommender import RecommenderArgs, add_lora, check_adapter, layer_class, load_recommender
-from Inference.trainer import Collator, Order, check_sharing, put_together
+from Inference.trainer import Collator, EverySteps, Order, check_positions, check_sharing, mean_loss, put_together
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -100,17 +100,16 @@ def of_one_item(rows):
 
 
 def test_sharing_is_refused_where_it_cannot_be(stage):
-    model = random_llava("tiny")[0]
-    check_sharing(model, stage.Args(batch_size=8))
+    check_sharing(stage.Args(batch_size=8))
+    check_positions(random_llava("tiny")[0])
     with pytest.raises(InputError, match="--group_by item needs --loss answer"):
-        check_sharing(model, stage.Args(batch_size=8, loss="sequence"))
+        check_sharing(stage.Args(batch_size=8, loss="sequence"))
     with pytest.raises(InputError, match="--group_by item shares nothing with one pair in a pass; set --batch_size to 2"):
-        check_sharing(model, stage.Args())
-    model.config._attn_implementation = "eager"  # there a mask of True and False would be added to the scores
-    with pytest.raises(InputError, match="--attention sdpa, not llava_next with eager"):
-        check_sharing(model, stage.Args(batch_size=8))
-    with pytest.raises(InputError, match=r"needs a model with plain positions .* not qwen2_5_vl"):
-        check_sharing(random_qwen_vl()[0], stage.Args(batch_size=8))
+        check_sharing(stage.Args())
+    with pytest.raises(InputError, match=r"needs --attention sdpa, .* not eager"):  # there a mask of True and False would be added
+        check_sharing(stage.Args(batch_size=8, attention="eager"))
+    with pytest.raises(InputError, match=r"needs a model with plain positions, not qwen2_5_vl"):
+        check_positions(random_qwen_vl()[0])
 
 
 @pytest.mark.parametrize("group_by", ["none", "length", "item"])
@@ -157,7 +156,7 @@ def test_a_step_of_qlora_trains_the_adapter_only(stage, pairs, quantization):
     assert all("lora_" in name and "language_model" in name for name in changed)
 
 
-def test_a_single_tile_is_the_picture_as_a_whole(pairs):
+def test_a_single_tile_is_the_picture_as_a_whole(pairs, tmp_path):
     """Its tokens are the first ones of the full form, and the end of a row."""
     name = str(TINY / "llava")
     (whole, full_chat), (model, chat) = (load_recommender(RecommenderArgs(model=name, image_tiles=tiles)) for tiles in ("full", "single"))
@@ -173,15 +172,9 @@ def test_a_single_tile_is_the_picture_as_a_whole(pairs):
         full = Collator(PairReader(full_chat, pairs[0]), "answer")(pairs[1][:3])
         everything = whole.model.get_image_features(full["pixel_values"], full["image_sizes"]).pooler_output[0]
     assert torch.allclose(seen[:16], everything[:16], atol=1e-5)
+    random_qwen_vl()[0].save_pretrained(tmp_path)
     with pytest.raises(InputError, match=r"--image_tiles single is for LLaVA-NeXT; the model .* has no tiles"):
-        load_recommender_of(random_qwen_vl())
-
-
-def load_recommender_of(model_and_processor):
-    """load_recommender for a model that lies in no folder."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("Inference.models.load_multimodal", lambda *_: model_and_processor)
-        return load_recommender(RecommenderArgs(image_tiles="single"))
+        load_recommender(RecommenderArgs(model=str(tmp_path), image_tiles="single"))
 
 
 def test_the_answer_loss_is_the_full_loss_at_the_answer(collators, pairs):
@@ -340,7 +333,7 @@ def test_an_empty_training_file_is_refused_before_the_model_is_loaded(small_run,
         small_run.run("MLLM-MSR/train/train_llava_sft.py", "--output_dir", str(tmp_path))
 
 
-def test_the_adapter_of_another_base_is_refused(small_run, tmp_path):
+def test_the_adapter_of_another_base_is_refused(small_run, tmp_path, monkeypatch):
     adapter = small_run.folder / "adapter"
     check_adapter(adapter, str(TINY / "llava"), "full")
     with pytest.raises(InputError, match=r"was trained with --image_tiles full, not single; score with the same"):
@@ -357,6 +350,17 @@ def test_the_adapter_of_another_base_is_refused(small_run, tmp_path):
         part.save_pretrained(other)
     with pytest.raises(InputError, match=r"which is another model than .*llava \(hidden_size was 128, is 64\); pass the matching"):
         check_adapter(adapter, str(other))
+    hub = tmp_path / "hub"
+    shutil.copytree(adapter, hub)
+    (hub / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "one/model"}))
+    record = json.loads((hub / "run.json").read_text())
+    record["inputs"] = {name: digest for name, digest in record["inputs"].items() if "/" not in name}
+    (hub / "run.json").write_text(json.dumps(record))
+    with monkeypatch.context() as patch:
+        patch.setattr("Inference.recommender.fingerprint", lambda name: record["base"])
+        check_adapter(hub, "one/model")
+        with pytest.raises(InputError, match=r"which is another model than other/model \(the name was one/model, is other/model\)"):
+            check_adapter(hub, "other/model")
     weights = bytearray((moved / "model.safetensors").read_bytes())
     weights[-1] ^= 1
     (moved / "model.safetensors").write_bytes(weights)
@@ -385,14 +389,30 @@ def test_no_checkpoint_stands_between_an_epochs_last_step_and_its_validation():
 
     from transformers import TrainerControl, TrainerState
 
-    from Inference.trainer import EverySteps
-
-    saves = []
+    saves, logs = [], []
     for step in range(1, 21):
         control = TrainerControl()
         EverySteps(5).on_step_end(SimpleNamespace(num_train_epochs=2.0), TrainerState(global_step=step, max_steps=20), control)
         saves += [step] if control.should_save else []
-    assert saves == [5, 15]
+        logs += [step] if control.should_log else []
+    assert saves == logs == [5, 15]
+
+
+def test_the_mean_loss_counts_every_step_once():
+    log = [{"step": 10, "loss": 1.0}, {"step": 13, "loss": 3.0}, {"step": 13, "eval_auc": 0.5}, {"step": 20, "loss": 2.0}]
+    assert mean_loss(log) == pytest.approx((10 * 1 + 3 * 3 + 7 * 2) / 20)
+
+
+def test_the_options_of_the_config_reach_the_trainer(stage, tmp_path):
+    args = stage.Args(epochs=3, learning_rate=1e-4, batch_size=2, accumulation=4, warmup_ratio=0.1, schedule="cosine", clip=0.5, seed=7,
+                      gradient_checkpointing=True, workers=3, save_total=5, logging_steps=6)  # fmt: skip
+    options = stage.training_arguments(args, tmp_path, "cpu", torch.bfloat16, True)
+    assert (options.num_train_epochs, options.learning_rate, options.seed) == (3, 1e-4, 7)
+    assert (options.per_device_train_batch_size, options.gradient_accumulation_steps) == (2, 4)
+    assert (options.get_warmup_steps(100), options.lr_scheduler_type, options.max_grad_norm) == (10, "cosine", 0.5)
+    assert (options.bf16, options.fp16, options.activation_checkpointing) == (True, False, True)
+    assert (options.dataloader_num_workers, options.save_total_limit, options.logging_steps) == (3, 5, 6)
+    assert stage.training_arguments(args, tmp_path, "cpu", torch.float16, True).fp16
 
 
 def test_a_text_model_is_refused_as_a_recommender():

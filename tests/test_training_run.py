@@ -1,15 +1,20 @@
 """Stage 5 as its users run it: going on after a death, several processes, early stopping, logs, bad input, merging."""
 
 import json
+import shutil
 
+import numpy as np
 import pytest
 import torch
-from conftest import script
+from conftest import TINY, script
+from peft import PeftModel
 from peft.utils import load_peft_weights
 from test_pipeline import call
+from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 from data_processing.errors import InputError
 from data_processing.jsonl import read_rows, write_rows
+from Inference.random_models import random_llava, random_qwen_vl
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -57,12 +62,12 @@ def assert_same_training(one, other, loss, weight):
 
 
 @pytest.mark.parametrize(
-    ("group_by", "batch_size", "deaths"), [("none", 2, (9, 12)), pytest.param("item", 4, (5, 8), marks=pytest.mark.slow)]
+    ("group_by", "batch_size", "deaths"), [("none", 2, (9, 16)), pytest.param("item", 4, (5, 8), marks=pytest.mark.slow)]
 )
 def test_a_killed_training_goes_on_as_if_nothing_had_happened(small_run, tmp_path, group_by, batch_size, deaths):
-    """Killed in the first epoch and again in the second, with dropout; losses to 1e-6 and weights to 1e-5."""
+    """Killed in the middle of the first and of the second epoch, with dropout; losses to 1e-6 and weights to 1e-5."""
     more = ["--epochs", "2", "--batch_size", str(batch_size), "--accumulation", str(4 // batch_size), "--checkpoint_steps", "3"]
-    more += ["--logging_steps", "1", "--lora_dropout", "0.1", "--group_by", group_by]
+    more += ["--logging_steps", "2", "--lora_dropout", "0.1", "--group_by", group_by]
     command = prepared(small_run, tmp_path / "undisturbed")
     assert call(*command, *more).returncode == 0
     command = prepared(small_run, tmp_path / "killed")
@@ -75,15 +80,23 @@ def test_a_killed_training_goes_on_as_if_nothing_had_happened(small_run, tmp_pat
     logs = [read_rows(tmp_path / name / "training_log.jsonl") for name in ("undisturbed", "killed")]
     assert [row["step"] for row in logs[0]] == [row["step"] for row in logs[1]]
     assert [row.get("eval_auc") for row in logs[0]] == [row.get("eval_auc") for row in logs[1]]
+    records = [json.loads((tmp_path / name / "adapter" / "run.json").read_text()) for name in ("undisturbed", "killed")]
+    assert records[0]["loss"] == pytest.approx(records[1]["loss"], abs=1e-6)
 
 
 def test_two_processes_train_like_one_with_twice_the_accumulation(small_run, tmp_path):
+    """Also when they are killed in the middle of the second epoch and started again."""
     more = ["--batch_size", "2", "--lora_dropout", "0", "--epochs", "2", "--logging_steps", "1"]
     one, two = prepared(small_run, tmp_path / "one"), prepared(small_run, tmp_path / "two")
     done = call(*one, *more, "--accumulation", "4")
     assert done.returncode == 0, done.stderr
     launch = ["-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/multi_gpu.yaml", "--num_processes", "2"]
-    done = call(*launch, *two, *more, "--accumulation", "2", OMP_NUM_THREADS="1")
+    (tmp_path / "killed.py").write_text(KILLED)
+    two_more = [*two, *more, "--accumulation", "2", "--checkpoint_steps", "1"]
+    epoch = json.loads((tmp_path / "one" / "adapter" / "run.json").read_text())["steps"] // 2
+    assert call(*launch, str(tmp_path / "killed.py"), str(2 * epoch + 5), *two_more, OMP_NUM_THREADS="1").returncode != 0
+    assert (tmp_path / "two" / "checkpoints" / f"checkpoint-{epoch + 2}").exists()
+    done = call(*launch, *two_more, OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stderr
     assert_same_training(tmp_path / "one", tmp_path / "two", 1e-4, 1e-3)
     records = [json.loads((tmp_path / name / "adapter" / "run.json").read_text()) for name in ("one", "two")]
@@ -99,12 +112,58 @@ def test_two_processes_train_like_one_with_twice_the_accumulation(small_run, tmp
 
 def test_a_training_that_does_not_get_better_stops_early(small_run, tmp_path, capsys):
     command = prepared(small_run, tmp_path / "run")
-    script(STAGE).main([*command[1:], "--epochs", "6", "--learning_rate", "0", "--patience", "2", "--tensorboard", "true"])
+    more = ["--epochs", "6", "--learning_rate", "0", "--patience", "2", "--tensorboard", "true"]
+    script(STAGE).main([*command[1:], *more])
     log = read_rows(tmp_path / "run" / "training_log.jsonl")
     assert len([row for row in log if "eval_auc" in row]) == 3, "the first one, and two that were no better"
     assert all({"eval_auc", "eval_hr@5"} <= row.keys() for row in log if "eval_auc" in row)
     assert (tmp_path / "run" / "training_curve.png").read_bytes().startswith(b"\x89PNG")
     assert list((tmp_path / "run" / "tensorboard").rglob("events.out.tfevents.*"))
+    before = weights(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "adapter")  # a death after the last checkpoint: nothing is trained again
+    script(STAGE).main([*command[1:], *more])
+    again = read_rows(tmp_path / "run" / "training_log.jsonl")
+    assert [row for row in again if "train_runtime" not in row] == [row for row in log if "train_runtime" not in row]
+    assert all(torch.equal(before[name], tensor) for name, tensor in weights(tmp_path / "run").items())
+
+
+def test_the_best_adapter_is_kept_not_the_last(small_run, tmp_path, monkeypatch):
+    aucs = iter([0.6, 0.9, 0.7, 0.8])
+    monkeypatch.setattr("Inference.trainer.pooled_auc", lambda *_: next(aucs))
+    command = prepared(small_run, tmp_path / "run")
+    script(STAGE).main([*command[1:], "--epochs", "4"])
+    record = json.loads((tmp_path / "run" / "adapter" / "run.json").read_text())
+    assert record["best_validation_auc"] == 0.9
+    best, last = (load_peft_weights(str(tmp_path / "run" / "checkpoints" / f"checkpoint-{record['steps'] * n // 4}")) for n in (2, 4))
+    kept = weights(tmp_path / "run")
+    assert all(torch.equal(kept[name], best[name]) for name in kept)
+    assert not all(torch.equal(kept[name], last[name]) for name in kept)
+
+
+@pytest.mark.parametrize(
+    ("make", "options"),
+    [
+        (random_qwen_vl, ("--loss", "sequence", "--batch_size", "2", "--accumulation", "2")),
+        (lambda: random_llava("tiny", kind="1.5"), ("--gradient_checkpointing", "true", "--dtype", "bfloat16", "--workers", "2")),
+        (None, ("--quantization", "nf4", "--gradient_checkpointing", "true")),
+        (None, ("--image_tiles", "single", "--group_by", "length")),
+    ],
+    ids=["qwen2.5-vl, sequence", "llava-1.5, bfloat16", "QLoRA", "one tile"],
+)
+def test_every_kind_of_training_ends_with_an_adapter_that_plain_peft_loads(small_run, tmp_path, make, options):
+    command, base = prepared(small_run, tmp_path / "run"), str(TINY / "llava")
+    if make:
+        base = str(tmp_path / "model")
+        for part in make():
+            part.save_pretrained(base)
+    script(STAGE).main([*command[1:], "--model", base, "--limit", "8", "--validation_users", "2", "--warmup_ratio", "0", *options])
+    adapter = tmp_path / "run" / "adapter"
+    assert PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(base), adapter)
+    assert any(tensor.abs().max() > 0 for name, tensor in weights(tmp_path / "run").items() if "lora_B" in name), "it was trained"
+    assert AutoTokenizer.from_pretrained(adapter).chat_template
+    log = read_rows(tmp_path / "run" / "training_log.jsonl")
+    assert all(np.isfinite(row["loss"]) for row in log if "loss" in row)
+    assert len([row for row in log if "eval_auc" in row]) == 1
 
 
 def test_what_is_cut_is_the_preference_and_it_is_counted(small_run, tmp_path, capsys):
@@ -152,6 +211,30 @@ def test_bad_pairs_are_told_before_the_model_is_loaded(small_run, tmp_path, monk
     monkeypatch.setattr("Inference.models._load", None)
     with pytest.raises(InputError, match=message):
         script(STAGE).main(command[1:])
+
+
+def test_validation_lists_that_cannot_be_ranked_are_told_before_the_model_is_loaded(small_run, tmp_path, monkeypatch):
+    command = prepared(small_run, tmp_path / "run")
+    rows = read_rows(tmp_path / "run" / "validation.jsonl")
+    (tmp_path / "run" / "validation.jsonl").unlink()
+    write_rows(tmp_path / "run" / "validation.jsonl", rows[:-1])
+    monkeypatch.setattr("Inference.models._load", None)
+    with pytest.raises(InputError, match=r"validation.jsonl: user .* has 1 positives and 19 negatives in place of 1 and 20"):
+        script(STAGE).main(command[1:])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--max_text_tokens", "9"), r"train.jsonl: no question fits, the first one: item .* longer than 9 tokens even without"),
+        (("--dtype", "float16"), "a CPU does not train in float16; pass --dtype float32"),
+        (("--group_by", "item", "--loss", "sequence"), "--group_by item needs --loss answer"),
+    ],
+)
+def test_options_that_cannot_be_had_are_told_in_a_sentence(small_run, tmp_path, options, message):
+    command = prepared(small_run, tmp_path / "run")
+    with pytest.raises(InputError, match=message):
+        script(STAGE).main([*command[1:], *options])
 
 
 def test_a_checkpoint_of_other_settings_is_not_gone_on_from(small_run, tmp_path, monkeypatch):

@@ -14,17 +14,19 @@ measured yet.
 """
 
 import importlib.util
+import json
 import os
 import shutil
 import time
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from data_processing.config import option, parse_args, show
 from data_processing.errors import InputError, run
 from data_processing.jsonl import read_rows, write_json, write_rows
+from data_processing.metrics import by_user
 from data_processing.pairs import check_pairs, first_users
 from data_processing.run_record import check_same_job, digests, read_record, read_state, settings_of, world_size, write_record
 from Inference.recommender import RecommenderArgs, add_lora, fingerprint, layer_class, load_recommender
@@ -81,6 +83,8 @@ def main(argv=None):
     else:
         rows, validation = rows[: args.limit or None], first_users(validation, args.validation_users)
         sizes = check_pairs(rows, paths[0]) | check_pairs(validation, paths[1])
+        if validation:
+            by_user([{**row, "score": 0.0} for row in validation], paths[1])  # lists that could not be ranked
         train(rows, validation, sizes, folder, settings, inputs, args)
     print(f"next: bash scripts/06_score.sh {args.config}")
 
@@ -110,6 +114,14 @@ def last_whole_checkpoint(folder, may_delete=True):
     return str(whole[-1]) if whole else None
 
 
+def epochs_until_stop(checkpoint):
+    """Number of epochs after which the run of this checkpoint (None: there is none) was told to stop, or None: it was not."""
+    if checkpoint is None:
+        return None
+    state = json.loads((Path(checkpoint) / "trainer_state.json").read_text())
+    return round(state["epoch"]) if state["stateful_callbacks"]["TrainerControl"]["args"]["should_training_stop"] else None
+
+
 def training_arguments(args, folder, device_type, dtype, with_validation):
     """transformers' TrainingArguments for `args`; epochs end with a validation and a checkpoint."""
     import torch
@@ -135,28 +147,47 @@ def training_arguments(args, folder, device_type, dtype, with_validation):
 def train(rows, validation, sizes, folder, settings, inputs, args):
     """Trains, validates after every epoch, and saves the best adapter. sizes: see `check_pairs`."""
     # Imported here, so that --help and a missing input answer at once.
+    import torch
     from transformers import EarlyStoppingCallback, set_seed
 
     from data_processing import figures
     from Inference.models import pick_device, pick_dtype
     from Inference.pair_reader import PairReader
-    from Inference.trainer import AfterLog, Collator, EverySteps, Order, RecommenderTrainer, check_sharing
+    from Inference.trainer import (
+        AfterLog,
+        Collator,
+        EverySteps,
+        Order,
+        RecommenderTrainer,
+        TellEpoch,
+        check_positions,
+        check_sharing,
+        mean_loss,
+    )
 
     started = time.monotonic()
     warnings.filterwarnings("ignore", category=FutureWarning)  # renamings announced inside transformers and peft
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / "tensorboard")
     set_seed(args.seed)
+    dtype = pick_dtype(args.dtype, pick_device())
+    if dtype == torch.float16 and pick_device().type == "cpu":
+        raise InputError("a CPU does not train in float16; pass --dtype float32")
+    if args.group_by == "item":
+        check_sharing(args)
+        args = replace(args, attention="sdpa")
     model, chat = load_recommender(args)
     if args.group_by == "item":
-        check_sharing(model, args)
+        check_positions(model)
     os.environ.setdefault("FSDP_TRANSFORMER_CLS_TO_WRAP", layer_class(model))  # else PEFT looks for layers that no tower has
     reader = PairReader(chat, folder, args.max_text_tokens)
     too_long = reader.too_long([*rows, *validation])
+    for name, part in (("train", rows), ("validation", validation)):
+        if part and all(row["user_id"] in too_long for row in part):
+            raise InputError(f"{folder / name}.jsonl: no question fits, the first one: {too_long[part[0]['user_id']]}")
     rows, validation = ([row for row in part if row["user_id"] not in too_long] for part in (rows, validation))
     lengths = reader.lengths(rows, sizes) if args.group_by == "length" else None
     shortened = reader.count_cut(rows)
     model = add_lora(model, args)
-    dtype = pick_dtype(args.dtype, pick_device())
     options = training_arguments(args, folder / "checkpoints", model.device.type, dtype, bool(validation))
 
     def write_log(log):
@@ -164,20 +195,22 @@ def train(rows, validation, sizes, folder, settings, inputs, args):
         if "loss" not in log[-1]:
             (folder / "training_curve.png").write_bytes(figures.training(log))
 
-    callbacks = [AfterLog(write_log), EverySteps(args.checkpoint_steps)]
+    step = options.world_size * args.batch_size * args.accumulation
+    order = Order(rows, lengths, step, args.batch_size, args.group_by, args.seed)
+    callbacks = [AfterLog(write_log), EverySteps(args.checkpoint_steps), TellEpoch(order)]
     if args.patience and validation:
         callbacks.append(EarlyStoppingCallback(args.patience))
     trainer = RecommenderTrainer(
         model=model, args=options, train_dataset=rows, eval_dataset=validation, callbacks=callbacks, reader=reader,
-        data_collator=Collator(reader, args.loss, share=args.group_by == "item"), score_batch_tokens=args.score_batch_tokens,
-        order=Order(rows, lengths, options.world_size * args.batch_size * args.accumulation, args.batch_size, args.group_by, args.seed),
+        data_collator=Collator(reader, args.loss, share=args.group_by == "item"), order=order, score_batch_tokens=args.score_batch_tokens,
     )  # fmt: skip
     main_process = trainer.is_world_process_zero()
     last = last_whole_checkpoint(folder / "checkpoints", main_process)
     if main_process:
         write_json(folder / "checkpoints" / "state.json", {"settings": settings | {"processes": world_size()}, "inputs": inputs})
         write_rows(folder / "training.rejected.jsonl", [{"user_id": user_id, "reason": reason} for user_id, reason in too_long.items()])
-    result = trainer.train(resume_from_checkpoint=last)
+    options.num_train_epochs = epochs_until_stop(last) or args.epochs
+    trainer.train(resume_from_checkpoint=last)
     weights = trainer.accelerator.get_state_dict(trainer.model_wrapped) if trainer.is_fsdp_enabled else None
     if not main_process:
         return
@@ -185,7 +218,7 @@ def train(rows, validation, sizes, folder, settings, inputs, args):
     trainer.model.save_pretrained(adapter, state_dict=weights)
     chat.processor.save_pretrained(adapter)
     counts = {"in": len(rows), "shortened": shortened, "validation_pairs": len(validation), "rejected_users": len(too_long)}
-    more = {"base": fingerprint(args.model), "dtype": str(dtype).removeprefix("torch."), "loss": result.training_loss}
+    more = {"base": fingerprint(args.model), "dtype": str(dtype).removeprefix("torch."), "loss": mean_loss(trainer.state.log_history)}
     more |= {"best_validation_auc": best, "steps": trainer.state.global_step}
     write_record(adapter, args, settings, inputs, time.monotonic() - started, counts, **more)
     cut = f"; of {shortened:,} pairs the preference was shortened to fit" if shortened else ""
