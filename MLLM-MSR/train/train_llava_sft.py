@@ -144,6 +144,19 @@ def training_arguments(args, folder, device_type, dtype, with_validation):
     return options
 
 
+def set_too_long_aside(rows, validation, reader, folder):
+    """(rows, validation, dict user_id -> reason), without the users with a question that is too long even without a preference.
+
+    Raises InputError if nothing is left of one of the two.
+    """
+    too_long = reader.too_long([*rows, *validation])
+    for name, part in (("train", rows), ("validation", validation)):
+        if part and all(row["user_id"] in too_long for row in part):
+            raise InputError(f"{folder / name}.jsonl: no question fits, the first one: {too_long[part[0]['user_id']]}")
+    rows, validation = ([row for row in part if row["user_id"] not in too_long] for part in (rows, validation))
+    return rows, validation, too_long
+
+
 def train(rows, validation, sizes, folder, settings, inputs, args):
     """Trains, validates after every epoch, and saves the best adapter. sizes: see `check_pairs`."""
     # Imported here, so that --help and a missing input answer at once.
@@ -180,11 +193,7 @@ def train(rows, validation, sizes, folder, settings, inputs, args):
         check_positions(model)
     os.environ.setdefault("FSDP_TRANSFORMER_CLS_TO_WRAP", layer_class(model))  # else PEFT looks for layers that no tower has
     reader = PairReader(chat, folder, args.max_text_tokens)
-    too_long = reader.too_long([*rows, *validation])
-    for name, part in (("train", rows), ("validation", validation)):
-        if part and all(row["user_id"] in too_long for row in part):
-            raise InputError(f"{folder / name}.jsonl: no question fits, the first one: {too_long[part[0]['user_id']]}")
-    rows, validation = ([row for row in part if row["user_id"] not in too_long] for part in (rows, validation))
+    rows, validation, too_long = set_too_long_aside(rows, validation, reader, folder)
     lengths = reader.lengths(rows, sizes) if args.group_by == "length" else None
     shortened = reader.count_cut(rows)
     model = add_lora(model, args)
