@@ -88,11 +88,13 @@ def one_turn(how, args):
         scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
         def one_pass(numbers, pairs_in_step):
-            batch = on_device(collator([rows[n] for n in numbers]), model)
+            batch = collator([rows[n] for n in numbers])
+            tokens = (batch["input_ids"] != chat.tokenizer.pad_token_id).sum().item()
+            batch = on_device(batch, model)
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 loss = model(**batch).loss * len(numbers) / pairs_in_step
             scaler.scale(loss).backward()
-            return (batch["input_ids"] != chat.tokenizer.pad_token_id).sum().item()
+            return tokens
 
         def pictures_and_length(numbers):
             return len({rows[n]["item_id"] for n in numbers}), max(lengths[n] for n in numbers)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import pytest
 
+from data_processing import run_record
 from data_processing.config import CommonArgs
 from data_processing.errors import InputError
 from data_processing.jsonl import read_rows
@@ -190,3 +191,14 @@ def test_the_record_says_what_was_done(tmp_path):
     for key in ("git_commit", "packages", "device", "seconds", "python"):
         assert key in record
     json.dumps(record)
+
+
+def test_very_large_files_of_one_size_are_told_apart(tmp_path, monkeypatch):
+    """Weights of two models of one shape; parts of them are read in place of all."""
+    (tmp_path / "one").write_bytes(bytes(4000))
+    whole = run_record.digests(tmp_path / "one")
+    monkeypatch.setattr(run_record, "HASH_LIMIT", 1000)
+    one = run_record.digests(tmp_path / "one")
+    assert one == run_record.digests(tmp_path / "one") != whole
+    (tmp_path / "one").write_bytes(bytes(3999) + b"1")
+    assert run_record.digests(tmp_path / "one") != one
