@@ -39,8 +39,9 @@ def histories(n, seed=3):
     return [[(str(i), items[i]["title"], world.caption(items[i])) for i in chosen] for chosen in lives], items, lives
 
 
-def preferences(model, chat, told, batch_tokens, order=None, max_new_tokens=40, **options):
+def preferences(model, chat, told, batch_tokens, order=None, max_new_tokens=40, portion_tokens=None, **options):
     engine = Engine(model, chat, max_new_tokens, batch_tokens, **options)
+    engine.portion_tokens = portion_tokens or engine.portion_tokens
 
     def dialogue(history):
         return (yield from recurrent_preference(history, Asker(chat, 1000, "video").ask, Args()))
@@ -64,6 +65,7 @@ def test_the_recurrence_in_batches_and_continuously_is_the_recurrence_one_by_one
     chat, (told, _, _) = Chat(tokenizer), histories(10)
     single = preferences(model, chat, told, batch_tokens=1, max_new_tokens=20, **how)
     assert preferences(model, chat, told, 20_000, order=range(9, -1, -1), max_new_tokens=20, **how) == single
+    assert preferences(model, chat, told, 20_000, max_new_tokens=20, portion_tokens=400, **how) == single, "read in portions"
     assert preferences(model, chat, told, 1, continuous=True, max_new_tokens=20, **how) == single
 
 
@@ -239,8 +241,9 @@ def unseen_covers(n, seed=12):
     return items, [world.draw_cover(item["colour"], item["shape"], rng) for item in items]
 
 
-def captions(model, chat, covers, batch_tokens, **options):
+def captions(model, chat, covers, batch_tokens, portion_tokens=None, **options):
     engine = Engine(model, chat, 40, batch_tokens, **options)
+    engine.portion_tokens = portion_tokens or engine.portion_tokens
     text = chat.render([user_turn(prompts.fill(prompts.IMAGE, "video"), images=1)])
 
     def dialogue(cover):
@@ -268,6 +271,7 @@ def test_captions_in_batches_of_mixed_shapes_are_the_captions_one_by_one(kind, h
     chat = Chat(processor)
     batched = captions(model, chat, covers, batch_tokens=20_000, **how)
     assert batched == captions(model, chat, covers, batch_tokens=1, **how)
+    assert batched == captions(model, chat, covers, batch_tokens=20_000, portion_tokens=150, **how), "read in portions of unlike length"
     assert len(set(batched.values())) > 1
 
 
