@@ -237,7 +237,7 @@ def test_options_that_cannot_be_had_are_told_in_a_sentence(small_run, tmp_path, 
 
 def test_a_checkpoint_of_other_settings_is_not_gone_on_from(small_run, tmp_path, monkeypatch):
     command = prepared(small_run, tmp_path / "run")
-    assert call("-c", KILLED, "9", *command, "--batch_size", "2", "--checkpoint_steps", "3").returncode == -9
+    assert call("-c", KILLED, "6", *command, "--batch_size", "2", "--checkpoint_steps", "3").returncode == -9
     assert list((tmp_path / "run" / "checkpoints").glob("checkpoint-*"))
     with pytest.raises(InputError, match=r"begun with other settings \(batch_size was 2, is 8\)"):
         script(STAGE).main(command[1:])
