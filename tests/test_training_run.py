@@ -164,7 +164,7 @@ def test_every_kind_of_training_ends_with_an_adapter_that_plain_peft_loads(small
     assert len([row for row in log if "eval_auc" in row]) == 1
 
 
-def test_what_is_cut_is_the_preference_and_it_is_counted(small_run, tmp_path, capsys):
+def test_what_is_cut_is_the_preference_and_who_cannot_fit_is_set_aside_and_both_are_counted(small_run, tmp_path, capsys):
     command = prepared(small_run, tmp_path / "run")
     rows = read_rows(tmp_path / "run" / "train.jsonl")
     (tmp_path / "run" / "train.jsonl").unlink()
@@ -173,10 +173,16 @@ def test_what_is_cut_is_the_preference_and_it_is_counted(small_run, tmp_path, ca
         text = turn["content"][1]["text"]
         turn["content"][1]["text"] = text[:end] + " word" * 500 + text[end:]
         row["preference_span"][1] = end + 2500
+    rows[6]["messages"][0]["content"][1]["text"] += " word" * 600  # no preference to cut there
     write_rows(tmp_path / "run" / "train.jsonl", rows)
     script(STAGE).main([*command[1:], "--limit", "8"])
-    assert "of 3 pairs the preference was shortened to fit" in capsys.readouterr().out
-    assert json.loads((tmp_path / "run" / "adapter" / "run.json").read_text())["rows"]["shortened"] == 3
+    printed = capsys.readouterr().out
+    assert "of 3 pairs the preference was shortened to fit; 1 users were set aside" in printed
+    counts = json.loads((tmp_path / "run" / "adapter" / "run.json").read_text())["rows"]
+    assert (counts["in"], counts["shortened"], counts["rejected_users"]) == (6, 3, 1)
+    (aside,) = read_rows(tmp_path / "run" / "training.rejected.jsonl")
+    assert aside["user_id"] == rows[6]["user_id"]
+    assert "longer than 512 tokens even without a preference" in aside["reason"]
 
 
 def spoilt(rows, how):

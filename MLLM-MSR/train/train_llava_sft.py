@@ -25,7 +25,7 @@ from typing import Literal
 
 from data_processing.config import option, parse_args, show
 from data_processing.errors import InputError, run
-from data_processing.jsonl import read_rows, write_json, write_rows
+from data_processing.jsonl import read_rows, write_json, write_rejected, write_rows
 from data_processing.metrics import by_user
 from data_processing.pairs import check_pairs, first_users
 from data_processing.run_record import check_same_job, digests, read_record, read_state, settings_of, world_size, write_record
@@ -217,7 +217,7 @@ def train(rows, validation, sizes, folder, settings, inputs, args):
     last = last_whole_checkpoint(folder / "checkpoints", main_process)
     if main_process:
         write_json(folder / "checkpoints" / "state.json", {"settings": settings | {"processes": world_size()}, "inputs": inputs})
-        write_rows(folder / "training.rejected.jsonl", [{"user_id": user_id, "reason": reason} for user_id, reason in too_long.items()])
+        write_rejected(folder / "training.rejected.jsonl", [{"user_id": user_id, "reason": reason} for user_id, reason in too_long.items()])
     options.num_train_epochs = epochs_until_stop(last) or args.epochs
     trainer.train(resume_from_checkpoint=last)
     weights = trainer.accelerator.get_state_dict(trainer.model_wrapped) if trainer.is_fsdp_enabled else None
