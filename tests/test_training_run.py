@@ -241,6 +241,21 @@ def test_options_that_cannot_be_had_are_told_in_a_sentence(small_run, tmp_path, 
         script(STAGE).main([*command[1:], *options])
 
 
+@pytest.mark.parametrize(("group_by", "attention"), [("item", "sdpa"), ("none", "auto")])
+def test_sharing_asks_for_the_attention_that_can_do_it(small_run, tmp_path, monkeypatch, group_by, attention):
+    """Left to itself, a model would be loaded with FlashAttention where that is installed."""
+    stage, asked = script(STAGE), []
+
+    def load(args):
+        asked.append(args.attention)
+        raise InputError("seen")
+
+    monkeypatch.setattr(stage, "load_recommender", load)
+    with pytest.raises(InputError, match="seen"):
+        stage.main([*prepared(small_run, tmp_path / "run")[1:], "--group_by", group_by])
+    assert asked == [attention]
+
+
 def test_a_checkpoint_of_other_settings_is_not_gone_on_from(small_run, tmp_path, monkeypatch):
     command = prepared(small_run, tmp_path / "run")
     assert call("-c", KILLED, "6", *command, "--batch_size", "2", "--checkpoint_steps", "3").returncode == -9
