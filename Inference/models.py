@@ -49,7 +49,7 @@ def read_config(name):
     try:
         return AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
-        raise InputError(f"the model {name} cannot be read: {first_sentence(error)}") from None
+        raise InputError(f"the model {name} cannot be read: {one_line(error)}") from None
 
 
 def load_multimodal(name, dtype="auto", attention="auto", quantization="none"):
@@ -99,10 +99,10 @@ def _load(auto_class, name, config, dtype, attention, quantization):
             quantization_config=quantization_config(quantization, auto_class, config, dtype),
         )  # fmt: skip
     except (OSError, ValueError) as error:
-        raise InputError(f"the model {name} cannot be loaded: {first_sentence(error)}") from None
+        raise InputError(f"the model {name} cannot be loaded: {one_line(error)}") from None
     except ImportError as error:
         wants = f"--quantization {quantization} --attention {attention}"
-        raise InputError(f"the model {name} cannot be loaded with {wants}, a package is missing: {first_sentence(error)}") from None
+        raise InputError(f"the model {name} cannot be loaded with {wants}, a package is missing: {one_line(error)}") from None
     return model.eval()
 
 
@@ -116,7 +116,7 @@ def _load_processor(auto_class, name, config):
         except (ImportError, KeyError, OSError, ValueError) as error:
             problems.append(error)
     else:
-        raise InputError(f"{name} has no usable tokenizer or processor: {first_sentence(problems[0])}")
+        raise InputError(f"{name} has no usable tokenizer or processor: {one_line(problems[0])}")
     tokenizer = getattr(processor, "tokenizer", processor)
     if tokenizer.pad_token is None:  # Llama-3 ships without one; padding is masked, so any token does
         tokenizer.pad_token = tokenizer.eos_token
@@ -139,7 +139,7 @@ def module_path(model, wanted):
     return next(name for name, module in model.named_modules() if module is wanted)
 
 
-def first_sentence(error):
+def one_line(error):
     """What went wrong inside a library, as one line of 300 characters at most."""
     return " ".join(str(error).split())[:300]
 

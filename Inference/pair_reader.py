@@ -46,24 +46,20 @@ class PairReader:
         self.shortened += was_cut
         return prompt, ids
 
-    def too_long(self, rows):
-        """dict user_id -> reason, for the users with a pair whose question cannot be made to fit."""
-        reasons = {}
+    def look_through(self, rows):
+        """(dict user_id -> reason, for the users with a pair whose question cannot be made to fit; users of the pairs that are cut)."""
+        too_long, cut = {}, []
         for row in rows:
             if self._may_be_long(row):
                 try:
-                    self._fitted(row)
+                    cut += [row["user_id"]] * self._fitted(row)[2]
                 except TooLong as reason:
-                    reasons.setdefault(row["user_id"], str(reason))
-        return reasons
+                    too_long.setdefault(row["user_id"], str(reason))
+        return too_long, cut
 
     def lengths(self, rows, sizes):
         """Each pair's length in tokens, its picture's among them. sizes: dict picture's path -> (width, height)."""
         return [len(self._fitted(row)[1]) - 1 + self.chat.tokens_of_size(*sizes[self.folder / row["images"][0]]) for row in rows]
-
-    def count_cut(self, rows):
-        """Number of pairs whose preference is cut."""
-        return sum(self._fitted(row)[2] for row in rows if self._may_be_long(row))
 
     def _may_be_long(self, row):
         """False only for texts that fit for sure: no token is shorter than a byte, and 128 are enough for the template's own."""

@@ -26,8 +26,7 @@ def load_recommender(args):
     from Inference.chat import Chat
     from Inference.models import load_multimodal, read_config
 
-    kind = read_config(args.model).model_type
-    if args.image_tiles == "single" and kind != "llava_next":
+    if args.image_tiles == "single" and (kind := read_config(args.model).model_type) != "llava_next":
         raise InputError(f"--image_tiles single is for LLaVA-NeXT; the model {args.model} ({kind}) has no tiles")
     model, processor = load_multimodal(args.model, args.dtype, args.attention, args.quantization)
     if args.image_tiles == "single":
@@ -134,9 +133,9 @@ def attach_adapter(model, folder, name):
     """`model` (of the name `name`) with the LoRA weights of `folder`, in evaluation mode. Raises InputError if they do not fit."""
     from peft import PeftModel
 
-    from Inference.models import first_sentence
+    from Inference.models import one_line
 
     try:
         return PeftModel.from_pretrained(model, folder).eval()
     except (RuntimeError, ValueError) as error:
-        raise InputError(f"the adapter {folder} does not fit the model {name}: {first_sentence(error)}") from None
+        raise InputError(f"the adapter {folder} does not fit the model {name}: {one_line(error)}") from None

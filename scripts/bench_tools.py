@@ -1,6 +1,7 @@
 """What the benchmarks share: covers and preferences of realistic size, and a stopwatch."""
 
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,6 +18,16 @@ def cover(number):
     """A picture of noise, of a shape and content that `number` decides."""
     width, height = SHAPES[number % len(SHAPES)]
     return Image.fromarray(np.random.default_rng(number).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def title(number):
+    return f"Number {number}: a day in the mountains"
+
+
+def item_with_cover(number, folder):
+    """Item `number` as in items.jsonl, less its image; that lies in `folder` afterwards."""
+    cover(number).save(Path(folder) / f"{number}.png")
+    return {"item_id": str(number), "title": title(number)}
 
 
 def taste(number):

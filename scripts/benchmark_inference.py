@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from bench_tools import cover, timed
+from bench_tools import cover, timed, title
 from PIL import Image
 
 from data_processing import prompts
@@ -47,7 +47,7 @@ def make_histories(n, n_items, summary_words):
     words = (SUMMARY * 20).split()
 
     def item(k):
-        return str(k), f"Number {k}: a day in the mountains", " ".join(words[: int(summary_words * rng.uniform(0.6, 1.4))])
+        return str(k), title(k), " ".join(words[: int(summary_words * rng.uniform(0.6, 1.4))])
 
     return [[item(int(k)) for k in rng.integers(0, 10_000, n_items)] for _ in range(n)]
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from bench_tools import PREFERENCE, SHAPES, cover, taste, timed
+from bench_tools import PREFERENCE, SHAPES, item_with_cover, taste, timed
 from PIL import Image
 
 from data_processing import prompts
@@ -39,8 +39,7 @@ def make_pairs(folder, n_items, n_users):
     """Rows of test.jsonl: each of `n_items` items with a cover of noise, offered to `n_users` users."""
     rows = []
     for n in range(n_items):
-        cover(n).save(Path(folder) / f"{n}.png")
-        item = {"item_id": str(n), "title": f"Number {n}: a day in the mountains"}
+        item = item_with_cover(n, folder)
         rows += [pair_row(f"u{u}", item, 0, f"{n}.png", taste(u + n), PairArgs(), with_answer=False) for u in range(n_users)]
     return rows
 

@@ -29,7 +29,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from bench_tools import cover, synchronize, taste, timed
+from bench_tools import item_with_cover, synchronize, taste, timed
 
 from data_processing.errors import run
 from data_processing.jsonl import write_json
@@ -44,15 +44,14 @@ from Inference.trainer import Collator, Order
 
 OUTPUT = Path("outputs/benchmark/train.json")
 MICROLENS_LOTS = (0.22, 0.22, 0.17, 0.39)
-LORA = SimpleNamespace(lora_r=8, lora_alpha=32, lora_dropout=0.1, lora_layers=[], quantization="none")
+LORA = SimpleNamespace(lora_r=8, lora_alpha=32, lora_dropout=0.1, lora_layers=[], quantization="none", gradient_checkpointing=False)
 
 
 def make_pairs(folder, n_pairs):
     """Lines of train.jsonl over items with a cover of noise."""
     chance, rows = np.random.default_rng(0), []
     for number in itertools.count():
-        cover(number).save(Path(folder) / f"{number}.png")
-        item = {"item_id": str(number), "title": f"Number {number}: a day in the mountains"}
+        item = item_with_cover(number, folder)
         for _ in range(chance.choice((1, 2, 3, 4), p=MICROLENS_LOTS)):
             rows.append(pair_row(f"u{len(rows)}", item, len(rows) % 2, f"{number}.png", taste(len(rows)), PairArgs(), with_answer=True))
             if len(rows) == n_pairs:
@@ -75,7 +74,7 @@ def one_turn(how, args):
         reader = PairReader(chat, folder)
         sizes = {Path(folder) / row["images"][0]: reader.image(row).size for row in rows}
         lengths = reader.lengths(rows, sizes)
-        model = add_lora(model, SimpleNamespace(**vars(LORA), gradient_checkpointing=False)).train()
+        model = add_lora(model, LORA).train()
         if args.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         weights = [p for p in model.parameters() if p.requires_grad]
@@ -84,7 +83,7 @@ def one_turn(how, args):
         in_pass = 1 if how == "published" else args.batch
         collator = Collator(reader, "sequence" if how == "published" else "answer", share=how == "item")
         order = list(Order(rows, lengths, args.step, in_pass, group_by, seed=0))
-        steps = [order[start : start + args.step] for start in range(0, len(order), args.step)]
+        steps = in_parts(order, args.step)
         scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
         def one_pass(numbers, pairs_in_step):
@@ -99,12 +98,12 @@ def one_turn(how, args):
         def pictures_and_length(numbers):
             return len({rows[n]["item_id"] for n in numbers}), max(lengths[n] for n in numbers)
 
-        one_pass(max((part for step in steps for part in passes(step, in_pass)), key=pictures_and_length), args.step)
+        one_pass(max((part for step in steps for part in in_parts(step, in_pass)), key=pictures_and_length), args.step)
         optimizer.zero_grad()
         synchronize()
         started, tokens = time.perf_counter(), 0
         for step in steps:
-            tokens += sum(one_pass(part, len(step)) for part in passes(step, in_pass))
+            tokens += sum(one_pass(part, len(step)) for part in in_parts(step, in_pass))
             scaler.unscale_(optimizer)
             torch.nn.utils.clip_grad_norm_(weights, 1.0)
             scaler.step(optimizer)
@@ -122,8 +121,8 @@ def one_turn(how, args):
     return found
 
 
-def passes(step, size):
-    return [step[start : start + size] for start in range(0, len(step), size)]
+def in_parts(numbers, size):
+    return [numbers[start : start + size] for start in range(0, len(numbers), size)]
 
 
 def matmul_flops(device):

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 TINY = Path(os.environ.get("TINY_MODELS", ROOT / "Inference/tiny_models"))  # another folder: see test_tiny_models.py
 PLACES = (ROOT / "data" / "raw" / "microlens", ROOT.parent / "shared" / "data" / "microlens")
 REAL = next((place for place in PLACES if (place / "MicroLens-50k_pairs.tsv").exists()), None)
-needs_real_data = pytest.mark.skipif(
+skip_without_real_data = pytest.mark.skipif(
     REAL is None, reason="MicroLens-50k_pairs.tsv and _titles.csv are not in data/raw/microlens (README, «Real data»)"
 )
 STAGES = (
@@ -41,6 +41,13 @@ def script(path):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def saved(model_and_processor, folder):
+    """The folder's name, with the model and its processor in it."""
+    for part in model_and_processor:
+        part.save_pretrained(folder)
+    return str(folder)
 
 
 def small_config(folder):

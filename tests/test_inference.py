@@ -9,7 +9,7 @@ import time
 
 import numpy as np
 import pytest
-from conftest import ROOT, TINY, pictures_from_the_wild, script
+from conftest import ROOT, TINY, pictures_from_the_wild, saved, script
 from PIL import Image
 from test_pipeline import call
 
@@ -127,12 +127,6 @@ def test_a_picture_that_only_the_processor_refuses_is_set_aside(wild_items):
     assert rejected.keys() == broken | {"20000x10.png"}
     assert "aspect ratio" in rejected["20000x10.png"]
     assert {row["item_id"] for row in read_rows(folder / "image_summaries.jsonl")} == good - {"20000x10.png"}
-
-
-def saved(model_and_processor, folder):
-    for part in model_and_processor:
-        part.save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.mark.parametrize(

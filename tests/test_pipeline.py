@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import REAL, ROOT, STAGES, needs_real_data, script, small_config
+from conftest import REAL, ROOT, STAGES, script, skip_without_real_data, small_config
 from PIL import Image, ImageDraw
 
 from data_processing.jsonl import CONTRACT, read_by_id, read_rows, write_rows
@@ -228,7 +228,7 @@ def cover_from(title, size=(48, 64)):
     return image
 
 
-@needs_real_data
+@skip_without_real_data
 def test_real_data_goes_through_all_stages(tmp_path, monkeypatch):
     """60 test users of MicroLens-50k (and 40 to train with), covers drawn from the titles, tiny models: every file whole."""
     raw, plan = tmp_path / "raw", tmp_path / "plan"

@@ -164,9 +164,9 @@ def test_a_user_whose_question_cannot_fit_is_found_beforehand(model, pairs):
     folder, rows = pairs
     endless = pair_row("u7", {"item_id": "0", "title": "word " * 60}, 0, "0.png", "A taste.", Options, with_answer=False)
     reader = PairReader(Chat(model[1]), folder, max_text_tokens=100)
-    assert set(reader.too_long([*rows, endless])) == {"u7"}
+    assert set(reader.look_through([*rows, endless])[0]) == {"u7"}
     assert reader.shortened == 0, "looking ahead is not counted"
-    assert PairReader(Chat(model[1]), folder).too_long([endless]) == {}
+    assert PairReader(Chat(model[1]), folder).look_through([endless]) == ({}, [])
 
 
 def test_a_title_of_a_whole_page_is_cut_in_stage_4():

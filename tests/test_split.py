@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import REAL, needs_real_data
+from conftest import REAL, skip_without_real_data
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -155,7 +155,7 @@ def run_real(tmp_path, *options):
     return json.loads((tmp_path / "stats.json").read_text())
 
 
-@needs_real_data
+@skip_without_real_data
 def test_the_real_log_gives_the_papers_number_of_users(tmp_path, monkeypatch):
     """25,411 is the paper's own number (Table 2); every rule is checked on all users."""
     monkeypatch.chdir(Path(__file__).parent.parent)
@@ -177,14 +177,14 @@ def test_the_real_log_gives_the_papers_number_of_users(tmp_path, monkeypatch):
         assert user["target"] not in user["history"]
 
 
-@needs_real_data
+@skip_without_real_data
 def test_the_real_log_at_the_released_notebooks_core(tmp_path, monkeypatch):
     monkeypatch.chdir(Path(__file__).parent.parent)
     stats = run_real(tmp_path, "--user_core", "7")
     assert (stats["users"], stats["items"], stats["interactions"]) == (14323, 9535, 145835)
 
 
-@needs_real_data
+@skip_without_real_data
 def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(tmp_path, monkeypatch):
     monkeypatch.chdir(Path(__file__).parent.parent)
     bytes_of = {}

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import TINY, script, small_config
+from conftest import TINY, saved, script, small_config
 
 from data_processing.errors import InputError
 from data_processing.jsonl import read_rows, write_rows
@@ -346,8 +346,7 @@ def test_the_adapter_of_another_base_is_refused(small_run, tmp_path, monkeypatch
     with pytest.raises(InputError, match=r"was trained on someone/other-model, not on .*llava; pass the matching"):
         check_adapter(tmp_path, str(TINY / "llava"))
     other = tmp_path / "llava"
-    for part in random_llava("tiny"):
-        part.save_pretrained(other)
+    saved(random_llava("tiny"), other)
     with pytest.raises(InputError, match=r"which is another model than .*llava \(hidden_size was 128, is 64\); pass the matching"):
         check_adapter(adapter, str(other))
     hub = tmp_path / "hub"

@@ -1,12 +1,11 @@
 """Stage 5 as its users run it: going on after a death, several processes, early stopping, logs, bad input, merging."""
 
-import json
 import shutil
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, script
+from conftest import TINY, saved, script
 from peft import PeftModel
 from peft.utils import load_peft_weights
 from test_pipeline import call
@@ -14,6 +13,7 @@ from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 from data_processing.errors import InputError
 from data_processing.jsonl import read_rows, write_rows
+from data_processing.run_record import read_record
 from Inference.random_models import random_llava, random_qwen_vl
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -79,7 +79,7 @@ def test_a_killed_training_goes_on_as_if_nothing_had_happened(small_run, tmp_pat
     logs = [read_rows(tmp_path / name / "training_log.jsonl") for name in ("undisturbed", "killed")]
     assert [row["step"] for row in logs[0]] == [row["step"] for row in logs[1]]
     assert [row.get("eval_auc") for row in logs[0]] == [row.get("eval_auc") for row in logs[1]]
-    records = [json.loads((tmp_path / name / "adapter" / "run.json").read_text()) for name in ("undisturbed", "killed")]
+    records = [read_record(tmp_path / name / "adapter") for name in ("undisturbed", "killed")]
     assert records[0]["loss"] == pytest.approx(records[1]["loss"], abs=1e-6)
 
 
@@ -91,13 +91,13 @@ def test_two_processes_train_like_one_with_twice_the_accumulation(small_run, tmp
     launch = ["-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/multi_gpu.yaml", "--num_processes", "2"]
     (tmp_path / "killed.py").write_text(KILLED)
     two_more = [*two, *more, "--accumulation", "2", "--checkpoint_steps", "1"]
-    epoch = json.loads((tmp_path / "one" / "adapter" / "run.json").read_text())["steps"] // 2
+    epoch = read_record(tmp_path / "one" / "adapter")["steps"] // 2
     assert call(*launch, str(tmp_path / "killed.py"), str(2 * epoch + 5), *two_more, OMP_NUM_THREADS="1").returncode != 0
     assert (tmp_path / "two" / "checkpoints" / f"checkpoint-{epoch + 2}").exists()
     done = call(*launch, *two_more, OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stderr
     assert_same_training(tmp_path / "one", tmp_path / "two", 1e-4, 1e-3)
-    records = [json.loads((tmp_path / name / "adapter" / "run.json").read_text()) for name in ("one", "two")]
+    records = [read_record(tmp_path / name / "adapter") for name in ("one", "two")]
     assert records[0]["steps"] == records[1]["steps"], "as many steps, each over as many pairs"
     assert [record["processes"] for record in records] == [1, 2]
     logs = [read_rows(tmp_path / name / "training_log.jsonl") for name in ("one", "two")]
@@ -130,7 +130,7 @@ def test_the_best_adapter_is_kept_not_the_last(small_run, tmp_path, monkeypatch)
     monkeypatch.setattr("Inference.trainer.pooled_auc", lambda *_: next(aucs))
     command = prepared(small_run, tmp_path / "run")
     script(STAGE).main([*command[1:], "--epochs", "4"])
-    record = json.loads((tmp_path / "run" / "adapter" / "run.json").read_text())
+    record = read_record(tmp_path / "run" / "adapter")
     assert record["best_validation_auc"] == 0.9
     best, last = (load_peft_weights(str(tmp_path / "run" / "checkpoints" / f"checkpoint-{record['steps'] * n // 4}")) for n in (2, 4))
     kept = weights(tmp_path / "run")
@@ -149,11 +149,7 @@ def test_the_best_adapter_is_kept_not_the_last(small_run, tmp_path, monkeypatch)
     ids=["qwen2.5-vl, sequence", "llava-1.5, bfloat16", "QLoRA", "one tile"],
 )
 def test_every_kind_of_training_ends_with_an_adapter_that_plain_peft_loads(small_run, tmp_path, make, options):
-    command, base = prepared(small_run, tmp_path / "run"), str(TINY / "llava")
-    if make:
-        base = str(tmp_path / "model")
-        for part in make():
-            part.save_pretrained(base)
+    command, base = prepared(small_run, tmp_path / "run"), saved(make(), tmp_path / "model") if make else str(TINY / "llava")
     script(STAGE).main([*command[1:], "--model", base, "--limit", "8", "--validation_users", "2", "--warmup_ratio", "0", *options])
     adapter = tmp_path / "run" / "adapter"
     assert PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(base), adapter)
@@ -178,7 +174,7 @@ def test_what_is_cut_is_the_preference_and_who_cannot_fit_is_set_aside_and_both_
     script(STAGE).main([*command[1:], "--limit", "8"])
     printed = capsys.readouterr().out
     assert "of 3 pairs the preference was shortened to fit; 1 users were set aside" in printed
-    counts = json.loads((tmp_path / "run" / "adapter" / "run.json").read_text())["rows"]
+    counts = read_record(tmp_path / "run" / "adapter")["rows"]
     assert (counts["in"], counts["shortened"], counts["rejected_users"]) == (6, 3, 1)
     (aside,) = read_rows(tmp_path / "run" / "training.rejected.jsonl")
     assert aside["user_id"] == rows[6]["user_id"]

@@ -90,7 +90,7 @@ def score_all(pairs, folder, adapter, outputs, args):
         rows = [pairs[pair] for pair in output.wanted]
         if hidden == "preference":
             rows = [with_preference(row, "") for row in rows]
-        too_long = reader.too_long(rows)
+        too_long, _ = reader.look_through(rows)
         rows, aside = [r for r in rows if r["user_id"] not in too_long], [r for r in rows if r["user_id"] in too_long]
         wanted = {index for index, row in enumerate(rows) if (row["user_id"], row["item_id"]) in output.left}
         with output, tqdm(total=len(output.todo), desc=f"scores, {output.path.parent.name}", unit="pair") as progress:

@@ -14,7 +14,6 @@ measured yet.
 """
 
 import importlib.util
-import json
 import os
 import shutil
 import time
@@ -115,11 +114,11 @@ def last_whole_checkpoint(folder, may_delete=True):
 
 
 def epochs_until_stop(checkpoint):
-    """Number of epochs after which the run of this checkpoint (None: there is none) was told to stop, or None: it was not."""
-    if checkpoint is None:
-        return None
-    state = json.loads((Path(checkpoint) / "trainer_state.json").read_text())
-    return round(state["epoch"]) if state["stateful_callbacks"]["TrainerControl"]["args"]["should_training_stop"] else None
+    """Number of epochs after which the run of this checkpoint was told to stop, or None: it was not."""
+    from transformers import TrainerState
+
+    state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+    return round(state.epoch) if state.stateful_callbacks["TrainerControl"]["args"]["should_training_stop"] else None
 
 
 def training_arguments(args, folder, device_type, dtype, with_validation):
@@ -144,17 +143,16 @@ def training_arguments(args, folder, device_type, dtype, with_validation):
     return options
 
 
-def set_too_long_aside(rows, validation, reader, folder):
-    """(rows, validation, dict user_id -> reason), without the users with a question that is too long even without a preference.
+def set_too_long_aside(rows, reader, path):
+    """(rows without the users with a question that is too long even without a preference, dict user_id -> reason, pairs cut).
 
-    Raises InputError if nothing is left of one of the two.
+    Raises InputError if nothing is left of the file `path`.
     """
-    too_long = reader.too_long([*rows, *validation])
-    for name, part in (("train", rows), ("validation", validation)):
-        if part and all(row["user_id"] in too_long for row in part):
-            raise InputError(f"{folder / name}.jsonl: no question fits, the first one: {too_long[part[0]['user_id']]}")
-    rows, validation = ([row for row in part if row["user_id"] not in too_long] for part in (rows, validation))
-    return rows, validation, too_long
+    too_long, cut = reader.look_through(rows)
+    kept = [row for row in rows if row["user_id"] not in too_long]
+    if rows and not kept:
+        raise InputError(f"{path}: no question fits, the first one: {too_long[rows[0]['user_id']]}")
+    return kept, too_long, sum(user_id not in too_long for user_id in cut)
 
 
 def train(rows, validation, sizes, folder, settings, inputs, args):
@@ -182,8 +180,9 @@ def train(rows, validation, sizes, folder, settings, inputs, args):
     warnings.filterwarnings("ignore", category=FutureWarning)  # renamings announced inside transformers and peft
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / "tensorboard")
     set_seed(args.seed)
-    dtype = pick_dtype(args.dtype, pick_device())
-    if dtype == torch.float16 and pick_device().type == "cpu":
+    device = pick_device()
+    dtype = pick_dtype(args.dtype, device)
+    if dtype == torch.float16 and device.type == "cpu":
         raise InputError("a CPU does not train in float16; pass --dtype float32")
     if args.group_by == "item":
         check_sharing(args)
@@ -193,11 +192,12 @@ def train(rows, validation, sizes, folder, settings, inputs, args):
         check_positions(model)
     os.environ.setdefault("FSDP_TRANSFORMER_CLS_TO_WRAP", layer_class(model))  # else PEFT looks for layers that no tower has
     reader = PairReader(chat, folder, args.max_text_tokens)
-    rows, validation, too_long = set_too_long_aside(rows, validation, reader, folder)
+    rows, too_long, shortened = set_too_long_aside(rows, reader, folder / "train.jsonl")
+    validation, more_too_long, _ = set_too_long_aside(validation, reader, folder / "validation.jsonl")
+    too_long |= more_too_long  # a user is in one of the two
     lengths = reader.lengths(rows, sizes) if args.group_by == "length" else None
-    shortened = reader.count_cut(rows)
     model = add_lora(model, args)
-    options = training_arguments(args, folder / "checkpoints", model.device.type, dtype, bool(validation))
+    options = training_arguments(args, folder / "checkpoints", device.type, dtype, bool(validation))
 
     def write_log(log):
         write_rows(folder / "training_log.jsonl", log)
@@ -218,7 +218,8 @@ def train(rows, validation, sizes, folder, settings, inputs, args):
     if main_process:
         write_json(folder / "checkpoints" / "state.json", {"settings": settings | {"processes": world_size()}, "inputs": inputs})
         write_rejected(folder / "training.rejected.jsonl", [{"user_id": user_id, "reason": reason} for user_id, reason in too_long.items()])
-    options.num_train_epochs = epochs_until_stop(last) or args.epochs
+    if last:
+        options.num_train_epochs = epochs_until_stop(last) or args.epochs
     trainer.train(resume_from_checkpoint=last)
     weights = trainer.accelerator.get_state_dict(trainer.model_wrapped) if trainer.is_fsdp_enabled else None
     if not main_process:
