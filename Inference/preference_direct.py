@@ -1,50 +1,77 @@
 """Stage 3 without the recurrence: the whole history in one prompt (paper, ablation study).
 
-In and out are those of `preference_recurrent.py`, with one block that holds the whole history. Give it an --output_dir of
-its own, and --summaries to read the summaries that are there already:
+In and out are those of `preference_recurrent.py`, with one block that holds the whole history. Give
+it an
+--output_dir of its own, and --summaries to read the existing summaries:
 
     python Inference/preference_direct.py --config configs/microlens.yaml \\
-        --output_dir outputs/microlens_direct --summaries outputs/microlens/image_summaries.jsonl
+        --output_dir outputs/microlens_direct \\
+        --summaries outputs/microlens/mllm_msr/image_summaries.jsonl
 
-A history that is too long for the model loses its oldest items first; the line then counts them as `items_left_out`.
-Llama-3-8B: a GPU; its weights take 16 GB in bfloat16; memory and time: not measured yet.
+A history that is too long for the model loses its oldest items first; the row then counts them as
+`items_left_out`. Llama-3-8B: a GPU; its weights take 16 GB in bfloat16; memory and time: not
+measured yet.
 """
 
-from dataclasses import dataclass
+from functools import partial
 
-from data_processing import prompts
-from data_processing.config import option, parse_args, show
-from data_processing.errors import run
-from Inference.preferences import PreferenceArgs, infer_preferences
+from pydantic.dataclasses import dataclass
+
+from mllmrec.generation.preferences import PreferenceOptions, open_preferences, read_histories
+from mllmrec.prompts import mllm_msr as prompts
+from mllmrec.stage.errors import run_main
+from mllmrec.stage.options import option, parse_options, print_options
+
+SECTION = "preference"
 
 
 @dataclass
-class Args(PreferenceArgs):
-    block_size: int = option(3, "not used here; the recurrent form's option in the same section")
-    next_prompt: str = option(prompts.PREFERENCE_NEXT, "not used here, likewise")
+class Options(PreferenceOptions):
+    block_size: int = option(3, "not used; option of the recurrent form in the same section")
+    next_prompt: str = option(prompts.PREFERENCE_NEXT, "not used, likewise")
 
 
-def direct_preference(history, ask, args):
+def direct_preference(user, writer, options):
     """One user's preference from one prompt over the whole history.
 
-    history: list of (item_id, title, summary), oldest first. The oldest items give way until the prompt fits without
-    cutting any text; only a single item's text is ever cut.
+    user: UserHistory, oldest item first; writer: PromptWriter. The oldest items are left out until
+    the prompt fits without shortening a text; only the text of a single last item is ever
+    shortened.
     """
-    for start in range(len(history)):
-        prompt = ask(args.first_prompt, history[start:], may_cut=start == len(history) - 1)
-        if prompt is not None:
-            break
-    preference = yield prompt
-    result = {"preference": preference, "blocks": [{"items": [i for i, _, _ in history[start:]], "preference": preference}]}
-    return {**result, "items_left_out": start} if start else result
+    start = 0
+    while start < len(user.items) - 1 and not writer.fits_whole(
+        options.first_prompt, user.items[start:]
+    ):
+        start += 1
+    items = user.items[start:]
+    preference = yield writer.history_prompt(options.first_prompt, items)
+    block = {"items": [item.item_id for item in items], "preference": preference}
+    left_out = {"items_left_out": start} if start else {}
+    counts = left_out | writer.nonzero_counts()
+    return {**user.ids, "preference": preference, "blocks": [block], **counts}
 
 
 def main(argv=None):
-    args = parse_args(Args, "preference", argv, __doc__)
-    show(args, "stage 3, user preferences, direct (the ablation without recurrence)")
-    infer_preferences(args, direct_preference)
-    print(f"next: bash scripts/04_datasets.sh {args.config} --output_dir {args.output_dir}")
+    options = parse_options(Options, SECTION, argv, __doc__)
+    print_options(options, "stage 3, user preferences, direct (ablation)")
+    histories = read_histories(options)
+    output = open_preferences(histories, options)
+    if not output.is_up_to_date():
+        # Imported here, so that --help and a missing input are answered at once.
+        from mllmrec.generation.engine import run_dialogues
+        from mllmrec.generation.loading import load_engine
+        from mllmrec.generation.prompt_writer import PromptWriter
+
+        engine, limit = load_engine(options.model, options, multimodal=False)
+        limit = min(options.max_prompt_tokens or limit, limit)
+        new_writer = partial(PromptWriter, engine.chat, limit, options.domain)
+        dialogues = (
+            (user, direct_preference(histories[user], new_writer(), options))
+            for user in output.todo
+        )
+        output.write_results(run_dialogues(engine, dialogues), "preferences", "user")
+    print(f"next: bash scripts/04_datasets.sh {options.config} --output_dir {options.output_dir}")
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

@@ -1,54 +1,77 @@
-"""Stage 3: a frozen LLM reads a user's history block by block and keeps rewriting the user's preference.
+"""Stage 3: a frozen LLM reads a history block by block and keeps rewriting the user's preference.
 
 (Paper, "Recurrent User Preference Inference".)
 
-In:  {data_dir}/users.jsonl, {data_dir}/items.jsonl, {output_dir}/image_summaries.jsonl
-Out: {output_dir}/user_preferences.jsonl   user_id, preference, blocks: [{items, preference}, …]: the whole recurrence
+In:  {data_dir}/users.jsonl, {data_dir}/items.jsonl, {output_dir}/{system}/image_summaries.jsonl
+Out: {output_dir}/{system}/user_preferences.jsonl   user_id, preference, blocks: [{items,
+preference}, ...]
 
     python Inference/preference_recurrent.py --config configs/microlens.yaml
 
-Only the history is read, never the target. Started again, it goes on where it stopped.
-Sample: 1,100 users in about 20 seconds on 2 CPU cores. Llama-3-8B: a GPU; its weights take 16 GB in bfloat16; memory and
-time: not measured yet.
+Only the history is read, never the target. `blocks` holds the whole recurrence. An interrupted run
+resumes. Sample: 1,100 users in about 20 seconds on 2 CPU cores. Llama-3-8B: a GPU; its weights take
+16 GB in bfloat16; memory and time: not measured yet.
 """
 
-from dataclasses import dataclass
+from functools import partial
 
-from data_processing import prompts
-from data_processing.config import option, parse_args, show
-from data_processing.errors import run
-from Inference.preferences import PreferenceArgs, infer_preferences
+from pydantic.dataclasses import dataclass
+
+from mllmrec.generation.preferences import PreferenceOptions, open_preferences, read_histories
+from mllmrec.prompts import mllm_msr as prompts
+from mllmrec.stage.errors import run_main
+from mllmrec.stage.options import option, parse_options, print_options
+
+SECTION = "preference"
 
 
 @dataclass
-class Args(PreferenceArgs):
-    block_size: int = option(3, "items per block (paper: 3 is best)")
+class Options(PreferenceOptions):
+    block_size: int = option(3, "items per block (paper: 3 is best)", ge=1)
     next_prompt: str = option(prompts.PREFERENCE_NEXT, "template of a history's later blocks")
 
 
-def recurrent_preference(history, ask, args):
+def recurrent_preference(user, writer, options):
     """The recurrence of one user: P_k = LLM(P_{k-1}, block k); the last P is the preference.
 
-    history: list of (item_id, title, summary), oldest first; ask: see `infer_preferences`. The first block is read
-    without a preference, each later one together with the preference that the model wrote before.
+    user: UserHistory, oldest item first; writer: PromptWriter. The first block is read without a
+    preference, each later one together with the preference that the model wrote before. Each
+    `yield` hands a prompt to the engine and receives the text that the model generated.
     """
     preference, blocks = None, []
-    for start in range(0, len(history), args.block_size):
-        block = history[start : start + args.block_size]
+    for start in range(0, len(user.items), options.block_size):
+        block = user.items[start : start + options.block_size]
         if preference is None:
-            preference = yield ask(args.first_prompt, block)
+            preference = yield writer.history_prompt(options.first_prompt, block)
         else:
-            preference = yield ask(args.next_prompt, block, preference=preference)
-        blocks.append({"items": [item_id for item_id, _, _ in block], "preference": preference})
-    return {"preference": preference, "blocks": blocks}
+            preference = yield writer.history_prompt(
+                options.next_prompt, block, preference=preference
+            )
+        blocks.append({"items": [item.item_id for item in block], "preference": preference})
+    return {**user.ids, "preference": preference, "blocks": blocks, **writer.nonzero_counts()}
 
 
 def main(argv=None):
-    args = parse_args(Args, "preference", argv, __doc__)
-    show(args, "stage 3, user preferences, recurrent")
-    infer_preferences(args, recurrent_preference)
-    print(f"next: bash scripts/04_datasets.sh {args.config}")
+    options = parse_options(Options, SECTION, argv, __doc__)
+    print_options(options, "stage 3, user preferences, recurrent")
+    histories = read_histories(options)
+    output = open_preferences(histories, options)
+    if not output.is_up_to_date():
+        # Imported here, so that --help and a missing input are answered at once.
+        from mllmrec.generation.engine import run_dialogues
+        from mllmrec.generation.loading import load_engine
+        from mllmrec.generation.prompt_writer import PromptWriter
+
+        engine, limit = load_engine(options.model, options, multimodal=False)
+        limit = min(options.max_prompt_tokens or limit, limit)
+        new_writer = partial(PromptWriter, engine.chat, limit, options.domain)
+        dialogues = (
+            (user, recurrent_preference(histories[user], new_writer(), options))
+            for user in output.todo
+        )
+        output.write_results(run_dialogues(engine, dialogues), "preferences", "user")
+    print(f"next: bash scripts/04_datasets.sh {options.config}")
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

@@ -1,21 +1,25 @@
-"""Stage 1 for Amazon Reviews 2023: one category's reviews and product pages become users.jsonl, items.jsonl, stats.json.
+"""Stage 1 for Amazon Reviews 2023: a category's reviews and product pages become users.jsonl,
+items.jsonl.
 
 In, all in {raw_dir}, as published, gzipped or not:
-     <category>.jsonl[.gz]       reviews: user_id, parent_asin, timestamp (milliseconds), …; or
-     <category>.csv[.gz]         the 0core and 5core tables: header user_id,parent_asin,rating,timestamp
-     meta_<category>.jsonl[.gz]  product pages: parent_asin, title, description, features, images, …
-Out: see `split.py`, which holds the rules of the split; and
-     {data_dir}/image_urls.jsonl  item_id, url: what `download_images.py` fetches into {data_dir}/images/
+     <category>.jsonl[.gz]       reviews: user_id, parent_asin, timestamp (milliseconds), ...; or
+     <category>.csv[.gz]         the 0core and 5core tables: header
+     user_id,parent_asin,rating,timestamp meta_<category>.jsonl[.gz]  product pages: parent_asin,
+     title, description, features, images, ...
+Out: see `split.py`; the rules of the split are in `mllmrec/data/split.py`; and
+     {data_dir}/image_urls.jsonl  item_id, url: what `download_images.py` fetches into
+     {data_dir}/images/
 
     python data_processing/amazon.py --config configs/amazon_baby.yaml --raw_dir data/raw/amazon
 
-An item has an image if its page names one and `download_images.py` has not set it aside (images.rejected.jsonl): run
-again after the download, and what could not be fetched leaves before the k-core. The pages are streamed, once for which
-items have an image and once for the texts of the core, so memory grows with the log and not with the pages. CPU.
+An item has an image if its page names one and `download_images.py` has not rejected it
+(images.rejected.jsonl): run again after the download, and items whose image could not be fetched
+are removed before the k-core. The pages are streamed, once for which items have an image and once
+for the texts of the core, so memory grows with the log and not with the pages. CPU.
 """
 
 import re
-from dataclasses import dataclass
+import time
 from pathlib import Path
 from typing import Literal
 
@@ -23,75 +27,98 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
+from pydantic.dataclasses import dataclass
 
-from data_processing.config import option, parse_args, show
-from data_processing.errors import InputError, run
-from data_processing.jsonl import read_by_id, write_rows
-from data_processing.split import Log, SplitArgs, run_loader
-from data_processing.tables import stream_jsonl, stream_table
+from mllmrec.data.interactions import InteractionLog
+from mllmrec.data.split import SplitOptions, data_outputs, prepare, write_data_set
+from mllmrec.data.tables import stream_jsonl, stream_table
+from mllmrec.stage.errors import InputError, run_main
+from mllmrec.stage.jsonl import read_by_id, read_rejected, rejected_path, write_rows
+from mllmrec.stage.options import option, parse_options, print_options
+from mllmrec.stage.record import Job, file_digests
 
+SECTION = "data"
 REVIEW = {"user_id": pa.string(), "parent_asin": pa.string(), "timestamp": pa.int64()}
-PICTURE_SIZES = ("large", "hi_res", "thumb")
-PAGE_PICTURES = {
+IMAGE_SIZES = ("large", "hi_res", "thumb")
+PAGE_IMAGES = {
     "parent_asin": pa.string(),
     "title": pa.string(),
-    "images": pa.list_(pa.struct(dict.fromkeys(PICTURE_SIZES, pa.string()))),
+    "images": pa.list_(pa.struct(dict.fromkeys(IMAGE_SIZES, pa.string()))),
 }
 PAGE_TEXTS = {"description": pa.list_(pa.string()), "features": pa.list_(pa.string())}
 ENDINGS = (".jsonl", ".jsonl.gz", ".csv", ".csv.gz")
+NO_PAGE, NO_TITLE, NO_IMAGE, COMPLETE = range(4)  # what is known of an item's page
 
 
 @dataclass
-class Args(SplitArgs):
-    category: str = option("Baby_Products", "as Amazon Reviews 2023 spells it, e.g. Baby_Products, Video_Games")
+class Options(SplitOptions):
+    category: str = option(
+        "Baby_Products", "as Amazon Reviews 2023 spells it, e.g. Baby_Products, Video_Games"
+    )
     item_text: Literal["title", "full"] = option("title", "full: title, features and description")
-    image_size: Literal["large", "hi_res", "thumb"] = option("large", "which size of the first picture; another one if it is not there")
+    image_size: Literal["large", "hi_res", "thumb"] = option(
+        "large", "size of the first image; another one if it is not there"
+    )
 
 
 def find_files(raw_dir, category):
     """(reviews file, pages file) of one category in `raw_dir`."""
     folder = Path(raw_dir)
     if not folder.is_dir():
-        raise InputError(f"the folder {folder} is missing; put the Amazon files there or name another --raw_dir")
-    found = []
+        raise InputError(
+            f"the folder {folder} is missing; put the Amazon files there or name another --raw_dir"
+        )
+    files = []
     for prefix, endings in (("", ENDINGS), ("meta_", ENDINGS[:2])):
-        paths = [path for ending in endings if (path := folder / f"{prefix}{category}{ending}").exists()]
+        names = [f"{prefix}{category}{ending}" for ending in endings]
+        paths = [folder / name for name in names if (folder / name).exists()]
         if not paths:
             raise InputError(
-                f"{folder} holds no {prefix}{category}.jsonl or .jsonl.gz; the README, section «Real data», says where to get it"
+                f"{folder} has no {prefix}{category}.jsonl or .jsonl.gz; the README (Real data) "
+                f"says "
+                "where to get it"
             )
         if len(paths) > 1:
-            raise InputError(f"{folder} holds both {paths[0].name} and {paths[1].name}; keep one of them there")
-        found.append(paths[0])
-    return tuple(found)
+            raise InputError(
+                f"{folder} has both {paths[0].name} and {paths[1].name}; keep one of them there"
+            )
+        files.append(paths[0])
+    return tuple(files)
 
 
-# ------------------------------------------------------------------------------------------------- the log
 def read_reviews(path):
-    """(Log, refused rows): users, items and times of all reviews; ids become codes while the file streams by."""
-    refused, malformed, chunks = [], [], {name: [] for name in REVIEW}
+    """(InteractionLog, rejected rows) of all reviews; ids become codes while the file is
+    streamed.
+    """
+    rejected, malformed, chunks = [], [], {name: [] for name in REVIEW}
     is_table = ".csv" in path.suffixes
-    n_before = 2 if is_table else 1  # the number of the first row's line
-    for batch in stream_table(path, REVIEW, malformed) if is_table else stream_jsonl(path, REVIEW):
-        time = _as_integers(batch["timestamp"]) if is_table else batch["timestamp"]
-        good = pc.and_(_is_filled(batch["user_id"]), pc.and_(_is_filled(batch["parent_asin"]), pc.is_valid(time)))
+    batches = stream_table(path, REVIEW, malformed) if is_table else stream_jsonl(path, REVIEW)
+    first_line = 2 if is_table else 1  # of the batch
+    for batch in batches:
+        time_column = _as_integers(batch["timestamp"]) if is_table else batch["timestamp"]
+        ids_filled = pc.and_(_is_filled(batch["user_id"]), _is_filled(batch["parent_asin"]))
+        good = pc.and_(ids_filled, pc.is_valid(time_column))
         for place in np.flatnonzero(~good.to_numpy(zero_copy_only=False)):
-            row = " ".join(str(batch[name][place]) for name in REVIEW)
-            line = n_before + int(place)
+            line = first_line + int(place)
             for skipped in malformed:  # in the order of the file
                 line += skipped["line"] <= line
-            refused.append({"file": path.name, "line": line, "row": row, "reason": "an id or the timestamp is missing"})
-        n_before += batch.num_rows
-        chunks["timestamp"].append(time.filter(good).to_numpy(zero_copy_only=False))
+            row = " ".join(str(batch[name][place]) for name in REVIEW)
+            reason = "an id or the timestamp is missing"
+            rejected.append({"file": path.name, "line": line, "row": row, "reason": reason})
+        first_line += batch.num_rows
+        chunks["timestamp"].append(time_column.filter(good).to_numpy(zero_copy_only=False))
         for name in ("user_id", "parent_asin"):
             chunks[name].append(batch[name].filter(good).dictionary_encode())
     if not any(map(len, chunks["timestamp"])):
-        raise InputError(f"{path} holds no review with an id and a timestamp; fetch it again")
-    (users, user), (items, item) = (_codes(chunks.pop(name)) for name in ("user_id", "parent_asin"))
-    return Log(users, items, user, item, np.concatenate(chunks["timestamp"])), malformed + refused
+        raise InputError(f"{path} has no review with an id and a timestamp; fetch it again")
+    users, user = _codes(chunks.pop("user_id"))
+    items, item = _codes(chunks.pop("parent_asin"))
+    log = InteractionLog(users, items, user, item, np.concatenate(chunks["timestamp"]))
+    return log, malformed + rejected
 
 
 def _is_filled(column):
+    """Arrow mask: the string is neither null nor empty."""
     return pc.fill_null(pc.greater(pc.binary_length(column), 0), False)
 
 
@@ -100,65 +127,87 @@ def _as_integers(column):
     try:
         return pc.cast(column, pa.int64())
     except pa.ArrowInvalid:
-        return pa.array([int(value) if re.fullmatch(r"\d{1,18}", value) else None for value in column.to_pylist()], pa.int64())
+        values = column.to_pylist()
+        whole = [int(value) if re.fullmatch(r"\d{1,18}", value) else None for value in values]
+        return pa.array(whole, pa.int64())
 
 
 def _codes(chunks):
     """(ids as an object array, int32 code of each row) of dictionary-encoded chunks."""
-    whole = pa.chunked_array(chunks).unify_dictionaries()
-    codes = np.concatenate([chunk.indices.to_numpy() for chunk in whole.chunks])
-    return whole.chunk(whole.num_chunks - 1).dictionary.to_numpy(zero_copy_only=False), codes
+    unified = pa.chunked_array(chunks).unify_dictionaries()
+    codes = np.concatenate([chunk.indices.to_numpy() for chunk in unified.chunks])
+    dictionary = unified.chunk(unified.num_chunks - 1).dictionary
+    return dictionary.to_numpy(zero_copy_only=False), codes
 
 
-# ----------------------------------------------------------------------------------------------- the pages
-def pictures(batch, size):
-    """Arrow array: the URL of the first picture of each page in the wished size, else another; null where there is none."""
-    rows = batch.num_rows
-    parents, values = pc.list_parent_indices(batch["images"]).to_numpy(), pc.list_flatten(batch["images"])
-    first = np.full(rows, -1, dtype=np.int64)
-    first[parents[::-1]] = np.arange(len(parents))[::-1]  # the first of each page, written last
-    sizes = (size, *(other for other in PICTURE_SIZES if other != size))
-    urls = pc.coalesce(*(pc.if_else(_is_filled(column), column, None) for column in (pc.struct_field(values, name) for name in sizes)))
+def first_image_urls(batch, size):
+    """Arrow array: URL of each page's first image in `size`, else in another one; null if it has
+    none.
+    """
+    parents = pc.list_parent_indices(batch["images"]).to_numpy()
+    values = pc.list_flatten(batch["images"])
+    first = np.full(batch.num_rows, -1, dtype=np.int64)
+    first[parents[::-1]] = np.arange(len(parents))[::-1]  # the first of each page is written last
+    sizes = (size, *(other for other in IMAGE_SIZES if other != size))
+    columns = [pc.struct_field(values, name) for name in sizes]
+    urls = pc.coalesce(*(pc.if_else(_is_filled(column), column, None) for column in columns))
     return urls.take(pa.array(first, mask=first < 0))
 
 
-def read_pages(path, item_ids, args, broken):
-    """(catalogue, refused rows). catalogue: index item_id, columns title ("" yet) and image: a path below
-    {data_dir}/images, or None for items without a picture and those in `broken`.
+def read_pages(path, item_ids, options, broken):
+    """(catalogue, rejected rows). catalogue: index item_id, columns title ("" as yet) and image.
 
-    Items of the log without a page, or whose page has no title, are left out of the catalogue and told in the refused rows.
+    image: a path below {data_dir}/images, None for items without an image and those in `broken`.
+    Items of the log without a page, or whose page has no title, are rejected.
     """
     places = pd.Index(item_ids)
-    state = np.zeros(len(item_ids), dtype=np.int8)  # 0 no page, 1 no title, 2 no picture, 3 all there
-    for batch in stream_jsonl(path, PAGE_PICTURES):
+    state = np.full(len(item_ids), NO_PAGE, dtype=np.int8)
+    for batch in stream_jsonl(path, PAGE_IMAGES):
         place = places.get_indexer(batch["parent_asin"].to_numpy(zero_copy_only=False))
-        mine = place >= 0
-        found = 2 + pictures(batch, args.image_size).is_valid().to_numpy(zero_copy_only=False).astype(np.int8)
-        found[~_is_filled(batch["title"]).to_numpy(zero_copy_only=False)] = 1
-        np.maximum.at(state, place[mine], found[mine])
-    state[[re.fullmatch(r"[\w-]+", item_id, re.ASCII) is None for item_id in item_ids]] = -1  # it names the image file
-    reasons = {-1: "the item's id is not made of letters and digits", 0: "the item has no page", 1: "the item's page has no title"}
-    refused = [{"file": path.name, "item_id": item_ids[n], "reason": reasons[state[n]]} for n in np.flatnonzero(state < 2)]
-    folder = Path(args.data_dir) / "images"
-    known = state >= 2
-    has_image = (state == 3) & ~places.isin(broken)
-    image = [str(folder / f"{item_id}.jpg") if there else None for item_id, there in zip(item_ids[known], has_image[known], strict=True)]
-    return pd.DataFrame({"title": "", "image": pd.Series(image, index=item_ids[known], dtype=object)}, index=item_ids[known]), refused
+        known = place >= 0
+        has_image = first_image_urls(batch, options.image_size).is_valid()
+        page = np.where(has_image.to_numpy(zero_copy_only=False), COMPLETE, NO_IMAGE)
+        page[~_is_filled(batch["title"]).to_numpy(zero_copy_only=False)] = NO_TITLE
+        np.maximum.at(state, place[known], page[known].astype(np.int8))
+    # The id names the image file.
+    unusable = np.array([re.fullmatch(r"[\w-]+", i, re.ASCII) is None for i in item_ids], bool)
+    state[unusable] = -1
+    reasons = {
+        -1: "the item's id is not made of letters and digits",
+        NO_PAGE: "the item has no page",
+        NO_TITLE: "the item's page has no title",
+    }
+    rejected = [
+        {"file": path.name, "item_id": item_ids[n], "reason": reasons[state[n]]}
+        for n in np.flatnonzero(state < NO_IMAGE)
+    ]
+    kept, folder = state >= NO_IMAGE, Path(options.data_dir) / "images"
+    has_image = (state == COMPLETE) & ~places.isin(broken)
+    image = [
+        str(folder / f"{item_id}.jpg") if there else None
+        for item_id, there in zip(item_ids[kept], has_image[kept], strict=True)
+    ]
+    images = pd.Series(image, index=item_ids[kept], dtype=object)
+    return pd.DataFrame({"title": "", "image": images}, index=item_ids[kept]), rejected
 
 
-def add_texts(items, path, args):
-    """`items` with their titles (or full texts) and the column url, from a second pass over the pages."""
-    wanted = items.index
-    texts, urls = np.full(len(items), None, dtype=object), np.full(len(items), None, dtype=object)
-    for batch in stream_jsonl(path, {**PAGE_PICTURES, **(PAGE_TEXTS if args.item_text == "full" else {})}):
-        place = wanted.get_indexer(batch["parent_asin"].to_numpy(zero_copy_only=False))
-        mine = np.flatnonzero(place >= 0)
-        if not len(mine):
+def add_texts(items, path, options):
+    """`items` with their titles (or full texts) and the column url, from a second pass over the
+    pages.
+    """
+    texts = np.full(len(items), None, dtype=object)
+    urls = np.full(len(items), None, dtype=object)
+    columns = {**PAGE_IMAGES, **(PAGE_TEXTS if options.item_text == "full" else {})}
+    for batch in stream_jsonl(path, columns):
+        place = items.index.get_indexer(batch["parent_asin"].to_numpy(zero_copy_only=False))
+        rows = np.flatnonzero(place >= 0)
+        if not len(rows):
             continue
-        pages = batch.take(pa.array(mine)).to_pylist()
-        for page, n, url in zip(pages, place[mine], pictures(batch, args.image_size).take(pa.array(mine)).to_pylist(), strict=True):
+        pages = batch.take(pa.array(rows)).to_pylist()
+        page_urls = first_image_urls(batch, options.image_size).take(pa.array(rows)).to_pylist()
+        for page, n, url in zip(pages, place[rows], page_urls, strict=True):
             if texts[n] is None and page["title"]:
-                texts[n] = item_text(page, args.item_text)
+                texts[n] = item_text(page, options.item_text)
             urls[n] = urls[n] or url
     return items.assign(title=texts, url=urls)
 
@@ -167,40 +216,54 @@ def item_text(page, kind):
     """The title, or the title, features and description as one line."""
     parts = [page["title"]]
     if kind == "full":
-        parts += [text for key in ("features", "description") for text in page[key] or () if text and text.strip()]
+        more = [text for key in ("features", "description") for text in page[key] or ()]
+        parts += [text for text in more if text and text.strip()]
     return " ".join(" ".join(parts).split())
 
 
+def write_image_urls(items, path, broken):
+    """Write image_urls.jsonl; the URLs of rejected images are kept, so that they can be tried
+    again.
+    """
+    urls = {}
+    if path.exists():
+        rows = read_by_id(path, "item_id", keys=("item_id", "url"))
+        urls = {item_id: row["url"] for item_id, row in rows.items() if item_id in broken}
+    urls |= {item_id: url for item_id, url in items["url"].items() if isinstance(url, str)}
+    write_rows(path, ({"item_id": item_id, "url": url} for item_id, url in urls.items()))
+
+
 def main(argv=None):
-    args = parse_args(Args, "data", argv, __doc__)
-    show(args, "stage 1, data: Amazon Reviews 2023")
-    reviews, pages = find_files(args.raw_dir, args.category)
-    rejected = Path(args.data_dir) / "images.rejected.jsonl"
-    broken = set(read_by_id(rejected, "item_id")) if rejected.exists() and args.require_image else set()
-
-    def load():
-        log, refused = read_reviews(reviews)
-        catalogue, without_page = read_pages(pages, log.item_ids, args, broken)
-        if broken and catalogue["image"].isna().all():
-            raise InputError(
-                f"no image could be had ({rejected} says why); when that is mended: python data_processing/download_images.py "
-                f"--config {args.config} --data_dir {args.data_dir} --retry_rejected true"
-            )
-        return log.only_items(catalogue.index), catalogue, refused + without_page
-
-    raw_files = (reviews, pages, *([rejected] if broken else []))
-    path = Path(args.data_dir) / "image_urls.jsonl"
-    if prepared := run_loader(args, raw_files, load, complete=lambda items: add_texts(items, pages, args), also=[path]):
-        # What could not be had stays in the list, so that the download can be tried again.
-        urls = (
-            {i: row["url"] for i, row in read_by_id(path, "item_id", keys=("item_id", "url")).items() if i in broken}
-            if path.exists()
-            else {}
+    options = parse_options(Options, SECTION, argv, __doc__)
+    print_options(options, "stage 1, data: Amazon Reviews 2023")
+    started = time.monotonic()
+    reviews, pages = find_files(options.raw_dir, options.category)
+    images_path, urls_path = (
+        Path(options.data_dir) / name for name in ("images.jsonl", "image_urls.jsonl")
+    )
+    broken = set(read_rejected(images_path, "item_id")) if options.require_image else set()
+    raw_files = [reviews, pages, *([rejected_path(images_path)] if broken else [])]
+    job = Job.of(options, file_digests(*raw_files), limit=options.limit, raw_dir=options.raw_dir)
+    if job.is_up_to_date([*data_outputs(options), urls_path]):
+        return
+    log, rejected = read_reviews(reviews)
+    catalogue, without_page = read_pages(pages, log.item_ids, options, broken)
+    if broken and catalogue["image"].isna().all():
+        raise InputError(
+            f"no image could be fetched ({rejected_path(images_path)} says why); when that is "
+            f"fixed: "
+            f"python data_processing/download_images.py --config {options.config} --data_dir "
+            f"{options.data_dir} --retry_rejected true"
         )
-        urls |= {item_id: url for item_id, url in prepared[0]["url"].items() if isinstance(url, str)}
-        write_rows(path, ({"item_id": item_id, "url": url} for item_id, url in urls.items()))
-        print(f"wrote {path}; next: python data_processing/download_images.py --config {args.config}")
+    data = prepare(log.only_items(catalogue.index), catalogue, options)
+    data.items = add_texts(data.items, pages, options)
+    items = write_data_set(data, rejected + without_page, options, job, started)
+    write_image_urls(items, urls_path, broken)
+    print(
+        f"wrote {urls_path}; next: python data_processing/download_images.py --config "
+        f"{options.config}"
+    )
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

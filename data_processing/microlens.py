@@ -1,11 +1,12 @@
-"""Stage 1 for MicroLens-50k and -100k: the published files become users.jsonl, items.jsonl and stats.json.
+"""Stage 1 for MicroLens-50k and -100k: the published files become users.jsonl, items.jsonl,
+stats.json.
 
 In, all in {raw_dir}, as published:
      MicroLens-50k_pairs.csv     header user,item,timestamp (milliseconds); or
      MicroLens-50k_pairs.tsv     user, TAB, item ids separated by blanks, oldest first
      MicroLens-50k_titles.csv    item,title with or without a header; also *_title_en.csv
      MicroLens-50k_covers/       <item>.jpg, also .jpeg, .png, .webp, upper case
-Out: see `split.py`, which holds the rules of the split.
+Out: see `split.py`; the rules of the split are in `mllmrec/data/split.py`.
 
     python data_processing/microlens.py --config configs/microlens.yaml --raw_dir data/raw/microlens
 
@@ -13,89 +14,128 @@ CPU; about 2 seconds for MicroLens-50k.
 """
 
 import os
-from dataclasses import dataclass
+import time
 from pathlib import Path
 
 import pandas as pd
+from pydantic.dataclasses import dataclass
 
-from data_processing.config import option, parse_args, show
-from data_processing.errors import InputError, run
-from data_processing.images import image_index
-from data_processing.split import Log, SplitArgs, run_loader
-from data_processing.tables import first_fields, read_table, set_aside, with_time
+from mllmrec.data.images import image_index
+from mllmrec.data.interactions import InteractionLog
+from mllmrec.data.split import SplitOptions, data_outputs, prepare, write_data_set
+from mllmrec.data.tables import first_fields, parse_timestamps, read_table, reject_rows
+from mllmrec.stage.errors import InputError, run_main
+from mllmrec.stage.options import option, parse_options, print_options
+from mllmrec.stage.record import Job, file_digests
+
+SECTION = "data"
 
 
 @dataclass
-class Args(SplitArgs):
-    name: str = option("", "prefix of the files, e.g. MicroLens-50k; found by itself if there is one")
+class Options(SplitOptions):
+    name: str = option("", "prefix of the files, e.g. MicroLens-50k; needed if there are several")
 
 
 def find_files(raw_dir, name):
     """(pairs file, titles file, covers folder or None) in `raw_dir`."""
     folder = Path(raw_dir)
     if not folder.is_dir():
-        raise InputError(f"the folder {folder} is missing; put the MicroLens files there or name another --raw_dir")
-    pairs = sorted(folder.glob(f"{name or '*'}_pairs.csv")) or sorted(folder.glob(f"{name or '*'}_pairs.tsv"))
+        raise InputError(
+            f"the folder {folder} is missing; put the MicroLens files there or name another "
+            f"--raw_dir"
+        )
+    pairs = sorted(folder.glob(f"{name or '*'}_pairs.csv")) or sorted(
+        folder.glob(f"{name or '*'}_pairs.tsv")
+    )
     if not pairs:
-        raise InputError(f"{folder} holds no {name or '*'}_pairs.csv or .tsv; the README, section «Real data», says where to get it")
+        raise InputError(
+            f"{folder} has no {name or '*'}_pairs.csv or .tsv; the README (Real data) says where "
+            f"to get "
+            "it"
+        )
     if len(pairs) > 1:
-        raise InputError(f"{folder} holds {len(pairs)} sets of pairs ({pairs[0].name}, {pairs[1].name}); choose one with --name")
+        raise InputError(
+            f"{folder} has {len(pairs)} sets of pairs ({pairs[0].name}, {pairs[1].name}); choose "
+            f"one "
+            "with --name"
+        )
     prefix = pairs[0].name.rsplit("_pairs", 1)[0]
-    titles = [folder / f"{prefix}_{ending}" for ending in ("titles.csv", "title_en.csv", "title.csv")]
-    found = [path for path in titles if path.exists()]
-    if not found:
-        raise InputError(f"{titles[0]} is missing; the README, section «Real data», says where to get it")
+    titles = [folder / f"{prefix}_{end}" for end in ("titles.csv", "title_en.csv", "title.csv")]
+    existing = [path for path in titles if path.exists()]
+    if not existing:
+        raise InputError(f"{titles[0]} is missing; the README (Real data) says where to get it")
     covers = folder / f"{prefix}_covers"
-    return pairs[0], found[0], covers if covers.is_dir() else None
+    return pairs[0], existing[0], covers if covers.is_dir() else None
 
 
 def read_pairs(path):
-    """(DataFrame of user, item, time, line; refused rows) from pairs.csv or pairs.tsv."""
+    """(DataFrame of user, item, time, line; rejected rows) from pairs.csv or pairs.tsv."""
     if path.suffix == ".csv":
-        frame, refused = read_table(path, ("user", "item", "timestamp"))
-        return with_time(frame, path.name, refused)
-    frame, refused = read_table(path, ("user", "items"), delimiter="\t", header=False, quoted=False)
+        frame, rejected = read_table(path, ("user", "item", "timestamp"))
+        return parse_timestamps(frame, path.name, rejected)
+    columns = ("user", "items")
+    frame, rejected = read_table(path, columns, delimiter="\t", header=False, quoted=False)
     frame["items"] = frame["items"].str.split()
-    frame, refused = set_aside(frame, frame["items"].str.len() == 0, "the user has no items", path.name, refused)
+    empty = frame["items"].str.len() == 0
+    frame, rejected = reject_rows(frame, empty, "the user has no items", path.name, rejected)
     frame = frame.explode("items").rename(columns={"items": "item"})
-    frame["time"] = frame.groupby("line", sort=False).cumcount()  # the file tells only the order
-    return frame, refused
+    frame["time"] = frame.groupby("line", sort=False).cumcount()  # the file has only the order
+    return frame, rejected
 
 
 def read_titles(path):
-    """(Series item -> title, refused rows). Whether there is a header is read off the first line."""
+    """(Series item -> title, rejected rows).
+
+    Whether there is a header is seen from the first line.
+    """
     has_header = first_fields(path)[0].lower() in ("item", "item_id", "id", "video_id")
     names = first_fields(path)[:2] if has_header else ["item", "title"]
-    frame, refused = read_table(path, names, header=has_header)
+    frame, rejected = read_table(path, names, header=has_header)
     frame.columns = ["item", "title", "line"]
-    frame, refused = set_aside(frame, frame["item"].duplicated(), "the item has a title already", path.name, refused)
-    frame, refused = set_aside(frame, frame["title"].str.strip() == "", "the title is empty", path.name, refused)
-    return frame.set_index("item")["title"], refused
+    repeated = frame["item"].duplicated()
+    reason = "the item has a title already"
+    frame, rejected = reject_rows(frame, repeated, reason, path.name, rejected)
+    empty = frame["title"].str.strip() == ""
+    frame, rejected = reject_rows(frame, empty, "the title is empty", path.name, rejected)
+    return frame.set_index("item")["title"], rejected
 
 
 def load(pairs_path, titles_path, covers):
-    """(Log, catalogue, refused rows) of one MicroLens release."""
+    """(InteractionLog, catalogue, rejected rows) of one MicroLens release."""
     titles, bad_titles = read_titles(titles_path)
-    pairs, refused = read_pairs(pairs_path)
-    pairs, refused = set_aside(
-        pairs, ~pairs["item"].isin(titles.index), f"the item has no title in {titles_path.name}", pairs_path.name, refused
-    )
-    catalogue = pd.DataFrame({"title": titles, "image": pd.Series(image_index(covers), dtype=object).reindex(titles.index)})
-    return Log.from_ids(pairs["user"], pairs["item"], pairs["time"]), catalogue, bad_titles + refused
+    pairs, rejected = read_pairs(pairs_path)
+    unknown = ~pairs["item"].isin(titles.index)
+    reason = f"the item has no title in {titles_path.name}"
+    pairs, rejected = reject_rows(pairs, unknown, reason, pairs_path.name, rejected)
+    images = pd.Series(image_index(covers), dtype=object).reindex(titles.index)
+    log = InteractionLog.from_ids(pairs["user"], pairs["item"], pairs["time"])
+    return log, pd.DataFrame({"title": titles, "image": images}), bad_titles + rejected
 
 
 def main(argv=None):
-    args = parse_args(Args, "data", argv, __doc__)
-    show(args, "stage 1, data: MicroLens")
-    pairs, titles, covers = find_files(args.raw_dir, args.name)
-    if args.require_image and covers is None:
+    options = parse_options(Options, SECTION, argv, __doc__)
+    print_options(options, "stage 1, data: MicroLens")
+    started = time.monotonic()
+    pairs, titles, covers = find_files(options.raw_dir, options.name)
+    if options.require_image and covers is None:
+        prefix = pairs.name.rsplit("_pairs", 1)[0]
         raise InputError(
-            f"{args.raw_dir} has no folder {pairs.name.rsplit('_pairs', 1)[0]}_covers; put the covers there, or pass "
+            f"{options.raw_dir} has no folder {prefix}_covers; put the covers there, or pass "
             "--require_image false to prepare the log without them"
         )
-    run_loader(args, (pairs, titles), lambda: load(pairs, titles, covers), images=len(os.listdir(covers)) if covers else 0)
-    print(f"next: bash scripts/02_image_summary.sh {args.config}")
+    job = Job.of(
+        options,
+        file_digests(pairs, titles),
+        limit=options.limit,
+        raw_dir=options.raw_dir,
+        images=len(os.listdir(covers)) if covers else 0,
+    )
+    if not job.is_up_to_date(data_outputs(options)):
+        log, catalogue, rejected = load(pairs, titles, covers)
+        data = prepare(log, catalogue, options)
+        write_data_set(data, rejected, options, job, started)
+    print(f"next: bash scripts/02_image_summary.sh {options.config}")
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

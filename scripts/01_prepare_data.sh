@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # Stage 1: raw files -> {data_dir}/users.jsonl, items.jsonl, stats.json
 # Usage: bash scripts/01_prepare_data.sh [configs/NAME.yaml] [--raw_dir DIR] [--require_image false] [--limit N] ...
-# The config's line `dataset: NAME` says which loader of data_processing/ reads the raw files.
-# Amazon: then fetches the images, and prepares again without the items whose image could not be had.
-# CPU. Sample: 5 s. MicroLens-50k: 5 s. Amazon: hours, for the images; started again, it goes on.
+# The config's line `dataset: NAME` names the loader data_processing/NAME.py.
+# Amazon: then fetches the images, and prepares again without the items whose image could not be fetched.
+# CPU. Sample: 5 s. MicroLens-50k: 5 s. Amazon: hours, for the images; an interrupted run resumes.
 source "$(dirname "$0")/common.sh"
-dataset=$(sed -n 's/^dataset: *\([a-z_]*\).*/\1/p' "$CONFIG" 2>/dev/null || true)
+dataset=$("$PYTHON" -m mllmrec.stage.options "$CONFIG")
 if [[ -z $dataset || ! -f data_processing/$dataset.py ]]; then
-    echo "error: $CONFIG is missing, or its line 'dataset: NAME' names no script of data_processing/" >&2
+    echo "error: the line 'dataset: NAME' of $CONFIG is missing or names no script of data_processing/" >&2
     exit 1
 fi
 "$PYTHON" "data_processing/$dataset.py" --config "$CONFIG" "$@"

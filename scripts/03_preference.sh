@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Stage 3: a frozen LLM reads every user's history block by block -> {output_dir}/user_preferences.jsonl
+# Stage 3: a frozen LLM reads every user's history block by block -> {output_dir}/mllm_msr/user_preferences.jsonl
 # Usage: bash scripts/03_preference.sh [configs/NAME.yaml] [--limit N] [--model DIR] ...
 # Needs stages 1 and 2. Sample: 20 s on 2 CPU cores. Llama-3-8B: one GPU; memory and time not measured yet.
 source "$(dirname "$0")/common.sh"

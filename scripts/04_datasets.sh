@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Stage 4: yes/no pairs as chat turns -> {output_dir}/train.jsonl, validation.jsonl, test.jsonl
+# Stage 4: yes/no rows as chat turns -> {output_dir}/mllm_msr/train.jsonl, validation.jsonl, test.jsonl
 # Usage: bash scripts/04_datasets.sh [configs/NAME.yaml] [--limit N] ...
 # Needs stages 1 and 3. CPU, seconds.
 source "$(dirname "$0")/common.sh"

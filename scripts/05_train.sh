@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Stage 5: LoRA teaches the multimodal model to answer yes or no -> {output_dir}/adapter/
+# Stage 5: LoRA teaches the multimodal model to answer yes or no -> {output_dir}/mllm_msr/adapter/
 # Usage: bash scripts/05_train.sh [configs/NAME.yaml] [--epochs N] [--batch_size N] ...
 # Needs stage 4. Sample: 60 s on 2 CPU cores. LLaVA-v1.6-Mistral-7B: one GPU; memory and time not measured yet.
 source "$(dirname "$0")/common.sh"

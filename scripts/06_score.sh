@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Stage 6: every test pair is scored, without SFT and with it -> {output_dir}/zero_shot/scores.jsonl, sft/scores.jsonl,
-# and popularity/scores.jsonl to read them against
+# Stage 6: every test row is scored, without SFT and with it -> {output_dir}/mllm_msr/zero_shot/scores.jsonl,
+# sft/scores.jsonl, and the baseline {output_dir}/baselines/popularity/scores.jsonl
 # Usage: bash scripts/06_score.sh [configs/NAME.yaml] [--batch_tokens N] ...
 # Needs stages 4 and 5. Sample: 45 s on 2 CPU cores. LLaVA-v1.6-Mistral-7B: one GPU; memory and time not measured yet.
 source "$(dirname "$0")/common.sh"

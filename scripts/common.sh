@@ -1,5 +1,5 @@
-# Sourced by the numbered scripts: goes to the repository's root, takes the config off the arguments ($CONFIG), leaves
-# the overrides in "$@" and finds the interpreter ($PYTHON: yours if set, else .venv, else the active environment).
+# Sourced by the numbered scripts: goes to the repository's root, takes the config from the arguments ($CONFIG), leaves
+# the options in "$@" and finds the interpreter ($PYTHON: yours if set, else .venv, else the active environment).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 CONFIG=configs/microlens.yaml
@@ -11,8 +11,8 @@ if [[ -z ${PYTHON:-} ]]; then
     if [[ -x .venv/bin/python ]]; then PYTHON=.venv/bin/python; else PYTHON=python; fi
 fi
 
-# On a CPU: keep the memory of large tensors in place of giving it back and fetching it anew after each use (glibc), which
-# made a training pass over three pictures take 22 s in place of 15.
+# On a CPU: glibc keeps the memory of large tensors instead of returning and fetching it anew at each use,
+# which made a training batch of three images take 22 s instead of 15.
 if ! command -v nvidia-smi > /dev/null; then
     export MALLOC_MMAP_MAX_=${MALLOC_MMAP_MAX_:-0} MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-100000000000}
 fi
@@ -29,7 +29,7 @@ launch() {
     fi
 }
 
-# The overrides that every script understands, for the scripts of a stage that are not its main one.
+# The options that every script has, for the scripts of a stage that are not its main one.
 common_overrides() {
     COMMON=()
     while [[ $# -gt 0 ]]; do

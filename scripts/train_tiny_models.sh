@@ -8,5 +8,5 @@ if [[ $# -gt 0 && $1 != --* ]]; then
     folder=$1
     shift
 fi
-"$PYTHON" Inference/tiny_models/train_llava.py --output "$folder/llava" "$@"
-"$PYTHON" Inference/tiny_models/train_llama.py --output "$folder/llama" "$@"
+"$PYTHON" scripts/tiny_models/train_llava.py --output "$folder/llava" "$@"
+"$PYTHON" scripts/tiny_models/train_llama.py --output "$folder/llama" "$@"

@@ -15,11 +15,14 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # no test may look for a model elsewhere
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 ROOT = Path(__file__).parent.parent
-TINY = Path(os.environ.get("TINY_MODELS", ROOT / "Inference/tiny_models"))  # another folder: see test_tiny_models.py
+TINY = Path(
+    os.environ.get("TINY_MODELS", ROOT / "Inference/tiny_models")
+)  # another folder: see test_tiny_models.py
 PLACES = (ROOT / "data" / "raw" / "microlens", ROOT.parent / "shared" / "data" / "microlens")
 REAL = next((place for place in PLACES if (place / "MicroLens-50k_pairs.tsv").exists()), None)
 skip_without_real_data = pytest.mark.skipif(
-    REAL is None, reason="MicroLens-50k_pairs.tsv and _titles.csv are not in data/raw/microlens (README, «Real data»)"
+    REAL is None,
+    reason="MicroLens-50k_pairs.tsv and _titles.csv are not in data/raw/microlens (README, «Real data»)",
 )
 STAGES = (
     "data_processing/sample.py",
@@ -53,8 +56,12 @@ def saved(model_and_processor, folder):
 def small_config(folder):
     """configs/sample.yaml with a world of 30 users and one epoch, in `folder`; returns its path."""
     text = (ROOT / "configs/sample.yaml").read_text()
-    text = text.replace("outputs/sample", str(folder)).replace("n_users: 1100", "n_users: 30\n  n_items: 60")
-    text = text.replace("epochs: 4", "epochs: 1").replace("validation_fraction: 0.06", "validation_fraction: 0.2")
+    text = text.replace("outputs/sample", str(folder)).replace(
+        "n_users: 1100", "n_users: 30\n  n_items: 60"
+    )
+    text = text.replace("epochs: 4", "epochs: 1").replace(
+        "validation_fraction: 0.06", "validation_fraction: 0.2"
+    )
     path = Path(folder) / "small.yaml"
     path.write_text(text)
     return path
@@ -106,7 +113,14 @@ def bomb():
     """A PNG of 60,000 x 60,000 pixels in a few bytes of header."""
 
     def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
 
     header = struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(b""))
+        + chunk(b"IEND", b"")
+    )

@@ -30,9 +30,9 @@ PAGES = [
 
 
 def write(path, text):
-    (gzip.open if path.suffix == ".gz" else open)(path, "wt", encoding="utf-8").write(text) if path.suffix != ".gz" else path.write_bytes(
-        gzip.compress(text.encode())
-    )
+    (gzip.open if path.suffix == ".gz" else open)(path, "wt", encoding="utf-8").write(
+        text
+    ) if path.suffix != ".gz" else path.write_bytes(gzip.compress(text.encode()))
 
 
 def as_lines(rows):
@@ -42,9 +42,21 @@ def as_lines(rows):
 def raw(folder, form):
     """The files of a category Toys in one of the published forms."""
     if ".csv" in form:
-        text = "user_id,parent_asin,rating,timestamp\n" + "".join(f"{u},{i},5.0,{t}\n" for u, i, t in REVIEWS)
+        text = "user_id,parent_asin,rating,timestamp\n" + "".join(
+            f"{u},{i},5.0,{t}\n" for u, i, t in REVIEWS
+        )
     else:
-        text = as_lines({"rating": 5.0, "text": "ok", "images": [], "user_id": u, "parent_asin": i, "timestamp": t} for u, i, t in REVIEWS)
+        text = as_lines(
+            {
+                "rating": 5.0,
+                "text": "ok",
+                "images": [],
+                "user_id": u,
+                "parent_asin": i,
+                "timestamp": t,
+            }
+            for u, i, t in REVIEWS
+        )
     write(folder / f"Toys{form}", text)
     write(folder / f"meta_Toys.jsonl{'.gz' if form.endswith('.gz') else ''}", as_lines(PAGES))
     return folder
@@ -69,8 +81,18 @@ def test_every_published_form_gives_the_same_data(tmp_path, form):
         "u3": ["C", "D"],
     }
     items = read_by_id(data / "items.jsonl", "item_id")
-    assert {i: row["title"] for i, row in items.items()} == {"A": "Cup", "B": "Büchse 杯", "C": "Toy", "D": "Bib"}
-    assert {i: row["image"] for i, row in items.items()} == {"A": "images/A.jpg", "B": "images/B.jpg", "C": None, "D": "images/D.jpg"}
+    assert {i: row["title"] for i, row in items.items()} == {
+        "A": "Cup",
+        "B": "Büchse 杯",
+        "C": "Toy",
+        "D": "Bib",
+    }
+    assert {i: row["image"] for i, row in items.items()} == {
+        "A": "images/A.jpg",
+        "B": "images/B.jpg",
+        "C": None,
+        "D": "images/D.jpg",
+    }
     urls = {row["item_id"]: row["url"] for row in read_rows(data / "image_urls.jsonl")}
     assert urls == {"A": "http://x/a_l.jpg", "B": "http://x/b_t.jpg", "D": "http://x/d.jpg"}, (
         "the first picture; another size where it must"
@@ -93,7 +115,9 @@ def test_what_could_not_be_downloaded_leaves_on_the_second_run(tmp_path, capsys)
     (data / "images.rejected.jsonl").write_text('{"item_id": "D", "reason": "404"}\n')
     load(folder)
     assert set(read_by_id(data / "items.jsonl", "item_id")) == {"A", "B"}
-    assert set(read_by_id(data / "image_urls.jsonl", "item_id", keys=())) == {"A", "B", "D"}, "D can be tried again"
+    assert set(read_by_id(data / "image_urls.jsonl", "item_id", keys=())) == {"A", "B", "D"}, (
+        "D can be tried again"
+    )
     capsys.readouterr()
     load(folder)
     assert "up to date" in capsys.readouterr().out
@@ -105,8 +129,12 @@ def test_what_could_not_be_downloaded_leaves_on_the_second_run(tmp_path, capsys)
 def test_when_no_image_could_be_had_the_remedy_is_the_download(tmp_path):
     folder = raw(tmp_path, ".jsonl")
     data = load(folder)
-    (data / "images.rejected.jsonl").write_text("".join(f'{{"item_id": "{i}", "reason": "no network"}}\n' for i in "ABD"))
-    with pytest.raises(InputError, match=r"no image could be had .*download_images.py .*--retry_rejected true"):
+    (data / "images.rejected.jsonl").write_text(
+        "".join(f'{{"item_id": "{i}", "reason": "no network"}}\n' for i in "ABD")
+    )
+    with pytest.raises(
+        InputError, match=r"no image could be had .*download_images.py .*--retry_rejected true"
+    ):
         load(folder)
     assert set(read_by_id(data / "image_urls.jsonl", "item_id", keys=())) == {"A", "B", "D"}
 
@@ -132,7 +160,10 @@ def test_rows_that_cannot_be_used_are_kept_with_their_reason(tmp_path):
     with open(folder / "meta_Toys.jsonl", "a") as file:
         file.write('{"parent_asin": "E", "title": ""}\n')
     data = load(folder, "--require_image", "false")
-    refused = {(row.get("line"), row.get("item_id")): row["reason"] for row in read_rows(data / "interactions.rejected.jsonl")}
+    refused = {
+        (row.get("line"), row.get("item_id")): row["reason"]
+        for row in read_rows(data / "interactions.rejected.jsonl")
+    }
     assert refused == {
         (13, None): "3 fields in place of 4",
         (10, None): "an id or the timestamp is missing",
@@ -146,20 +177,32 @@ def test_rows_that_cannot_be_used_are_kept_with_their_reason(tmp_path):
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("Toys.jsonl", lambda b: b.replace(b'"u1"', b'"\xff"', 1), "Toys.jsonl, line 1: byte .* is not UTF-8; save the file as UTF-8"),
+        (
+            "Toys.jsonl",
+            lambda b: b.replace(b'"u1"', b'"\xff"', 1),
+            "Toys.jsonl, line 1: byte .* is not UTF-8; save the file as UTF-8",
+        ),
         (
             "Toys.jsonl",
             lambda b: b + b'{"user_id": "u1", ',
             "Toys.jsonl, line 9: not valid JSON .*; fetch the file again or remove the line",
         ),
-        ("Toys.jsonl", lambda b: b.replace(b": 10}", b': "ten"}'), "Toys.jsonl, line 1: timestamp must be int64, not 'ten'; correct or"),
+        (
+            "Toys.jsonl",
+            lambda b: b.replace(b": 10}", b': "ten"}'),
+            "Toys.jsonl, line 1: timestamp must be int64, not 'ten'; correct or",
+        ),
         ("Toys.jsonl", lambda b: b"", "Toys.jsonl is empty; fetch it again"),
         (
             "meta_Toys.jsonl",
             lambda b: b.replace(b'"title": "Toy"', b'"title": 5'),
             "meta_Toys.jsonl, line 4: title must be string, not '5'",
         ),
-        ("meta_Toys.jsonl", lambda b: b"[1]\n" + b, "meta_Toys.jsonl, line 1: a line must hold one object"),
+        (
+            "meta_Toys.jsonl",
+            lambda b: b"[1]\n" + b,
+            "meta_Toys.jsonl, line 1: a line must hold one object",
+        ),
     ],
 )
 def test_bad_files_are_named_with_line_and_remedy(tmp_path, name, change, message):
@@ -173,14 +216,22 @@ def test_a_broken_download_of_a_gzipped_file_is_told(tmp_path):
     folder = raw(tmp_path, ".jsonl.gz")
     whole = (folder / "Toys.jsonl.gz").read_bytes()
     (folder / "Toys.jsonl.gz").write_bytes(whole[: len(whole) - 20])
-    with pytest.raises(InputError, match=r"Toys.jsonl.gz breaks off or is damaged after line \d+ .*; fetch it again"):
+    with pytest.raises(
+        InputError,
+        match=r"Toys.jsonl.gz breaks off or is damaged after line \d+ .*; fetch it again",
+    ):
         load(folder)
 
 
 def test_a_wrong_column_is_named(tmp_path):
     folder = raw(tmp_path, ".csv")
-    (folder / "Toys.csv").write_text((folder / "Toys.csv").read_text().replace("parent_asin", "asin", 1))
-    with pytest.raises(InputError, match="line 1: column 'parent_asin' is missing; the file has user_id, asin, rating, timestamp"):
+    (folder / "Toys.csv").write_text(
+        (folder / "Toys.csv").read_text().replace("parent_asin", "asin", 1)
+    )
+    with pytest.raises(
+        InputError,
+        match="line 1: column 'parent_asin' is missing; the file has user_id, asin, rating, timestamp",
+    ):
         load(folder)
 
 

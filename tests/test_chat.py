@@ -45,8 +45,12 @@ def test_a_training_text_is_the_scoring_text_plus_the_answer_token_for_token(lla
 def test_behind_the_answer_stands_the_end_token_whatever_the_template_writes():
     """A published template closes the assistant's turn with the four characters of a mistyped tag."""
     chat = Chat(AutoProcessor.from_pretrained(TINY / "llava"))
-    chat.processor.chat_template = chat.processor.chat_template.replace("{{ eos_token }}", "{{ '<\\\\s> ' }}")
-    assert chat.render([user_turn("Q", 1), answer_turn("Yes")], answer_follows=False).endswith(" Yes<\\s> ")
+    chat.processor.chat_template = chat.processor.chat_template.replace(
+        "{{ eos_token }}", "{{ '<\\\\s> ' }}"
+    )
+    assert chat.render([user_turn("Q", 1), answer_turn("Yes")], answer_follows=False).endswith(
+        " Yes<\\s> "
+    )
     assert chat.answer_texts == {1: " Yes</s>", 0: " No</s>"}
     assert [len(ids) for ids in chat.answer_ids.values()] == [2, 2]
     assert chat.answer_ids[1][1] == chat.tokenizer.eos_token_id
@@ -55,11 +59,18 @@ def test_behind_the_answer_stands_the_end_token_whatever_the_template_writes():
 def test_the_answer_token_is_not_the_one_of_the_bare_word(llava):
     """` Yes` and `Yes` are different tokens; the first one follows `[/INST]`."""
     bare = llava.tokenizer("Yes", add_special_tokens=False).input_ids
-    assert llava.answer_ids[1][0] == llava.tokenizer(" Yes", add_special_tokens=False).input_ids[0] != bare[0]
+    assert (
+        llava.answer_ids[1][0]
+        == llava.tokenizer(" Yes", add_special_tokens=False).input_ids[0]
+        != bare[0]
+    )
 
 
 def test_there_is_one_bos_whoever_writes_it(llava, llama):
-    for chat in (llava, llama):  # the Llama template writes it, the LLaVA template leaves it to the tokenizer
+    for chat in (
+        llava,
+        llama,
+    ):  # the Llama template writes it, the LLaVA template leaves it to the tokenizer
         ids = chat.ids(chat.render([user_turn("Hello", images=int(chat.takes_images))]))
         assert ids.count(chat.tokenizer.bos_token_id) == 1
         assert ids[0] == chat.tokenizer.bos_token_id
@@ -67,7 +78,9 @@ def test_there_is_one_bos_whoever_writes_it(llava, llama):
 
 def test_a_template_that_drops_the_answer_is_refused():
     chat = Chat(AutoTokenizer.from_pretrained(TINY / "llama"))
-    chat.tokenizer.chat_template = "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
+    chat.tokenizer.chat_template = (
+        "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
+    )
     with pytest.raises(InputError, match="does not put the answer behind the prompt"):
         _ = chat.answer_ids
 
@@ -89,11 +102,15 @@ def test_image_tokens_are_counted_as_the_processor_counts_them(llava, size):
     prompt = llava.render([user_turn("What is it?", images=1)])
     batch = llava.encode([prompt], [image])
     assert (batch["input_ids"] == llava.image_token_id).sum() == llava.image_tokens(image)
-    assert batch["input_ids"][0].tolist() == llava.expand(llava.ids(prompt), llava.image_tokens(image))
+    assert batch["input_ids"][0].tolist() == llava.expand(
+        llava.ids(prompt), llava.image_tokens(image)
+    )
 
 
 def test_padding_is_on_the_side_that_is_asked_for(llama):
-    prompts = [llama.render([user_turn(text)]) for text in ("short", "a good deal longer than that")]
+    prompts = [
+        llama.render([user_turn(text)]) for text in ("short", "a good deal longer than that")
+    ]
     left, right = (llama.encode(prompts, side=side) for side in ("left", "right"))
     assert left["attention_mask"][0, -1] == 1
     assert left["attention_mask"][0, 0] == 0
@@ -103,7 +120,9 @@ def test_padding_is_on_the_side_that_is_asked_for(llama):
 @given(st.lists(st.text(alphabet="ab ", max_size=40), min_size=1, max_size=4), st.integers(0, 80))
 def test_fit_keeps_the_budget_and_cuts_the_longest_first(texts, budget):
     texts = [plain_text(text) for text in texts]
-    prompt, was_cut = fit(" | ".join, texts, lambda prompt: len(prompt) <= budget + 3 * (len(texts) - 1))
+    prompt, was_cut = fit(
+        " | ".join, texts, lambda prompt: len(prompt) <= budget + 3 * (len(texts) - 1)
+    )
     kept = prompt.split(" | ")
     assert was_cut == (sum(map(len, texts)) > budget)
     assert sum(map(len, kept)) <= budget or not any(kept)
@@ -112,11 +131,15 @@ def test_fit_keeps_the_budget_and_cuts_the_longest_first(texts, budget):
         assert shown == text or len(shown) <= max(map(len, kept)) + 40
     if was_cut:
         shortest = min(len(shown) for shown, text in zip(kept, texts, strict=True) if shown != text)
-        assert all(len(text) >= shortest for text, shown in zip(texts, kept, strict=True) if shown != text)
+        assert all(
+            len(text) >= shortest for text, shown in zip(texts, kept, strict=True) if shown != text
+        )
 
 
 def test_fit_uses_what_there_is():
-    prompt, was_cut = fit(lambda texts: texts[0], ["one two three four"], lambda text: len(text) <= 9)
+    prompt, was_cut = fit(
+        lambda texts: texts[0], ["one two three four"], lambda text: len(text) <= 9
+    )
     assert (prompt, was_cut) == ("one two", True)
 
 

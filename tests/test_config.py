@@ -34,8 +34,15 @@ def test_order_of_sources(tmp_path):
 
 
 def test_types_come_from_the_dataclass(tmp_path):
-    args = parse(tmp_path, "train: {layers: [q_proj, v_proj], deep: false, rate: 1, loss: sequence}")
-    assert (args.layers, args.deep, args.rate, args.loss) == (["q_proj", "v_proj"], False, 1.0, "sequence")
+    args = parse(
+        tmp_path, "train: {layers: [q_proj, v_proj], deep: false, rate: 1, loss: sequence}"
+    )
+    assert (args.layers, args.deep, args.rate, args.loss) == (
+        ["q_proj", "v_proj"],
+        False,
+        1.0,
+        "sequence",
+    )
     assert parse(tmp_path, "train:", "--deep", "false").deep is False
 
 

@@ -36,10 +36,19 @@ def histories(n, seed=3):
     rng = np.random.default_rng(seed)
     items = world.catalogue(80, rng)
     lives = [world.simulate_user(items, int(rng.integers(4, 17)), rng)[0] for _ in range(n)]
-    return [[(str(i), items[i]["title"], world.caption(items[i])) for i in chosen] for chosen in lives], items, lives
+    return (
+        [
+            [(str(i), items[i]["title"], world.caption(items[i])) for i in chosen]
+            for chosen in lives
+        ],
+        items,
+        lives,
+    )
 
 
-def preferences(model, chat, told, batch_tokens, order=None, max_new_tokens=40, portion_tokens=None, **options):
+def preferences(
+    model, chat, told, batch_tokens, order=None, max_new_tokens=40, portion_tokens=None, **options
+):
     engine = Engine(model, chat, max_new_tokens, batch_tokens, **options)
     engine.portion_tokens = portion_tokens or engine.portion_tokens
 
@@ -47,10 +56,17 @@ def preferences(model, chat, told, batch_tokens, order=None, max_new_tokens=40, 
         return (yield from recurrent_preference(history, Asker(chat, 1000, "video").ask, Args()))
 
     names = order if order is not None else range(len(told))
-    return {name: result for name, result, _ in run_dialogues(engine, ((n, dialogue(told[n])) for n in names))}
+    return {
+        name: result
+        for name, result, _ in run_dialogues(engine, ((n, dialogue(told[n])) for n in names))
+    }
 
 
-TEXT_MODELS = {"llama": lambda: load_text(str(TINY / "llama")), "random llama": lambda: random_llama("tiny"), "qwen3": random_qwen3}
+TEXT_MODELS = {
+    "llama": lambda: load_text(str(TINY / "llama")),
+    "random llama": lambda: random_llama("tiny"),
+    "qwen3": random_qwen3,
+}
 PICTURE_MODELS = {
     "next": lambda: load_multimodal(str(TINY / "llava")), "random next": lambda: random_llava("tiny"),
     "1.5": lambda: random_llava("tiny", kind="1.5"), "qwen2.5-vl": random_qwen_vl,
@@ -64,16 +80,29 @@ def test_the_recurrence_in_batches_and_continuously_is_the_recurrence_one_by_one
     model, tokenizer = TEXT_MODELS[kind]()
     chat, (told, _, _) = Chat(tokenizer), histories(10)
     single = preferences(model, chat, told, batch_tokens=1, max_new_tokens=20, **how)
-    assert preferences(model, chat, told, 20_000, order=range(9, -1, -1), max_new_tokens=20, **how) == single
-    assert preferences(model, chat, told, 20_000, max_new_tokens=20, portion_tokens=400, **how) == single, "read in portions"
+    assert (
+        preferences(model, chat, told, 20_000, order=range(9, -1, -1), max_new_tokens=20, **how)
+        == single
+    )
+    assert (
+        preferences(model, chat, told, 20_000, max_new_tokens=20, portion_tokens=400, **how)
+        == single
+    ), "read in portions"
     assert preferences(model, chat, told, 1, continuous=True, max_new_tokens=20, **how) == single
 
 
 def test_another_seed_or_user_or_block_is_another_draw(llama):
     told, _, _ = histories(1)
     same = [told[0]] * 2
-    first, second = (preferences(*llama, same, 20_000, temperature=3.0, seed=seed) for seed in (1, 2))
-    texts = [block["preference"] for found in (first, second) for user in (0, 1) for block in found[user]["blocks"]]
+    first, second = (
+        preferences(*llama, same, 20_000, temperature=3.0, seed=seed) for seed in (1, 2)
+    )
+    texts = [
+        block["preference"]
+        for found in (first, second)
+        for user in (0, 1)
+        for block in found[user]["blocks"]
+    ]
     assert len(set(texts)) == len(texts)
 
 
@@ -89,8 +118,15 @@ def test_draws_follow_the_softmax(top_p):
     share, wanted = torch.bincount(chosen, minlength=5) / n, rows[0].softmax(0)
     assert ((share - wanted).abs() <= 4 * (wanted * (1 - wanted) / n).sqrt() + 1e-9).all()
     later = draws(torch.zeros(n, 4), rows).argmax(1)
-    joint = torch.stack([torch.bincount(later[chosen == token], minlength=5) / (chosen == token).sum() for token in (0, 1)])
-    assert (joint - wanted).abs().max() < 0.03, "the next position's draw does not hang on this one's"
+    joint = torch.stack(
+        [
+            torch.bincount(later[chosen == token], minlength=5) / (chosen == token).sum()
+            for token in (0, 1)
+        ]
+    )
+    assert (joint - wanted).abs().max() < 0.03, (
+        "the next position's draw does not hang on this one's"
+    )
 
 
 def test_noise_is_finite_at_its_ends():
@@ -112,7 +148,9 @@ def test_pictures_that_wait_have_a_limit_in_memory():
     from Inference import engine
 
     small, large = np.zeros((1, 100)), np.zeros((1, 1 << 20))
-    turns = lambda array, n: [engine._Turn("", 0, None, Prompt("", 10, {"pixel_values": array}))] * n  # noqa: E731
+    turns = lambda array, n: (
+        [engine._Turn("", 0, None, Prompt("", 10, {"pixel_values": array}))] * n
+    )  # noqa: E731
     settings = SimpleNamespace(batch_tokens=10**6, max_new_tokens=10)
     assert not engine._enough(settings, turns(small, 300))
     assert not engine._enough(settings, turns(large, 300))
@@ -134,7 +172,10 @@ def test_a_full_memory_halves_the_batch_and_nothing_is_lost(llama, monkeypatch, 
 
     monkeypatch.setattr(type(model), "generate", generate)
     assert preferences(model, chat, told, 20_000) == wanted
-    assert "out of memory with 8 prompts at once; going on with --batch_tokens" in capsys.readouterr().out
+    assert (
+        "out of memory with 8 prompts at once; going on with --batch_tokens"
+        in capsys.readouterr().out
+    )
     assert sizes[:2] == [8, 4]
     assert max(sizes[5:]) <= 3, "later batches start small"
 
@@ -144,7 +185,9 @@ def test_a_prompt_that_does_not_fit_alone_stops_with_a_remedy(llama, monkeypatch
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
 
     monkeypatch.setattr(type(llama[0]), "generate", generate)
-    with pytest.raises(InputError, match=r"a single prompt .* does not fit into the memory .* --quantization nf4"):
+    with pytest.raises(
+        InputError, match=r"a single prompt .* does not fit into the memory .* --quantization nf4"
+    ):
         preferences(*llama, histories(2)[0], 20_000)
 
 
@@ -161,9 +204,16 @@ def test_where_continuous_batching_fails_batches_go_on(llama, monkeypatch, capsy
     told, _, _ = histories(6)
     wanted = preferences(*llama, told, 20_000)
     with monkeypatch.context() as patch:
-        patch.setattr(Engine, "start_manager", lambda self: (_ for _ in ()).throw(ValueError("no such device")))
+        patch.setattr(
+            Engine,
+            "start_manager",
+            lambda self: (_ for _ in ()).throw(ValueError("no such device")),
+        )
         assert preferences(*llama, told, 20_000, continuous=True) == wanted
-    assert "continuous batching cannot be used here (no such device); going on in batches" in capsys.readouterr().out
+    assert (
+        "continuous batching cannot be used here (no such device); going on in batches"
+        in capsys.readouterr().out
+    )
 
     from transformers.generation.continuous_batching.continuous_api import ContinuousBatchProcessor
 
@@ -193,7 +243,10 @@ def test_a_models_own_generation_settings_do_not_mix_in(llama):
 def test_each_block_is_read_with_the_preference_before_it(llama):
     """The dialogue's own prompts, written down: P_k's prompt holds P_{k-1} and block k, and nothing of later blocks."""
     told, _, _ = histories(1)
-    asked, answers = [], iter(["taste one", "taste two", "taste three", "taste four", "taste five", "taste six"])
+    asked, answers = (
+        [],
+        iter(["taste one", "taste two", "taste three", "taste four", "taste five", "taste six"]),
+    )
 
     def ask(template, block, **texts):
         asked.append((template, [item for item, _, _ in block], texts))
@@ -214,7 +267,9 @@ def test_each_block_is_read_with_the_preference_before_it(llama):
         assert template == prompts.PREFERENCE_NEXT
         assert texts == {"preference": f"taste {names[place]}"}
     assert [block for _, block, _ in asked] == [block["items"] for block in result["blocks"]]
-    assert [item for block in result["blocks"] for item in block["items"]] == [item for item, _, _ in told[0]]
+    assert [item for block in result["blocks"] for item in block["items"]] == [
+        item for item, _, _ in told[0]
+    ]
 
 
 def test_the_tiny_llama_keeps_the_rule_on_its_own_output(llama):
@@ -230,7 +285,9 @@ def test_the_tiny_llama_keeps_the_rule_on_its_own_output(llama):
                 right[attribute].append(f" {value} " in block["preference"])
                 if len(wanted) >= 5 and values is wanted[-1]:
                     last_block.append(right[attribute][-1])
-    assert {attribute: np.mean(hits) >= 0.95 for attribute, hits in right.items()} == dict.fromkeys(right, True)
+    assert {attribute: np.mean(hits) >= 0.95 for attribute, hits in right.items()} == dict.fromkeys(
+        right, True
+    )
     assert len(last_block) > 60
     assert np.mean(last_block) >= 0.95
 
@@ -250,7 +307,12 @@ def captions(model, chat, covers, batch_tokens, portion_tokens=None, **options):
         inputs = chat.encode_one(text, cover)
         return (yield Prompt(text, inputs["input_ids"].shape[1], inputs))
 
-    return {n: found for n, found, _ in run_dialogues(engine, ((n, dialogue(cover)) for n, cover in enumerate(covers)))}
+    return {
+        n: found
+        for n, found, _ in run_dialogues(
+            engine, ((n, dialogue(cover)) for n, cover in enumerate(covers))
+        )
+    }
 
 
 def test_the_tiny_llava_describes_unseen_covers(llava):
@@ -267,11 +329,15 @@ def test_the_tiny_llava_describes_unseen_covers(llava):
 def test_captions_in_batches_of_mixed_shapes_are_the_captions_one_by_one(kind, how):
     model, processor = PICTURE_MODELS[kind]()
     _, covers = unseen_covers(9)
-    covers = [cover.resize((48 + 20 * (n % 3), 64 - 11 * (n % 4))) for n, cover in enumerate(covers)]
+    covers = [
+        cover.resize((48 + 20 * (n % 3), 64 - 11 * (n % 4))) for n, cover in enumerate(covers)
+    ]
     chat = Chat(processor)
     batched = captions(model, chat, covers, batch_tokens=20_000, **how)
     assert batched == captions(model, chat, covers, batch_tokens=1, **how)
-    assert batched == captions(model, chat, covers, batch_tokens=20_000, portion_tokens=150, **how), "read in portions of unlike length"
+    assert batched == captions(
+        model, chat, covers, batch_tokens=20_000, portion_tokens=150, **how
+    ), "read in portions of unlike length"
     assert len(set(batched.values())) > 1
 
 
@@ -279,15 +345,22 @@ def test_captions_in_batches_of_mixed_shapes_are_the_captions_one_by_one(kind, h
 def test_prompts_encoded_one_by_one_join_to_what_the_processor_makes_of_all(kind):
     _, processor = PICTURE_MODELS[kind]()
     chat, rng = Chat(processor), np.random.default_rng(0)
-    texts = [chat.render([user_turn("Say what it shows" + ", please" * n, images=1)]) for n in range(3)]
+    texts = [
+        chat.render([user_turn("Say what it shows" + ", please" * n, images=1)]) for n in range(3)
+    ]
     sizes = [(48, 64), (200, 90), (64, 300)]
-    covers = [Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)) for width, height in sizes]
+    covers = [
+        Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+        for width, height in sizes
+    ]
     wanted = chat.encode(texts, covers)
     joined = chat.join([chat.encode_one(*pair) for pair in zip(texts, covers, strict=True)])
     assert joined.keys() == wanted.keys()
     for name in wanted:
         assert torch.equal(joined[name], wanted[name]), name
-    assert (joined["input_ids"] == chat.image_token_id).sum(1).tolist() == [chat.image_tokens(cover) for cover in covers]
+    assert (joined["input_ids"] == chat.image_token_id).sum(1).tolist() == [
+        chat.image_tokens(cover) for cover in covers
+    ]
 
 
 def test_the_fused_summary_asks_three_times_and_joins_both(llava):
@@ -305,7 +378,10 @@ def test_the_fused_summary_asks_three_times_and_joins_both(llava):
         return Prompt(rendered, chat.count(rendered))
 
     shown = Prompt(text, inputs["input_ids"].shape[1], inputs)
-    [(_, summary, _)] = run_dialogues(Engine(model, chat, 40), [("1", stage.summarise(item, shown, ask, stage.Args(summary="fused")))])
+    [(_, summary, _)] = run_dialogues(
+        Engine(model, chat, 40),
+        [("1", stage.summarise(item, shown, ask, stage.Args(summary="fused")))],
+    )
     assert len(asked) == 2
     assert "music: quiet garden" in asked[0]
     assert " red star " in asked[1], "the fusion prompt holds what the image prompt brought"
@@ -335,7 +411,12 @@ def test_a_refused_dialogue_is_told_and_the_others_go_on(llama):
         yield Prompt(text, chat.count(text))
         raise Refused("no good")
 
-    ended = {name: (result, reason) for name, result, reason in run_dialogues(engine, [("a", good()), ("b", bad()), ("c", good())])}
+    ended = {
+        name: (result, reason)
+        for name, result, reason in run_dialogues(
+            engine, [("a", good()), ("b", bad()), ("c", good())]
+        )
+    }
     assert ended["b"] == (None, "no good")
     assert ended["a"] == ended["c"] != (None, None)
 
@@ -343,7 +424,9 @@ def test_a_refused_dialogue_is_told_and_the_others_go_on(llama):
 def test_a_long_prompt_is_shortened_by_its_summaries_and_counted(llama):
     _, chat = llama
     asker = Asker(chat, limit=120, domain="video")
-    block = [(str(n), "music: quiet garden", "A red star on a plain ground. " * 20) for n in range(3)]
+    block = [
+        (str(n), "music: quiet garden", "A red star on a plain ground. " * 20) for n in range(3)
+    ]
     prompt = asker.ask(prompts.PREFERENCE_FIRST, block)
     assert prompt.length == chat.count(prompt.text) <= 120
     assert prompt.length > 100, "as much as fits is kept"
@@ -362,7 +445,11 @@ def test_direct_leaves_the_oldest_items_out_and_counts_them(llama):
     limit = whole // 2
 
     def dialogue():
-        return (yield from stage.direct_preference(history, Asker(chat, limit, "video").ask, stage.Args()))
+        return (
+            yield from stage.direct_preference(
+                history, Asker(chat, limit, "video").ask, stage.Args()
+            )
+        )
 
     [(_, row, _)] = run_dialogues(Engine(model, chat, 40), [("u", dialogue())])
     left_out = row["items_left_out"]

@@ -30,7 +30,13 @@ def test_modes_become_rgb(tmp_path):
         opened = open_image(saved(tmp_path, image, name))
         assert opened.mode == "RGB"
         assert opened.size == image.size
-    assert max(abs(a - b) for a, b in zip(open_image(tmp_path / "cmyk.jpg").getpixel((4, 4)), RED, strict=True)) < 12
+    assert (
+        max(
+            abs(a - b)
+            for a, b in zip(open_image(tmp_path / "cmyk.jpg").getpixel((4, 4)), RED, strict=True)
+        )
+        < 12
+    )
 
 
 def test_16_bit_is_scaled_not_clipped(tmp_path):
@@ -43,7 +49,9 @@ def test_transparency_lies_on_white(tmp_path):
     rgba = Image.new("RGBA", (8, 8), (*RED, 0))
     assert open_image(saved(tmp_path, rgba, "clear.png")).getpixel((4, 4)) == (255, 255, 255)
     palette = Image.new("RGB", (8, 8), RED).convert("P")
-    assert open_image(saved(tmp_path, palette, "clear_palette.png", transparency=palette.getpixel((0, 0)))).getpixel((4, 4)) == (
+    assert open_image(
+        saved(tmp_path, palette, "clear_palette.png", transparency=palette.getpixel((0, 0)))
+    ).getpixel((4, 4)) == (
         255,
         255,
         255,
@@ -53,7 +61,9 @@ def test_transparency_lies_on_white(tmp_path):
 def test_exif_rotation_is_followed(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
-    assert open_image(saved(tmp_path, Image.new("RGB", (20, 10), RED), "turned.jpg", exif=exif)).size == (10, 20)
+    assert open_image(
+        saved(tmp_path, Image.new("RGB", (20, 10), RED), "turned.jpg", exif=exif)
+    ).size == (10, 20)
 
 
 def test_of_an_animation_the_first_frame(tmp_path):

@@ -15,10 +15,16 @@ def item(item_id="1", **more):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b'{"item_id": "1", "title": "t", "image": null}\n{"item_id": "2"', r"items.jsonl, line 2: not valid JSON .*01_prepare_data.sh"),
+        (
+            b'{"item_id": "1", "title": "t", "image": null}\n{"item_id": "2"',
+            r"items.jsonl, line 2: not valid JSON .*01_prepare_data.sh",
+        ),
         (b'{"item_id": "1", "title": "\xff", "image": null}\n', r"line 1: byte 28 is not UTF-8"),
         (b'{"item_id": "1", "image": null}\n', r"line 1: key 'title' is missing"),
-        (b'{"item_id": 1, "title": "t", "image": null}\n', r"line 1: item_id must be a string, not 1"),
+        (
+            b'{"item_id": 1, "title": "t", "image": null}\n',
+            r"line 1: item_id must be a string, not 1",
+        ),
         (b"[1]\n", r"line 1: a line must hold one object"),
     ],
 )
@@ -30,7 +36,9 @@ def test_bad_lines_name_file_line_and_remedy(tmp_path, content, message):
 
 
 def test_a_missing_file_names_the_script_that_makes_it(tmp_path):
-    with pytest.raises(InputError, match=r"user_preferences.jsonl is missing; scripts/03_preference.sh makes it"):
+    with pytest.raises(
+        InputError, match=r"user_preferences.jsonl is missing; scripts/03_preference.sh makes it"
+    ):
         read_rows(tmp_path / "user_preferences.jsonl")
 
 
@@ -69,4 +77,7 @@ def test_dump_is_one_line():
 
 
 def test_paths_in_files_are_relative_to_the_file(tmp_path):
-    assert relative_path(tmp_path / "raw" / "1.jpg", tmp_path / "data" / "items.jsonl") == "../raw/1.jpg"
+    assert (
+        relative_path(tmp_path / "raw" / "1.jpg", tmp_path / "data" / "items.jsonl")
+        == "../raw/1.jpg"
+    )

@@ -24,7 +24,9 @@ def rows_of(scores):
 
 def test_hand_worked_ranks():
     # Ranks of the positive: 1, 3 and 6 of 7.
-    found = evaluate(rows_of([[9, 1, 2, 3, 4, 5, 6], [5, 6, 7, 1, 1, 2, 2], [1, 2, 3, 4, 5, 6, 0]]), resamples=5)
+    found = evaluate(
+        rows_of([[9, 1, 2, 3, 4, 5, 6], [5, 6, 7, 1, 1, 2, 2], [1, 2, 3, 4, 5, 6, 0]]), resamples=5
+    )
     assert found["hr@3"] == pytest.approx(2 / 3)
     assert found["hr@5"] == pytest.approx(2 / 3)
     assert found["hr@10"] == 1.0
@@ -49,7 +51,13 @@ def test_auc_is_scikit_learns():
     labels = np.zeros(scores.shape)
     labels[:, 0] = 1
     assert abs(found["auc"] - roc_auc_score(labels.ravel(), scores.ravel())) < 1e-12
-    assert abs(found["auc_per_user"] - np.mean([roc_auc_score(a, b) for a, b in zip(labels, scores, strict=True)])) < 1e-12
+    assert (
+        abs(
+            found["auc_per_user"]
+            - np.mean([roc_auc_score(a, b) for a, b in zip(labels, scores, strict=True)])
+        )
+        < 1e-12
+    )
 
 
 @given(st.lists(st.integers(0, 2), min_size=2, max_size=6))
@@ -68,7 +76,10 @@ def test_ties_are_the_mean_over_all_orders(line):
         assert found[name][0] == pytest.approx(np.mean(brute), abs=1e-12)
 
 
-@given(st.lists(st.lists(st.integers(0, 3), min_size=4, max_size=4), min_size=2, max_size=6), st.randoms())
+@given(
+    st.lists(st.lists(st.integers(0, 3), min_size=4, max_size=4), min_size=2, max_size=6),
+    st.randoms(),
+)
 @settings(max_examples=40, deadline=None)
 def test_order_of_lines_changes_nothing(scores, random):
     rows = rows_of(scores)
@@ -95,7 +106,10 @@ def test_bootstrap_interval_is_that_of_scikit_learn_on_the_same_draws():
 def test_interval_covers_the_truth():
     """Scores with a known AUC: about 95 of 100 intervals hold it (bootstrap over users, users independent)."""
     rng = np.random.default_rng(5)
-    truth, covered = 0.5 * (1 + math.erf(0.5)), 0  # positives N(1,1), negatives N(0,1): P(pos > neg) = Phi(1/sqrt 2)
+    truth, covered = (
+        0.5 * (1 + math.erf(0.5)),
+        0,
+    )  # positives N(1,1), negatives N(0,1): P(pos > neg) = Phi(1/sqrt 2)
     for trial in range(40):
         scores = rng.normal(size=(60, 6))
         scores[:, 0] += 1
@@ -111,7 +125,10 @@ def test_interval_covers_the_truth():
         (lambda rows: rows.append(dict(rows[-1])), "user 'u1' has the candidate 'i2' twice"),
         (lambda rows: rows[-1].update(label=None), "user 'u1', item 'i2' has the label None"),
         (lambda rows: rows[-1].update(label=1), "user 'u1' has 2 positives"),
-        (lambda rows: rows[-1].update(score=float("nan")), "user 'u1', item 'i2' has the score nan"),
+        (
+            lambda rows: rows[-1].update(score=float("nan")),
+            "user 'u1', item 'i2' has the score nan",
+        ),
     ],
 )
 def test_a_broken_list_is_an_error_that_names_the_user(change, message):
@@ -127,7 +144,9 @@ def test_no_scores_is_an_error():
 
 
 def test_aggregate_is_mean_and_students_interval():
-    runs = [{"auc": a, "auc_ci95": [0, 1], "users": 10, "candidates": 21} for a in (0.8, 0.82, 0.87)]
+    runs = [
+        {"auc": a, "auc_ci95": [0, 1], "users": 10, "candidates": 21} for a in (0.8, 0.82, 0.87)
+    ]
     found = aggregate(runs)
     assert found["auc"] == pytest.approx(0.83)
     half = 4.302652729 * np.std([0.8, 0.82, 0.87], ddof=1) / np.sqrt(3)

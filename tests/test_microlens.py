@@ -8,11 +8,19 @@ from data_processing.errors import InputError
 from data_processing.jsonl import read_rows
 
 PAIRS_TSV = "1\ta b c\n2\tb c d\n3\tc d a\n"
-PAIRS_CSV = "user,item,timestamp\n3,c,30\n1,a,10\n1,b,20\n1,c,30\n2,b,10\n2,c,20\n2,d,30\n3,d,40\n3,a,50\n"
+PAIRS_CSV = (
+    "user,item,timestamp\n3,c,30\n1,a,10\n1,b,20\n1,c,30\n2,b,10\n2,c,20\n2,d,30\n3,d,40\n3,a,50\n"
+)
 TITLES = 'item,title\na,"One, with a comma"\nb,two\nc,"three ""quoted"""\nd,四\n'
 
 
-def raw_folder(tmp_path, pairs=PAIRS_TSV, titles=TITLES, pairs_name="MicroLens-50k_pairs.tsv", titles_name="MicroLens-50k_titles.csv"):
+def raw_folder(
+    tmp_path,
+    pairs=PAIRS_TSV,
+    titles=TITLES,
+    pairs_name="MicroLens-50k_pairs.tsv",
+    titles_name="MicroLens-50k_titles.csv",
+):
     folder = tmp_path / "raw"
     covers = folder / "MicroLens-50k_covers"
     covers.mkdir(parents=True)
@@ -26,14 +34,21 @@ def raw_folder(tmp_path, pairs=PAIRS_TSV, titles=TITLES, pairs_name="MicroLens-5
 def prepare(tmp_path, folder, *options):
     data = tmp_path / "data"
     config = tmp_path / "c.yaml"
-    config.write_text("data: {user_core: 2, item_core: 1, negatives: 1, train_fraction: 0.34, validation_fraction: 0.33}")
-    microlens.main(["--config", str(config), "--raw_dir", str(folder), "--data_dir", str(data), *options])
+    config.write_text(
+        "data: {user_core: 2, item_core: 1, negatives: 1, train_fraction: 0.34, validation_fraction: 0.33}"
+    )
+    microlens.main(
+        ["--config", str(config), "--raw_dir", str(folder), "--data_dir", str(data), *options]
+    )
     return {row["user_id"]: row for row in read_rows(data / "users.jsonl")}, {
         row["item_id"]: row for row in read_rows(data / "items.jsonl")
     }
 
 
-@pytest.mark.parametrize(("pairs", "name"), [(PAIRS_TSV, "MicroLens-50k_pairs.tsv"), (PAIRS_CSV, "MicroLens-50k_pairs.csv")])
+@pytest.mark.parametrize(
+    ("pairs", "name"),
+    [(PAIRS_TSV, "MicroLens-50k_pairs.tsv"), (PAIRS_CSV, "MicroLens-50k_pairs.csv")],
+)
 def test_both_forms_of_pairs_say_the_same(tmp_path, pairs, name):
     users, items = prepare(tmp_path, raw_folder(tmp_path, pairs, pairs_name=name))
     assert {u: (row["history"], row["target"]) for u, row in users.items()} == {
@@ -58,10 +73,15 @@ def test_titles_with_and_without_header(tmp_path, titles_name, header):
 
 def test_refused_rows_are_kept_with_file_line_and_reason(tmp_path):
     pairs = PAIRS_CSV + "4,a,yesterday\n4,unknown,7\n4,b\n"
-    folder = raw_folder(tmp_path, pairs, titles=TITLES + "e,  \na,again\n", pairs_name="MicroLens-50k_pairs.csv")
+    folder = raw_folder(
+        tmp_path, pairs, titles=TITLES + "e,  \na,again\n", pairs_name="MicroLens-50k_pairs.csv"
+    )
     users, _ = prepare(tmp_path, folder)
     assert set(users) == {"1", "2", "3"}
-    refused = {(row["file"][14:], row["line"]): row["reason"] for row in read_rows(tmp_path / "data" / "interactions.rejected.jsonl")}
+    refused = {
+        (row["file"][14:], row["line"]): row["reason"]
+        for row in read_rows(tmp_path / "data" / "interactions.rejected.jsonl")
+    }
     assert refused == {
         ("titles.csv", 6): "the title is empty",
         ("titles.csv", 7): "the item has a title already",
@@ -105,7 +125,9 @@ def test_without_covers_the_remedy_is_named(tmp_path):
 def test_two_releases_in_one_folder_must_be_told_apart(tmp_path):
     folder = raw_folder(tmp_path)
     for name in ("pairs.tsv", "titles.csv"):
-        (folder / f"MicroLens-100k_{name}").write_bytes((folder / f"MicroLens-50k_{name}").read_bytes())
+        (folder / f"MicroLens-100k_{name}").write_bytes(
+            (folder / f"MicroLens-50k_{name}").read_bytes()
+        )
     with pytest.raises(InputError, match="choose one with --name"):
         prepare(tmp_path, folder)
     assert len(prepare(tmp_path, folder, "--name", "MicroLens-50k")[0]) == 3

@@ -36,18 +36,28 @@ ALL_SCRIPTS = (
 
 def call(*words, **environment):
     return subprocess.run(
-        [sys.executable, *words], cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, timeout=300
+        [sys.executable, *words],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
 
 
 def test_every_file_is_whole(small_run):
     folder = small_run.folder
-    users, items = read_by_id(folder / "users.jsonl", "user_id"), read_by_id(folder / "items.jsonl", "item_id")
+    users, items = (
+        read_by_id(folder / "users.jsonl", "user_id"),
+        read_by_id(folder / "items.jsonl", "item_id"),
+    )
     assert set(read_by_id(folder / "image_summaries.jsonl", "item_id")) == set(items)
     preferences = read_by_id(folder / "user_preferences.jsonl", "user_id")
     assert set(preferences) == set(users)
     for user_id, row in preferences.items():
-        assert [item for block in row["blocks"] for item in block["items"]] == users[user_id]["history"]
+        assert [item for block in row["blocks"] for item in block["items"]] == users[user_id][
+            "history"
+        ]
         assert all(len(block["items"]) == 3 for block in row["blocks"][:-1])
         assert row["preference"] == row["blocks"][-1]["preference"]
     for split, n_candidates in (("train", 2), ("validation", 21), ("test", 21)):
@@ -59,13 +69,17 @@ def test_every_file_is_whole(small_run):
             assert row["label"] == int(row["item_id"] == user["target"])
             assert row["item_id"] in {user["target"], *user["negatives"]}
             assert (folder / row["images"][0]).is_file()
-            assert [turn["role"] for turn in row["messages"]] == (["user"] if split == "test" else ["user", "assistant"])
+            assert [turn["role"] for turn in row["messages"]] == (
+                ["user"] if split == "test" else ["user", "assistant"]
+            )
     test_pairs = {(row["user_id"], row["item_id"]) for row in read_rows(folder / "test.jsonl")}
     for variant in ("zero_shot", "sft"):
         scores = read_rows(folder / variant / "scores.jsonl")
         assert {(row["user_id"], row["item_id"]) for row in scores} == test_pairs
         for row in scores:
-            assert row["score"] == pytest.approx(1 / (1 + np.exp(row["no_logit"] - row["yes_logit"])), abs=1e-9)
+            assert row["score"] == pytest.approx(
+                1 / (1 + np.exp(row["no_logit"] - row["yes_logit"])), abs=1e-9
+            )
     metrics = json.loads((folder / "metrics.json").read_text())
     assert {"zero_shot", "sft", "popularity", "ceiling"} <= set(metrics)
     for variant in ("zero_shot", "sft"):
@@ -86,7 +100,16 @@ def test_every_output_has_its_record(small_run):
         "metrics",
     ):
         record = json.loads((small_run.folder / f"{name}.run.json").read_text())
-        assert {"arguments", "settings", "inputs", "rows", "seconds", "git_commit", "packages", "device"} <= set(record), name
+        assert {
+            "arguments",
+            "settings",
+            "inputs",
+            "rows",
+            "seconds",
+            "git_commit",
+            "packages",
+            "device",
+        } <= set(record), name
     assert json.loads((small_run.folder / "adapter" / "run.json").read_text())["rows"]["in"] == 30
 
 
@@ -94,13 +117,32 @@ def test_a_preference_does_not_know_the_target(small_run, tmp_path):
     """With another title and summary of an item, the preferences change of those who had it, not of those who will take it."""
     users = read_by_id(small_run.folder / "users.jsonl", "user_id")
     targets = Counter(user["target"] for user in users.values())
-    changed = next(item for item, _ in targets.most_common() if any(item in user["history"] for user in users.values()))
+    changed = next(
+        item
+        for item, _ in targets.most_common()
+        if any(item in user["history"] for user in users.values())
+    )
     (tmp_path / "users.jsonl").write_bytes((small_run.folder / "users.jsonl").read_bytes())
     for name, key in (("items.jsonl", "title"), ("image_summaries.jsonl", "summary")):
         rows = read_rows(small_run.folder / name)
-        write_rows(tmp_path / name, [{**row, key: "football purple cross " * 9} if row["item_id"] == changed else row for row in rows])
-    small_run.run("Inference/preference_recurrent.py", "--data_dir", str(tmp_path), "--output_dir", str(tmp_path))
-    before, after = (read_by_id(folder / "user_preferences.jsonl", "user_id") for folder in (small_run.folder, tmp_path))
+        write_rows(
+            tmp_path / name,
+            [
+                {**row, key: "football purple cross " * 9} if row["item_id"] == changed else row
+                for row in rows
+            ],
+        )
+    small_run.run(
+        "Inference/preference_recurrent.py",
+        "--data_dir",
+        str(tmp_path),
+        "--output_dir",
+        str(tmp_path),
+    )
+    before, after = (
+        read_by_id(folder / "user_preferences.jsonl", "user_id")
+        for folder in (small_run.folder, tmp_path)
+    )
     differ = {user_id for user_id in users if before[user_id] != after[user_id]}
     assert differ, "who had the item reads otherwise now"
     assert all(changed in users[user_id]["history"] for user_id in differ)
@@ -108,12 +150,16 @@ def test_a_preference_does_not_know_the_target(small_run, tmp_path):
 
 
 def test_started_again_nothing_is_computed(small_run, capsys):
-    times = {path: path.stat().st_mtime_ns for path in small_run.folder.rglob("*") if path.is_file()}
+    times = {
+        path: path.stat().st_mtime_ns for path in small_run.folder.rglob("*") if path.is_file()
+    }
     for stage in STAGES:
         small_run.run(stage)
         assert "up to date" in capsys.readouterr().out, stage
     small_run.run(STAGES[6], "--adapter", "none", "--hide", "nothing")
-    assert times == {path: path.stat().st_mtime_ns for path in small_run.folder.rglob("*") if path.is_file()}
+    assert times == {
+        path: path.stat().st_mtime_ns for path in small_run.folder.rglob("*") if path.is_file()
+    }
 
 
 IN_ONE_PROCESS = """
@@ -129,7 +175,13 @@ def test_the_same_seed_gives_the_same_bytes(small_run, tmp_path):
     """In another process, whose hashes of strings are other ones."""
     done = call("-c", IN_ONE_PROCESS, str(small_config(tmp_path)), *STAGES[:5], PYTHONHASHSEED="7")
     assert done.returncode == 0, done.stderr
-    for name in ("users.jsonl", "image_summaries.jsonl", "user_preferences.jsonl", "train.jsonl", "test.jsonl"):
+    for name in (
+        "users.jsonl",
+        "image_summaries.jsonl",
+        "user_preferences.jsonl",
+        "train.jsonl",
+        "test.jsonl",
+    ):
         assert (tmp_path / name).read_bytes() == (small_run.folder / name).read_bytes(), name
 
 
@@ -159,21 +211,56 @@ def test_help_answers_at_once(path):
 @pytest.mark.parametrize(
     ("path", "missing"),
     [
-        ("data_processing/download_images.py", "image_urls.jsonl is missing; data_processing/amazon.py makes it"),
-        ("Inference/image_summary.py", "items.jsonl is missing; scripts/01_prepare_data.sh makes it"),
-        ("Inference/preference_recurrent.py", "users.jsonl is missing; scripts/01_prepare_data.sh makes it"),
-        ("MLLM-MSR/train/dataset_create.py", "users.jsonl is missing; scripts/01_prepare_data.sh makes it"),
-        ("MLLM-MSR/test/multi_col_dataset.py", "users.jsonl is missing; scripts/01_prepare_data.sh makes it"),
-        ("MLLM-MSR/train/train_llava_sft.py", "train.jsonl is missing; scripts/04_datasets.sh makes it"),
-        ("MLLM-MSR/test/test_with_llava_sft.py", "test.jsonl is missing; scripts/04_datasets.sh makes it"),
-        ("MLLM-MSR/baselines/popularity.py", "users.jsonl is missing; scripts/01_prepare_data.sh makes it"),
-        ("MLLM-MSR/test/compute_metrics.py", "holds no */scores.jsonl; scripts/06_score.sh makes them"),
+        (
+            "data_processing/download_images.py",
+            "image_urls.jsonl is missing; data_processing/amazon.py makes it",
+        ),
+        (
+            "Inference/image_summary.py",
+            "items.jsonl is missing; scripts/01_prepare_data.sh makes it",
+        ),
+        (
+            "Inference/preference_recurrent.py",
+            "users.jsonl is missing; scripts/01_prepare_data.sh makes it",
+        ),
+        (
+            "MLLM-MSR/train/dataset_create.py",
+            "users.jsonl is missing; scripts/01_prepare_data.sh makes it",
+        ),
+        (
+            "MLLM-MSR/test/multi_col_dataset.py",
+            "users.jsonl is missing; scripts/01_prepare_data.sh makes it",
+        ),
+        (
+            "MLLM-MSR/train/train_llava_sft.py",
+            "train.jsonl is missing; scripts/04_datasets.sh makes it",
+        ),
+        (
+            "MLLM-MSR/test/test_with_llava_sft.py",
+            "test.jsonl is missing; scripts/04_datasets.sh makes it",
+        ),
+        (
+            "MLLM-MSR/baselines/popularity.py",
+            "users.jsonl is missing; scripts/01_prepare_data.sh makes it",
+        ),
+        (
+            "MLLM-MSR/test/compute_metrics.py",
+            "holds no */scores.jsonl; scripts/06_score.sh makes them",
+        ),
         ("MLLM-MSR/test/report.py", "metrics.json is missing; scripts/07_report.sh makes it"),
     ],
 )
 def test_a_missing_input_is_told_at_once(path, missing, tmp_path):
     started = time.monotonic()
-    done = call(path, "--config", "configs/sample.yaml", "--data_dir", str(tmp_path), "--output_dir", str(tmp_path))
+    done = call(
+        path,
+        "--config",
+        "configs/sample.yaml",
+        "--data_dir",
+        str(tmp_path),
+        "--output_dir",
+        str(tmp_path),
+    )
     assert time.monotonic() - started < 5
     assert done.returncode == 1
     assert missing in done.stderr
@@ -189,7 +276,10 @@ def test_the_pairs_feed_other_trainers_as_they_are(small_run):
     processor = AutoProcessor.from_pretrained(ROOT / "Inference/tiny_models/llava")
     for split in ("train", "test"):
         rows = load_dataset(
-            "json", data_files=str(small_run.folder / f"{split}.jsonl"), split="train", cache_dir=str(small_run.folder / "cache")
+            "json",
+            data_files=str(small_run.folder / f"{split}.jsonl"),
+            split="train",
+            cache_dir=str(small_run.folder / "cache"),
         )
         text = processor.apply_chat_template(rows[0]["messages"])
         image = Image.open(small_run.folder / rows[0]["images"][0])
@@ -224,7 +314,9 @@ def cover_from(title, size=(48, 64)):
     """A picture that depends on a title, for data whose own covers may not be passed on."""
     rng = np.random.default_rng(list(title.encode()))
     image = Image.new("RGB", size, tuple(int(v) for v in rng.integers(0, 256, 3)))
-    ImageDraw.Draw(image).ellipse((8, 16, 40, 48), fill=tuple(int(v) for v in rng.integers(0, 256, 3)))
+    ImageDraw.Draw(image).ellipse(
+        (8, 16, 40, 48), fill=tuple(int(v) for v in rng.integers(0, 256, 3))
+    )
     return image
 
 
@@ -236,7 +328,15 @@ def test_real_data_goes_through_all_stages(tmp_path, monkeypatch):
     for name in ("MicroLens-50k_pairs.tsv", "MicroLens-50k_titles.csv"):
         (raw / name).symlink_to(REAL / name)
     pilot = ("--limit", "100", "--train_fraction", "0.3", "--validation_fraction", "0.1")
-    loader = ("data_processing/microlens.py", "--raw_dir", str(raw), "--require_image", "false", *pilot, "--config")
+    loader = (
+        "data_processing/microlens.py",
+        "--raw_dir",
+        str(raw),
+        "--require_image",
+        "false",
+        *pilot,
+        "--config",
+    )
     done = call(*loader, "configs/microlens.yaml", "--data_dir", str(plan))
     assert done.returncode == 0, done.stderr
     for row in read_rows(plan / "items.jsonl"):  # covers for the pilot's items, not for all 11,896
@@ -247,8 +347,14 @@ def test_real_data_goes_through_all_stages(tmp_path, monkeypatch):
     text = text.replace("llava-hf/llava-v1.6-mistral-7b-hf", "Inference/tiny_models/llava")
     text = text.replace("meta-llama/Meta-Llama-3-8B-Instruct", "Inference/tiny_models/llama")
     text = text.replace("epochs: 10", "epochs: 1").replace("workers: 4", "workers: 0")
-    text = text.replace("max_new_tokens: 1024", "max_new_tokens: 40").replace("max_new_tokens: 200", "max_new_tokens: 40")
-    config.write_text(text.replace("data_dir: data/microlens", f"data_dir: {data}").replace("outputs/microlens", str(outputs)))
+    text = text.replace("max_new_tokens: 1024", "max_new_tokens: 40").replace(
+        "max_new_tokens: 200", "max_new_tokens: 40"
+    )
+    config.write_text(
+        text.replace("data_dir: data/microlens", f"data_dir: {data}").replace(
+            "outputs/microlens", str(outputs)
+        )
+    )
     done = call(*loader, str(config))
     assert done.returncode == 0, done.stderr
     stats = json.loads((data / "stats.json").read_text())
@@ -274,15 +380,26 @@ def test_a_user_whose_candidate_has_no_image_is_set_aside_whole(small_run, tmp_p
     (tmp_path / "covers").symlink_to(small_run.folder / "covers")
     users = [user for user in read_rows(tmp_path / "users.jsonl") if user["split"] == "test"]
     gone = users[0]["negatives"][5]
-    items = [{**row, "image": None} if row["item_id"] == gone else row for row in read_rows(tmp_path / "items.jsonl")]
+    items = [
+        {**row, "image": None} if row["item_id"] == gone else row
+        for row in read_rows(tmp_path / "items.jsonl")
+    ]
     write_rows(tmp_path / "items.jsonl", items)
-    small_run.run("MLLM-MSR/test/multi_col_dataset.py", "--data_dir", str(tmp_path), "--output_dir", str(tmp_path))
+    small_run.run(
+        "MLLM-MSR/test/multi_col_dataset.py",
+        "--data_dir",
+        str(tmp_path),
+        "--output_dir",
+        str(tmp_path),
+    )
     hit = {user["user_id"] for user in users if gone in {user["target"], *user["negatives"]}}
     rows = read_rows(tmp_path / "test.jsonl")
     assert {row["user_id"] for row in rows} == {user["user_id"] for user in users} - hit
     assert len(rows) == 21 * (len(users) - len(hit))
     refused = read_by_id(tmp_path / "test.rejected.jsonl", "user_id")
-    assert {user: row["reason"] for user, row in refused.items()} == dict.fromkeys(hit, f"candidate {gone}: it has no image")
+    assert {user: row["reason"] for user, row in refused.items()} == dict.fromkeys(
+        hit, f"candidate {gone}: it has no image"
+    )
 
 
 def test_the_contract_names_scripts_that_are_there():
@@ -312,12 +429,16 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 @pytest.mark.parametrize(
     ("stage", "name", "n_rows", "batch"),
     [
-        pytest.param("Inference/image_summary.py", "image_summaries.jsonl", 60, "700", marks=pytest.mark.slow),
+        pytest.param(
+            "Inference/image_summary.py", "image_summaries.jsonl", 60, "700", marks=pytest.mark.slow
+        ),
         ("Inference/preference_recurrent.py", "user_preferences.jsonl", 30, "3000"),
         ("MLLM-MSR/test/test_with_llava_sft.py", "sft/scores.jsonl", 189, "2000"),
     ],
 )
-def test_killed_and_started_again_gives_the_same_bytes(small_run, tmp_path, stage, name, n_rows, batch):
+def test_killed_and_started_again_gives_the_same_bytes(
+    small_run, tmp_path, stage, name, n_rows, batch
+):
     """kill -9 twice, in the middle of a row; then the same command: the bytes of an undisturbed run, no row computed twice."""
     for path in small_run.folder.iterdir():
         if path.name != Path(name).name and path.name != Path(name).parts[0]:
@@ -361,15 +482,30 @@ def test_two_scoring_processes_give_the_bytes_of_one(small_run, tmp_path):
     too_long = rows[30]["user_id"]
     rows[30]["messages"][0]["content"][1]["text"] += " word" * 600
     write_rows(tmp_path / "test.jsonl", rows)
-    command = ["MLLM-MSR/test/test_with_llava_sft.py", "--config", str(small_run.config), "--data_dir", str(tmp_path)]
-    command += ["--batch_tokens", "2000", "--hide", "nothing", "--adapter", str(small_run.folder / "adapter")]
+    command = [
+        "MLLM-MSR/test/test_with_llava_sft.py",
+        "--config",
+        str(small_run.config),
+        "--data_dir",
+        str(tmp_path),
+    ]
+    command += [
+        "--batch_tokens",
+        "2000",
+        "--hide",
+        "nothing",
+        "--adapter",
+        str(small_run.folder / "adapter"),
+    ]
     (tmp_path / "one").mkdir()
     (tmp_path / "one" / "test.jsonl").symlink_to(tmp_path / "test.jsonl")
     (tmp_path / "one" / "covers").symlink_to(small_run.folder / "covers")
     assert call(*command, "--output_dir", str(tmp_path / "one")).returncode == 0
     started = [
         subprocess.Popen(
-            [sys.executable, *command, "--output_dir", str(tmp_path)], cwd=ROOT, env={**os.environ, "RANK": rank, "WORLD_SIZE": "2"}
+            [sys.executable, *command, "--output_dir", str(tmp_path)],
+            cwd=ROOT,
+            env={**os.environ, "RANK": rank, "WORLD_SIZE": "2"},
         )
         for rank in "01"
     ]
@@ -382,7 +518,15 @@ def test_two_scoring_processes_give_the_bytes_of_one(small_run, tmp_path):
 
 
 def test_a_limit_in_scoring_counts_users(small_run):
-    small_run.run("MLLM-MSR/test/test_with_llava_sft.py", "--limit", "2", "--hide", "nothing", "--variant", "pilot")
+    small_run.run(
+        "MLLM-MSR/test/test_with_llava_sft.py",
+        "--limit",
+        "2",
+        "--hide",
+        "nothing",
+        "--variant",
+        "pilot",
+    )
     rows = read_rows(small_run.folder / "pilot" / "scores.jsonl")
     assert len(rows) == 2 * 21
     assert len({row["user_id"] for row in rows}) == 2
@@ -401,9 +545,17 @@ def test_a_broken_cover_is_told_in_stage_4(small_run, tmp_path):
     user = next(user for user in read_rows(tmp_path / "users.jsonl") if user["split"] == "test")
     broken = tmp_path / "covers" / f"{user['target']}.png"
     broken.write_bytes(broken.read_bytes()[:50])
-    small_run.run("MLLM-MSR/test/multi_col_dataset.py", "--data_dir", str(tmp_path), "--output_dir", str(tmp_path))
+    small_run.run(
+        "MLLM-MSR/test/multi_col_dataset.py",
+        "--data_dir",
+        str(tmp_path),
+        "--output_dir",
+        str(tmp_path),
+    )
     reasons = {row["user_id"]: row["reason"] for row in read_rows(tmp_path / "test.rejected.jsonl")}
-    assert reasons[user["user_id"]].startswith(f"candidate {user['target']}: image {user['target']}.png: not a readable image")
+    assert reasons[user["user_id"]].startswith(
+        f"candidate {user['target']}: image {user['target']}.png: not a readable image"
+    )
 
 
 def test_a_half_written_checkpoint_is_removed(tmp_path):

@@ -9,7 +9,19 @@ from data_processing.errors import InputError
 from data_processing.pairs import question
 from data_processing.prompts import block_text, fill, plain_text
 
-MARKERS = ["<image>", "[/INST]", "[INST]", "<|eot_id|>", "<s>", "</s>", "<<SYS>>", "<|im_start|>", "<unk>", "<|image_pad|>", "[IMG]"]
+MARKERS = [
+    "<image>",
+    "[/INST]",
+    "[INST]",
+    "<|eot_id|>",
+    "<s>",
+    "</s>",
+    "<<SYS>>",
+    "<|im_start|>",
+    "<unk>",
+    "<|image_pad|>",
+    "[IMG]",
+]
 
 
 @pytest.mark.parametrize("marker", MARKERS)
@@ -29,7 +41,9 @@ def test_plain_text_is_one_line_without_markers_and_stays_so(before, marker, aft
 
 
 def test_ordinary_brackets_are_left_alone():
-    assert plain_text("I < 3 you [live] (1<2) 5 > 4") == "I < 3 you [live] (1<2) 5 > 4".replace("1<2", "1< 2")
+    assert plain_text("I < 3 you [live] (1<2) 5 > 4") == "I < 3 you [live] (1<2) 5 > 4".replace(
+        "1<2", "1< 2"
+    )
 
 
 @pytest.mark.parametrize("domain", prompts.DOMAINS)
@@ -73,10 +87,14 @@ def test_an_unknown_domain_names_the_known_ones():
 
 def test_a_block_lists_items_in_order_and_survives_missing_summaries():
     text = block_text([("First.", "A red star."), ("Second\n<image>", "")], "video")
-    assert text == "1. Title: First. Cover: A red star.\n2. Title: Second < image>. Cover: not known."
+    assert (
+        text == "1. Title: First. Cover: A red star.\n2. Title: Second < image>. Cover: not known."
+    )
 
 
 def test_the_preference_span_is_where_the_preference_stands():
     text, (start, end) = question("the taste of {preference}", "likes\nred <image> stars", "video")
     assert text[start:end] == "likes red < image> stars"
-    assert text.index("the taste of {preference}") < start, "the title stands in front, with the picture"
+    assert text.index("the taste of {preference}") < start, (
+        "the title stands in front, with the picture"
+    )

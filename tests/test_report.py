@@ -20,7 +20,10 @@ def copy_of_run(small_run, tmp_path):
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(path.read_bytes())
     evil = "<script>alert('title')</script>"
-    write_rows(tmp_path / "items.jsonl", [{**row, "title": evil} for row in read_rows(tmp_path / "items.jsonl")])
+    write_rows(
+        tmp_path / "items.jsonl",
+        [{**row, "title": evil} for row in read_rows(tmp_path / "items.jsonl")],
+    )
     rows = read_rows(tmp_path / "user_preferences.jsonl")
     for row in rows:
         row["blocks"][0]["preference"] = "<img src=x onerror=alert(1)>"
@@ -29,7 +32,15 @@ def copy_of_run(small_run, tmp_path):
 
 
 def test_a_title_with_a_script_is_shown_not_run(small_run, copy_of_run):
-    small_run.run("MLLM-MSR/test/report.py", "--data_dir", str(copy_of_run), "--output_dir", str(copy_of_run), "--overwrite", "true")
+    small_run.run(
+        "MLLM-MSR/test/report.py",
+        "--data_dir",
+        str(copy_of_run),
+        "--output_dir",
+        str(copy_of_run),
+        "--overwrite",
+        "true",
+    )
     page = (copy_of_run / "report.html").read_text()
     assert "&lt;script&gt;alert(" in page
     assert "<script>alert" not in page
@@ -53,18 +64,31 @@ def test_the_page_fetches_nothing_and_shows_every_variant(small_run):
 
 def test_published_rows_stand_beside_ours_with_their_source():
     report = script("MLLM-MSR/test/report.py")
-    found = {"auc": 0.8, "hr@5": 0.7, "mrr@5": 0.6, "ndcg@5": 0.5, "users": 480, "auc_ci95": [0.78, 0.82]}
+    found = {
+        "auc": 0.8,
+        "hr@5": 0.7,
+        "mrr@5": 0.6,
+        "ndcg@5": 0.5,
+        "users": 480,
+        "auc_ci95": [0.78, 0.82],
+    }
     rows = report.metric_rows({"sft": found}, report.read_published("microlens"))
     assert ("zero_shot", "this run", ["not run"] * 4) in rows
     assert rows[0] == ("sft", "this run, 480 users", ["80.00 ± 2.00", "70.00", "60.00", "50.00"])
     assert ("MLLM-MSR", "paper, Table 3", ["83.17", "78.23", "60.38", "-"]) in rows
-    assert {source for _, source, _ in rows[2:]} == {"paper, Table 3", "re-run by MGRASRec's authors"}
+    assert {source for _, source, _ in rows[2:]} == {
+        "paper, Table 3",
+        "re-run by MGRASRec's authors",
+    }
 
 
 def test_an_unknown_comparison_names_the_known_ones(small_run):
     from data_processing.errors import InputError
 
-    with pytest.raises(InputError, match="no published results for 'netflix'; choose one of: microlens, amazon_games, amazon_baby"):
+    with pytest.raises(
+        InputError,
+        match="no published results for 'netflix'; choose one of: microlens, amazon_games, amazon_baby",
+    ):
         small_run.run("MLLM-MSR/test/report.py", "--published", "netflix")
 
 
@@ -80,7 +104,14 @@ def test_the_published_file_holds_the_papers_main_row():
     assert ["MLLM-MSR", "paper, Table 3", 85.69, 79.58, 63.77] in published
 
 
-BROWSER = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
+BROWSER = next(
+    (
+        path
+        for name in ("chromium", "chromium-browser", "google-chrome")
+        if (path := shutil.which(name))
+    ),
+    None,
+)
 PROBE = """
 <script>{
 const visible = story => story.offsetParent !== null;
@@ -115,7 +146,12 @@ def in_browser(page, tmp_path, width):
         "--virtual-time-budget=2000",
     ]
     profile = f"--user-data-dir={tmp_path / 'profile'}"
-    done = subprocess.run([BROWSER, *words, profile, "--dump-dom", path.as_uri()], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [BROWSER, *words, profile, "--dump-dom", path.as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     return json.loads(re.search(r"<pre>(.*)</pre>", done.stdout)[1]), done.stderr
 
 

@@ -13,15 +13,30 @@ from data_processing.metrics import evaluate
 def sample(tmp_path_factory):
     """Folder of the shipped sample, made anew."""
     folder = tmp_path_factory.mktemp("sample")
-    script("data_processing/sample.py").main(["--config", "configs/sample.yaml", "--data_dir", str(folder), "--output_dir", str(folder)])
+    script("data_processing/sample.py").main(
+        ["--config", "configs/sample.yaml", "--data_dir", str(folder), "--output_dir", str(folder)]
+    )
     return folder
 
 
 def test_the_same_seed_gives_the_same_files_and_another_seed_others(sample, tmp_path):
     for name, seed in (("same", "42"), ("other", "7")):
-        options = ["--data_dir", str(tmp_path / name), "--output_dir", str(tmp_path / name), "--seed", seed]
+        options = [
+            "--data_dir",
+            str(tmp_path / name),
+            "--output_dir",
+            str(tmp_path / name),
+            "--seed",
+            seed,
+        ]
         script("data_processing/sample.py").main(["--config", "configs/sample.yaml", *options])
-    for file in ("users.jsonl", "items.jsonl", "covers/i000.png", "covers/i150.png", "ceiling/scores.jsonl"):
+    for file in (
+        "users.jsonl",
+        "items.jsonl",
+        "covers/i000.png",
+        "covers/i150.png",
+        "ceiling/scores.jsonl",
+    ):
         wanted = (sample / file).read_bytes()
         assert (tmp_path / "same" / file).read_bytes() == wanted
         assert (tmp_path / "other" / file).read_bytes() != wanted
@@ -33,7 +48,8 @@ def test_there_are_enough_test_users(sample):
 
 def test_the_world_needs_image_title_and_recency(sample):
     auc = {
-        rule: evaluate(read_rows(sample / rule / "scores.jsonl"), resamples=1)["auc"] for rule in ("ceiling", "title_only", "no_recency")
+        rule: evaluate(read_rows(sample / rule / "scores.jsonl"), resamples=1)["auc"]
+        for rule in ("ceiling", "title_only", "no_recency")
     }
     assert auc["ceiling"] > 0.92
     assert auc["title_only"] < auc["ceiling"] - 0.15, "covers are needed"
@@ -53,8 +69,13 @@ def image_only_auc(folder):
         if user["split"] == "test":
             taste = lives[int(user["user_id"][1:])][1]
             listed = candidates(user)
-            scores = world.fits([items[int(item_id[1:])] for item_id, _ in listed], taste, ("colour", "shape"))
-            rows += [score_row(user["user_id"], i, label, float(s)) for (i, label), s in zip(listed, scores, strict=True)]
+            scores = world.fits(
+                [items[int(item_id[1:])] for item_id, _ in listed], taste, ("colour", "shape")
+            )
+            rows += [
+                score_row(user["user_id"], i, label, float(s))
+                for (i, label), s in zip(listed, scores, strict=True)
+            ]
     return evaluate(rows, resamples=1)["auc"]
 
 
@@ -74,8 +95,15 @@ def test_covers_of_one_kind_differ(shape):
 
 
 def test_the_rule_by_hand():
-    red, blue = {"colour": "red", "shape": "star", "topic": "music"}, {"colour": "blue", "shape": "star", "topic": "travel"}
-    assert world.update_preference(None, [red, blue]) == {"colour": "blue", "shape": "star", "topic": "travel"}, "1.1 against 1.2"
+    red, blue = (
+        {"colour": "red", "shape": "star", "topic": "music"},
+        {"colour": "blue", "shape": "star", "topic": "travel"},
+    )
+    assert world.update_preference(None, [red, blue]) == {
+        "colour": "blue",
+        "shape": "star",
+        "topic": "travel",
+    }, "1.1 against 1.2"
     assert world.update_preference(red, [blue]) == red, "one new item, 1.1, does not outweigh 1.2"
     assert world.update_preference(red, [blue, blue])["colour"] == "blue"
     assert world.update_preference(red, [blue, red])["colour"] == "red"

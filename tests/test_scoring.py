@@ -37,10 +37,22 @@ def pairs(tmp_path_factory):
         cover.resize((48 + 30 * (n % 3), 64 - 9 * (n % 4))).save(folder / f"{n}.png")
     rows = []
     for user in range(6):
-        preference = world.preference_text(world.random_item(rng)) + " And of other things, too." * (user % 3)
+        preference = world.preference_text(
+            world.random_item(rng)
+        ) + " And of other things, too." * (user % 3)
         for n, item in enumerate(items):
             if (user + n) % 2 or n == 3:
-                rows.append(pair_row(f"u{user}", item, int(n == 0), f"{n}.png", preference, Options, with_answer=False))
+                rows.append(
+                    pair_row(
+                        f"u{user}",
+                        item,
+                        int(n == 0),
+                        f"{n}.png",
+                        preference,
+                        Options,
+                        with_answer=False,
+                    )
+                )
     rows.append(pair_row("u9", items[4], 0, "4.png", "Alone.", Options, with_answer=False))
     return folder, rows
 
@@ -51,7 +63,11 @@ def model():
 
 
 def scored(model, processor, folder, rows, **options):
-    reader = PairReader(Chat(processor), folder, **{k: options.pop(k) for k in ("max_text_tokens", "grey") if k in options})
+    reader = PairReader(
+        Chat(processor),
+        folder,
+        **{k: options.pop(k) for k in ("max_text_tokens", "grey") if k in options},
+    )
     found = {index: (yes, no) for index, yes, no in score_pairs(model, reader, rows, **options)}
     assert sorted(found) == list(range(len(rows))), "every pair once"
     return np.array([found[index] for index in range(len(rows))])
@@ -62,7 +78,11 @@ def one_by_one(model, processor, folder, rows):
     chat, found = Chat(processor), []
     for row in rows:
         text = processor.apply_chat_template(row["messages"], add_generation_prompt=True)
-        batch = processor(text=[text], images=[Image.open(folder / row["images"][0]).convert("RGB")], return_tensors="pt")
+        batch = processor(
+            text=[text],
+            images=[Image.open(folder / row["images"][0]).convert("RGB")],
+            return_tensors="pt",
+        )
         with torch.no_grad():
             logits = model(**batch).logits[0, -1]
         found.append([logits[chat.answer_ids[1][0]].item(), logits[chat.answer_ids[0][0]].item()])
@@ -104,7 +124,11 @@ def test_prefix_reuse_changes_no_score_with_an_adapter(pairs, tmp_path):
 
     model, processor = load_multimodal(str(TINY / "llava"))
     torch.manual_seed(1)
-    config = LoraConfig(r=4, target_modules=r".*language_model.*\.(q_proj|v_proj|down_proj)", init_lora_weights=False)
+    config = LoraConfig(
+        r=4,
+        target_modules=r".*language_model.*\.(q_proj|v_proj|down_proj)",
+        init_lora_weights=False,
+    )
     get_peft_model(model, config).save_pretrained(tmp_path)
     folder, rows = pairs
     plain, processor = load_multimodal(str(TINY / "llava"))
@@ -112,7 +136,10 @@ def test_prefix_reuse_changes_no_score_with_an_adapter(pairs, tmp_path):
     adapted = attach_adapter(plain, tmp_path, str(TINY / "llava"))
     wanted = one_by_one(adapted, processor, folder, rows)
     assert np.abs(wanted - before).max() > 0.1, "the adapter does something"
-    assert np.abs(scored(adapted, processor, folder, rows) - wanted).max() < 1e-5 * np.abs(wanted).max()
+    assert (
+        np.abs(scored(adapted, processor, folder, rows) - wanted).max()
+        < 1e-5 * np.abs(wanted).max()
+    )
 
 
 def test_the_prefix_of_an_item_is_computed_once(model, pairs, monkeypatch):
@@ -120,23 +147,36 @@ def test_the_prefix_of_an_item_is_computed_once(model, pairs, monkeypatch):
     seen = []
     tower = model[0].model.vision_tower
     hook = tower.register_forward_pre_hook(
-        lambda _, args, kwargs: seen.append((args or list(kwargs.values()))[0].shape[0]), with_kwargs=True
+        lambda _, args, kwargs: seen.append((args or list(kwargs.values()))[0].shape[0]),
+        with_kwargs=True,
     )
     scored(*model, folder, rows)
     hook.remove()
-    assert sum(seen) == 2 * len(group_by_item(rows)) < 2 * len(rows), "overview and one tile of each item, not of each pair"
+    assert sum(seen) == 2 * len(group_by_item(rows)) < 2 * len(rows), (
+        "overview and one tile of each item, not of each pair"
+    )
 
 
 def test_the_picture_is_seen(model, pairs):
     folder, rows = pairs
-    assert np.abs(scored(*model, folder, rows) - scored(*model, folder, rows, grey=True)).max() > 0.1
+    assert (
+        np.abs(scored(*model, folder, rows) - scored(*model, folder, rows, grey=True)).max() > 0.1
+    )
 
 
 def test_a_long_preference_loses_its_tail_only(model, pairs):
     folder, _ = pairs
     chat = Chat(model[1])
     reader = PairReader(chat, folder, max_text_tokens=70)
-    row = pair_row("u", {"item_id": "0", "title": "A title"}, 0, "0.png", "word " * 300 + "tail", Options, with_answer=False)
+    row = pair_row(
+        "u",
+        {"item_id": "0", "title": "A title"},
+        0,
+        "0.png",
+        "word " * 300 + "tail",
+        Options,
+        with_answer=False,
+    )
     prompt, ids = reader.prompt(row)
     assert len(ids) == chat.count(prompt) <= 70
     assert len(ids) > 60, "as much as fits is kept"
@@ -145,7 +185,9 @@ def test_a_long_preference_loses_its_tail_only(model, pairs):
     head, end = whole[: whole.index("word")], whole[whole.index("tail") + 4 :]
     assert prompt.startswith(head)
     assert prompt.endswith(end), "title, question and what closes the turn stay"
-    with pytest.raises(TooLong, match="longer than 9 tokens even without a preference; raise --max_text_tokens"):
+    with pytest.raises(
+        TooLong, match="longer than 9 tokens even without a preference; raise --max_text_tokens"
+    ):
         PairReader(chat, folder, max_text_tokens=9).prompt(row)
 
 
@@ -157,12 +199,22 @@ def test_a_missing_picture_is_named(model, pairs):
 
 def test_probability_is_equation_1():
     for yes, no in ((0.0, 0.0), (2.0, -1.0), (-30.0, 30.0)):
-        assert probability(yes, no) == pytest.approx(np.exp(yes) / (np.exp(yes) + np.exp(no)), rel=1e-12)
+        assert probability(yes, no) == pytest.approx(
+            np.exp(yes) / (np.exp(yes) + np.exp(no)), rel=1e-12
+        )
 
 
 def test_a_user_whose_question_cannot_fit_is_found_beforehand(model, pairs):
     folder, rows = pairs
-    endless = pair_row("u7", {"item_id": "0", "title": "word " * 60}, 0, "0.png", "A taste.", Options, with_answer=False)
+    endless = pair_row(
+        "u7",
+        {"item_id": "0", "title": "word " * 60},
+        0,
+        "0.png",
+        "A taste.",
+        Options,
+        with_answer=False,
+    )
     reader = PairReader(Chat(model[1]), folder, max_text_tokens=100)
     assert set(reader.look_through([*rows, endless])[0]) == {"u7"}
     assert reader.shortened == 0, "looking ahead is not counted"
@@ -170,7 +222,15 @@ def test_a_user_whose_question_cannot_fit_is_found_beforehand(model, pairs):
 
 
 def test_a_title_of_a_whole_page_is_cut_in_stage_4():
-    row = pair_row("u", {"item_id": "0", "title": "word " * 600}, 0, "0.png", "A taste.", Options, with_answer=False)
+    row = pair_row(
+        "u",
+        {"item_id": "0", "title": "word " * 600},
+        0,
+        "0.png",
+        "A taste.",
+        Options,
+        with_answer=False,
+    )
     text = row["messages"][0]["content"][1]["text"]
     assert text.count("word") == 60
     start, end = row["preference_span"]
@@ -184,7 +244,9 @@ def test_in_bfloat16_candidates_do_not_tie(pairs):
     folder, rows = pairs
     found = scored(model, processor, folder, rows)
     assert np.abs(found).max() > 16
-    assert not (found * 256 == np.round(found * 256)).all(axis=1).any(), "no logit lies on bfloat16's grid"
+    assert not (found * 256 == np.round(found * 256)).all(axis=1).any(), (
+        "no logit lies on bfloat16's grid"
+    )
 
 
 def test_a_template_that_does_not_start_with_the_picture_takes_the_plain_pass(pairs):
@@ -192,7 +254,11 @@ def test_a_template_that_does_not_start_with_the_picture_takes_the_plain_pass(pa
     text_part = "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}"
     image_part = "{% for part in message['content'] if part['type'] == 'image' %}{{ '<image>\\n' }}{% endfor %}"
     assert image_part + text_part in processor.chat_template
-    processor.chat_template = processor.chat_template.replace(image_part + text_part, text_part + image_part)
+    processor.chat_template = processor.chat_template.replace(
+        image_part + text_part, text_part + image_part
+    )
     folder, rows = pairs
     wanted = one_by_one(model, processor, folder, rows)
-    assert np.abs(scored(model, processor, folder, rows) - wanted).max() < 1e-5 * np.abs(wanted).max()
+    assert (
+        np.abs(scored(model, processor, folder, rows) - wanted).max() < 1e-5 * np.abs(wanted).max()
+    )

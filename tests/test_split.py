@@ -14,7 +14,15 @@ from hypothesis import strategies as st
 from data_processing import microlens, split
 from data_processing.errors import InputError
 from data_processing.jsonl import read_rows
-from data_processing.split import Log, SplitArgs, histories, k_core, prepare, sample_negatives, split_users
+from data_processing.split import (
+    Log,
+    SplitArgs,
+    histories,
+    k_core,
+    prepare,
+    sample_negatives,
+    split_users,
+)
 
 
 def small_log(rows, images=None):
@@ -22,7 +30,10 @@ def small_log(rows, images=None):
     users, items, times = zip(*rows, strict=True)
     names = sorted(set(items))
     catalogue = pd.DataFrame(
-        {"title": [f"title {n}" for n in names], "image": [f"{n}.jpg" if images is None or n in images else None for n in names]},
+        {
+            "title": [f"title {n}" for n in names],
+            "image": [f"{n}.jpg" if images is None or n in images else None for n in names],
+        },
         index=names,
     )
     return Log.from_ids(users, items, times), catalogue
@@ -30,13 +41,20 @@ def small_log(rows, images=None):
 
 def told(rows, images=None, **options):
     """dict user -> (history, target, negatives, split) after `prepare`."""
-    args = SplitArgs(**{"user_core": 2, "item_core": 1, "negatives": 0, "train_negatives": 0, **options})
+    args = SplitArgs(
+        **{"user_core": 2, "item_core": 1, "negatives": 0, "train_negatives": 0, **options}
+    )
     items, users, stats = prepare(*small_log(rows, images), args)
     found = {}
     for row, history, target in histories(users, args):
         negatives = users["negatives"][row]
         ids = users["item_ids"]
-        found[users["ids"][row]] = (ids[history].tolist(), ids[target], ids[negatives[negatives >= 0]].tolist(), users["split"][row])
+        found[users["ids"][row]] = (
+            ids[history].tolist(),
+            ids[target],
+            ids[negatives[negatives >= 0]].tolist(),
+            users["split"][row],
+        )
     return found, items, stats
 
 
@@ -56,12 +74,19 @@ def test_items_without_an_image_leave_before_the_core():
     assert set(items.index) == set("abc")
     found, items, _ = told(rows, images="abc", user_core=4, require_image=False)
     assert list(found) == ["u"]
-    with pytest.raises(InputError, match="no interaction is left after the filters: 7 read, 1 items without an image"):
+    with pytest.raises(
+        InputError,
+        match="no interaction is left after the filters: 7 read, 1 items without an image",
+    ):
         told(rows, images="abc", user_core=4)
 
 
 def test_max_history_keeps_the_latest_and_released_the_most_popular():
-    rows = [("u", i, n) for n, i in enumerate("abcdefgh")] + [("v", i, n) for n, i in enumerate("bcx")] + [("w", "c", 1), ("w", "x", 2)]
+    rows = (
+        [("u", i, n) for n, i in enumerate("abcdefgh")]
+        + [("v", i, n) for n, i in enumerate("bcx")]
+        + [("w", "c", 1), ("w", "x", 2)]
+    )
     assert told(rows, max_history=2)[0]["u"][:2] == (["f", "g"], "h")
     history, target, *_ = told(rows, history="released")[0]["u"]
     assert (history, target) == (["c", "b", "a", "d", "e", "f"], "h")
@@ -77,12 +102,18 @@ def brute_core(rows, user_core, item_core):
         rows = kept
 
 
-@given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=1, max_size=60), st.integers(1, 4), st.integers(1, 4))
+@given(
+    st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=1, max_size=60),
+    st.integers(1, 4),
+    st.integers(1, 4),
+)
 @settings(deadline=None)
 def test_k_core_is_that_of_a_plain_loop(rows, user_core, item_core):
     user, item = np.array(rows).T
     kept = k_core(user, item, user_core, item_core)
-    assert [tuple(map(int, row)) for row in np.array(rows)[kept]] == brute_core(rows, user_core, item_core)
+    assert [tuple(map(int, row)) for row in np.array(rows)[kept]] == brute_core(
+        rows, user_core, item_core
+    )
 
 
 def test_negatives_are_distinct_never_touched_and_uniform():
@@ -100,10 +131,14 @@ def test_negatives_are_distinct_never_touched_and_uniform():
 
 def test_negatives_come_from_tiny_catalogues_too_or_are_refused():
     touched = np.arange(5)
-    assert sorted(sample_negatives(touched, np.array([0]), 25, 20, np.random.default_rng(0))[0]) == list(range(5, 25))
+    assert sorted(
+        sample_negatives(touched, np.array([0]), 25, 20, np.random.default_rng(0))[0]
+    ) == list(range(5, 25))
     assert (sample_negatives(touched, np.array([0]), 24, 20, np.random.default_rng(0)) == -1).all()
     rows = [("u", i, n) for n, i in enumerate("abc")] + [("v", "d", 1), ("v", "c", 2)]
-    with pytest.raises(InputError, match="has touched so many of the 4 items that 2 negatives cannot be drawn"):
+    with pytest.raises(
+        InputError, match="has touched so many of the 4 items that 2 negatives cannot be drawn"
+    ):
         told(rows, train_negatives=2, negatives=2)
 
 
@@ -135,11 +170,18 @@ def test_split_sizes_and_folds():
 
 def test_a_pilot_has_its_share_of_every_split():
     rows = [(f"u{u}", f"i{(u + i) % 40}", i) for u in range(100) for i in range(4)]
-    options = {"train_fraction": 0.3, "validation_fraction": 0.1, "negatives": 3, "train_negatives": 1}
+    options = {
+        "train_fraction": 0.3,
+        "validation_fraction": 0.1,
+        "negatives": 3,
+        "train_negatives": 1,
+    }
     pilot, _, stats = told(rows, limit=20, **options)
     assert stats["written_users"] == {"train": 6, "validation": 2, "test": 12}
     whole, _, _ = told(rows, **options)
-    assert pilot == {user: whole[user] for user in pilot}, "a pilot's users are those of the full run"
+    assert pilot == {user: whole[user] for user in pilot}, (
+        "a pilot's users are those of the full run"
+    )
 
 
 def test_the_order_of_the_raw_file_is_no_order_of_the_output():
@@ -150,7 +192,17 @@ def test_the_order_of_the_raw_file_is_no_order_of_the_output():
 
 def run_real(tmp_path, *options):
     microlens.main(
-        ["--config", "configs/microlens.yaml", "--raw_dir", str(REAL), "--data_dir", str(tmp_path), "--require_image", "false", *options]
+        [
+            "--config",
+            "configs/microlens.yaml",
+            "--raw_dir",
+            str(REAL),
+            "--data_dir",
+            str(tmp_path),
+            "--require_image",
+            "false",
+            *options,
+        ]
     )
     return json.loads((tmp_path / "stats.json").read_text())
 
@@ -163,9 +215,15 @@ def test_the_real_log_gives_the_papers_number_of_users(tmp_path, monkeypatch):
     assert (stats["users"], stats["items"], stats["interactions"]) == (25411, 11896, 220472)
     users = read_rows(tmp_path / "users.jsonl")
     items = {row["item_id"] for row in read_rows(tmp_path / "items.jsonl")}
-    raw = dict(line.split("\t") for line in (REAL / "MicroLens-50k_pairs.tsv").read_text().splitlines())
+    raw = dict(
+        line.split("\t") for line in (REAL / "MicroLens-50k_pairs.tsv").read_text().splitlines()
+    )
     assert len(users) == 25411
-    assert Counter(user["split"] for user in users) == {"train": 20329, "validation": 2541, "test": 2541}
+    assert Counter(user["split"] for user in users) == {
+        "train": 20329,
+        "validation": 2541,
+        "test": 2541,
+    }
     for user in users:
         whole_log = raw[user["user_id"]].split()
         in_core = [item for item in whole_log if item in items]
@@ -199,26 +257,52 @@ def test_your_own_files_go_through_and_unusable_rows_are_kept(tmp_path, monkeypa
     raw, data = tmp_path / "raw", tmp_path / "data"
     raw.mkdir()
     rows = [f"u{n % 4},i{(n * 3) % 5},{100 - n}" for n in range(20)]
-    (raw / "interactions.csv").write_text("user,item,timestamp\n" + "\n".join([*rows, "u1,nowhere,5", "u1,i1,soon"]) + "\n")
+    (raw / "interactions.csv").write_text(
+        "user,item,timestamp\n" + "\n".join([*rows, "u1,nowhere,5", "u1,i1,soon"]) + "\n"
+    )
     (raw / "covers").mkdir()
     for n in range(5):
         (raw / "covers" / f"{n}.jpg").write_bytes(b"any file will do here")
-    catalogue = [f'{{"item_id": "i{n}", "title": "Title {n}", "image": "covers/{n}.jpg"}}' for n in range(5)]
+    catalogue = [
+        f'{{"item_id": "i{n}", "title": "Title {n}", "image": "covers/{n}.jpg"}}' for n in range(5)
+    ]
     (raw / "catalogue.jsonl").write_text("\n".join(catalogue) + "\n")
     options = ["--user_core", "2", "--item_core", "1", "--negatives", "0", "--train_negatives", "0"]
-    split.main(["--config", "configs/microlens.yaml", "--require_image", "true", "--raw_dir", str(raw), "--data_dir", str(data), *options])
+    split.main(
+        [
+            "--config",
+            "configs/microlens.yaml",
+            "--require_image",
+            "true",
+            "--raw_dir",
+            str(raw),
+            "--data_dir",
+            str(data),
+            *options,
+        ]
+    )
     users = read_rows(data / "users.jsonl")
     assert len(users) == 4
     by_time = [f"i{(n * 3) % 5}" for n in range(19, -1, -1) if n % 4 == 0]
     assert [*users[0]["history"], users[0]["target"]] == by_time
-    assert read_rows(data / "items.jsonl")[2] == {"item_id": "i2", "title": "Title 2", "image": "../raw/covers/2.jpg"}
-    reasons = {row["line"]: row["reason"] for row in read_rows(data / "interactions.rejected.jsonl")}
-    assert reasons == {22: "the item is not in catalogue.jsonl", 23: "the timestamp is not a number"}
+    assert read_rows(data / "items.jsonl")[2] == {
+        "item_id": "i2",
+        "title": "Title 2",
+        "image": "../raw/covers/2.jpg",
+    }
+    reasons = {
+        row["line"]: row["reason"] for row in read_rows(data / "interactions.rejected.jsonl")
+    }
+    assert reasons == {
+        22: "the item is not in catalogue.jsonl",
+        23: "the timestamp is not a number",
+    }
 
 
 def test_everything_filtered_away_is_told_with_the_numbers():
     with pytest.raises(
-        InputError, match=r"no interaction is left after the filters: 2 read, 0 items without an image, at least 9 per user"
+        InputError,
+        match=r"no interaction is left after the filters: 2 read, 0 items without an image, at least 9 per user",
     ):
         told([("u", "a", 1), ("u", "b", 2)], user_core=9)
 

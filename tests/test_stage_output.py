@@ -27,7 +27,9 @@ class Args(CommonArgs):
 def open_output(tmp_path, ids=IDS, inputs=None, retry_rejected=False, **options):
     args = Args(**options)
     args.config = "none"
-    return StageOutput(tmp_path / "x.jsonl", "item_id", ids, args, settings_of(args), inputs or {}, retry_rejected)
+    return StageOutput(
+        tmp_path / "x.jsonl", "item_id", ids, args, settings_of(args), inputs or {}, retry_rejected
+    )
 
 
 def work(output, stop_after=None, bad=()):
@@ -116,7 +118,9 @@ def test_other_settings_or_inputs_are_refused_until_overwritten(tmp_path, crash)
             work(open_output(tmp_path), stop_after=4)
     else:
         work(open_output(tmp_path))
-    with pytest.raises(InputError, match=r"other settings \(tone was low, is high\).*--overwrite true"):
+    with pytest.raises(
+        InputError, match=r"other settings \(tone was low, is high\).*--overwrite true"
+    ):
         open_output(tmp_path, tone="high")
     with pytest.raises(InputError, match=r"other inputs \(items.jsonl was None, is abc\)"):
         open_output(tmp_path, inputs={"items.jsonl": "abc"})
@@ -170,7 +174,12 @@ def test_what_computes_ahead_is_stopped_when_a_row_cannot_be_written(tmp_path, m
 
 def test_kill_9_loses_no_finished_row(tmp_path):
     environment = {**os.environ, "TESTS": os.path.dirname(__file__)}
-    process = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path)], stdout=subprocess.PIPE, env=environment, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", KILLED, str(tmp_path)],
+        stdout=subprocess.PIPE,
+        env=environment,
+        text=True,
+    )
     for line in process.stdout:
         if line.strip() == "4":
             process.send_signal(signal.SIGKILL)

@@ -19,7 +19,16 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 @pytest.mark.parametrize("seed", [42, 43, 44])
 def test_tiny_sft_teaches_the_task(tmp_path, seed):
     """Zero-shot AUC at most .65, after SFT at least .80, 480 held-out users, a new world and training for each seed."""
-    options = ["--config", "configs/sample.yaml", "--data_dir", str(tmp_path), "--output_dir", str(tmp_path), "--seed", str(seed)]
+    options = [
+        "--config",
+        "configs/sample.yaml",
+        "--data_dir",
+        str(tmp_path),
+        "--output_dir",
+        str(tmp_path),
+        "--seed",
+        str(seed),
+    ]
     llava, llama = ["--model", str(TINY / "llava")], ["--model", str(TINY / "llama")]
     script("data_processing/sample.py").main(options)
     script("Inference/image_summary.py").main([*options, *llava])
@@ -45,9 +54,21 @@ def test_trained_again_they_pass_the_same_bars(tmp_path):
         pytest.skip("this is the inner run")
     for name in ("llava", "llama"):
         script(f"Inference/tiny_models/train_{name}.py").main(["--output", str(tmp_path / name)])
-    tests = ["tests/test_engine.py", "tests/test_tiny_models.py", "-k", "tiny", "-m", "slow or not slow", "-s"]
+    tests = [
+        "tests/test_engine.py",
+        "tests/test_tiny_models.py",
+        "-k",
+        "tiny",
+        "-m",
+        "slow or not slow",
+        "-s",
+    ]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", *tests], cwd=ROOT, env={**os.environ, "TINY_MODELS": str(tmp_path)}, capture_output=True, text=True
+        [sys.executable, "-m", "pytest", *tests],
+        cwd=ROOT,
+        env={**os.environ, "TINY_MODELS": str(tmp_path)},
+        capture_output=True,
+        text=True,
     )
     print(done.stdout[-3000:])
     assert done.returncode == 0

@@ -14,8 +14,22 @@ from Inference.chat import Chat
 from Inference.models import load_multimodal
 from Inference.pair_reader import PairReader
 from Inference.random_models import random_llava, random_qwen_vl
-from Inference.recommender import RecommenderArgs, add_lora, check_adapter, layer_class, load_recommender
-from Inference.trainer import Collator, EverySteps, Order, check_positions, check_sharing, mean_loss, put_together
+from Inference.recommender import (
+    RecommenderArgs,
+    add_lora,
+    check_adapter,
+    layer_class,
+    load_recommender,
+)
+from Inference.trainer import (
+    Collator,
+    EverySteps,
+    Order,
+    check_positions,
+    check_sharing,
+    mean_loss,
+    put_together,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -49,7 +63,9 @@ def test_the_training_text_is_the_scoring_text_plus_the_answer(kind, pairs):
     for row in pairs[1][:10]:
         scoring_text, ids = collator.reader.prompt(row)
         assert collator.text(row) == scoring_text + chat.answer_texts[row["label"]]
-        assert chat.ids(collator.text(row)) == ids + chat.answer_ids[row["label"]], "token for token"
+        assert chat.ids(collator.text(row)) == ids + chat.answer_ids[row["label"]], (
+            "token for token"
+        )
         whole = chat.render(row["messages"], answer_follows=False)
         assert whole.startswith(collator.text(row).removesuffix(chat.tokenizer.eos_token))
         batch = collator([row])
@@ -62,7 +78,9 @@ def gradients(model, batch):
     model.zero_grad()
     loss = model(**batch).loss
     loss.backward()
-    return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return loss.item(), {
+        name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None
+    }
 
 
 @pytest.mark.parametrize("kind", ["next", "1.5"])
@@ -94,8 +112,18 @@ def of_one_item(rows):
     made = []
     for n, row in enumerate(rows[2:6]):
         own = row["messages"][0]["content"][1]["text"].partition("\n")[2]
-        turn = {**first["messages"][0], "content": [{"type": "image"}, {"type": "text", "text": f"{title}\n{own[n:]}"}]}
-        made.append({**row, "item_id": first["item_id"], "images": first["images"], "messages": [turn, row["messages"][1]]})
+        turn = {
+            **first["messages"][0],
+            "content": [{"type": "image"}, {"type": "text", "text": f"{title}\n{own[n:]}"}],
+        }
+        made.append(
+            {
+                **row,
+                "item_id": first["item_id"],
+                "images": first["images"],
+                "messages": [turn, row["messages"][1]],
+            }
+        )
     return made
 
 
@@ -104,9 +132,14 @@ def test_sharing_is_refused_where_it_cannot_be(stage):
     check_positions(random_llava("tiny")[0])
     with pytest.raises(InputError, match="--group_by item needs --loss answer"):
         check_sharing(stage.Args(batch_size=8, loss="sequence"))
-    with pytest.raises(InputError, match="--group_by item shares nothing with one pair in a pass; set --batch_size to 2"):
+    with pytest.raises(
+        InputError,
+        match="--group_by item shares nothing with one pair in a pass; set --batch_size to 2",
+    ):
         check_sharing(stage.Args())
-    with pytest.raises(InputError, match=r"needs --attention sdpa, .* not eager"):  # there a mask of True and False would be added
+    with pytest.raises(
+        InputError, match=r"needs --attention sdpa, .* not eager"
+    ):  # there a mask of True and False would be added
         check_sharing(stage.Args(batch_size=8, attention="eager"))
     with pytest.raises(InputError, match=r"needs a model with plain positions, not qwen2_5_vl"):
         check_positions(random_qwen_vl()[0])
@@ -128,7 +161,9 @@ def test_an_epochs_order_is_a_permutation_that_seed_and_epoch_decide(group_by):
     assert order(1, 0) == order(1, 0)
     assert len({tuple(order(seed, epoch)) for seed in (1, 2) for epoch in (0, 1)}) == 4
     batches = [order(1, 0)[start : start + 8] for start in range(0, 100, 8)]
-    spread = sum(max(lengths[n] for n in batch) - min(lengths[n] for n in batch) for batch in batches) / len(batches)
+    spread = sum(
+        max(lengths[n] for n in batch) - min(lengths[n] for n in batch) for batch in batches
+    ) / len(batches)
     items = sum(len({rows[n]["item_id"] for n in batch}) for batch in batches) / len(batches)
     assert (spread < 15) == (group_by == "length")
     assert (items < 4) == (group_by == "item")
@@ -142,7 +177,9 @@ def test_chunks_are_put_together_to_whole_passes():
 
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
 def test_a_step_of_qlora_trains_the_adapter_only(stage, pairs, quantization):
-    args = stage.Args(model=str(TINY / "llava"), quantization=quantization, gradient_checkpointing=True)
+    args = stage.Args(
+        model=str(TINY / "llava"), quantization=quantization, gradient_checkpointing=True
+    )
     model, chat = load_recommender(args)
     model = add_lora(model, args).train()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -159,7 +196,10 @@ def test_a_step_of_qlora_trains_the_adapter_only(stage, pairs, quantization):
 def test_a_single_tile_is_the_picture_as_a_whole(pairs, tmp_path):
     """Its tokens are the first ones of the full form, and the end of a row."""
     name = str(TINY / "llava")
-    (whole, full_chat), (model, chat) = (load_recommender(RecommenderArgs(model=name, image_tiles=tiles)) for tiles in ("full", "single"))
+    (whole, full_chat), (model, chat) = (
+        load_recommender(RecommenderArgs(model=name, image_tiles=tiles))
+        for tiles in ("full", "single")
+    )
     image = PairReader(chat, pairs[0]).image(pairs[1][0])
     assert (chat.image_tokens(image), full_chat.image_tokens(image)) == (17, 36)
     reader = PairReader(chat, pairs[0])
@@ -168,12 +208,18 @@ def test_a_single_tile_is_the_picture_as_a_whole(pairs, tmp_path):
     assert batch["pixel_values"].shape[1] == 1
     with torch.no_grad():
         assert model(**batch).loss.isfinite()
-        seen = model.model.get_image_features(batch["pixel_values"], batch["image_sizes"]).pooler_output[0]
+        seen = model.model.get_image_features(
+            batch["pixel_values"], batch["image_sizes"]
+        ).pooler_output[0]
         full = Collator(PairReader(full_chat, pairs[0]), "answer")(pairs[1][:3])
-        everything = whole.model.get_image_features(full["pixel_values"], full["image_sizes"]).pooler_output[0]
+        everything = whole.model.get_image_features(
+            full["pixel_values"], full["image_sizes"]
+        ).pooler_output[0]
     assert torch.allclose(seen[:16], everything[:16], atol=1e-5)
     random_qwen_vl()[0].save_pretrained(tmp_path)
-    with pytest.raises(InputError, match=r"--image_tiles single is for LLaVA-NeXT; the model .* has no tiles"):
+    with pytest.raises(
+        InputError, match=r"--image_tiles single is for LLaVA-NeXT; the model .* has no tiles"
+    ):
         load_recommender(RecommenderArgs(model=str(tmp_path), image_tiles="single"))
 
 
@@ -183,9 +229,15 @@ def test_the_answer_loss_is_the_full_loss_at_the_answer(collators, pairs):
     collator, rows = collators[0], of_mixed_lengths(pairs[1])
     batch = collator(rows)
     assert batch["logits_to_keep"].shape == (6, 2), "Yes or No, and what ends the turn"
-    full = collator.chat.encode([collator.text(row) for row in rows], [collator.reader.image(row) for row in rows], side="right")
+    full = collator.chat.encode(
+        [collator.text(row) for row in rows],
+        [collator.reader.image(row) for row in rows],
+        side="right",
+    )
     full["labels"] = torch.full_like(full["input_ids"], -100)
-    for n, (row, length) in enumerate(zip(rows, full["attention_mask"].sum(1).tolist(), strict=True)):
+    for n, (row, length) in enumerate(
+        zip(rows, full["attention_mask"].sum(1).tolist(), strict=True)
+    ):
         answer = collator.chat.answer_ids[row["label"]]
         full["labels"][n, length - len(answer) : length] = torch.tensor(answer)
     with torch.no_grad():
@@ -196,8 +248,14 @@ def test_the_answer_loss_is_the_full_loss_at_the_answer(collators, pairs):
 
 def of_mixed_lengths(rows):
     """Six rows, the first one's question shortened."""
-    (turn, answer), words = rows[0]["messages"], rows[0]["messages"][0]["content"][1]["text"].split()
-    shorter = {**turn, "content": [turn["content"][0], {"type": "text", "text": " ".join(words[:-3])}]}
+    (turn, answer), words = (
+        rows[0]["messages"],
+        rows[0]["messages"][0]["content"][1]["text"].split(),
+    )
+    shorter = {
+        **turn,
+        "content": [turn["content"][0], {"type": "text", "text": " ".join(words[:-3])}],
+    }
     return [{**rows[0], "messages": [shorter, answer]}, *rows[1:6]]
 
 
@@ -218,13 +276,31 @@ def test_a_batch_is_padded_on_the_right(collators, pairs):
 
 
 def tiny_llava_15():
-    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+    from transformers import (
+        CLIPVisionConfig,
+        LlamaConfig,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+    )
 
     vision = CLIPVisionConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=16
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=32,
+        patch_size=16,
     )
-    text = LlamaConfig(vocab_size=99, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
-    return LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text, image_token_index=98))
+    text = LlamaConfig(
+        vocab_size=99,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+    )
+    return LlavaForConditionalGeneration(
+        LlavaConfig(vision_config=vision, text_config=text, image_token_index=98)
+    )
 
 
 def tiny_qwen_25_vl():
@@ -234,19 +310,33 @@ def tiny_qwen_25_vl():
         "vocab_size": 99, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
         "num_key_value_heads": 2, "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]},
     }  # fmt: skip
-    vision = {"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 32}
-    return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision))
+    vision = {
+        "depth": 2,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_heads": 2,
+        "out_hidden_size": 32,
+    }
+    return Qwen2_5_VLForConditionalGeneration(
+        Qwen2_5_VLConfig(text_config=text, vision_config=vision)
+    )
 
 
 @pytest.mark.parametrize(
-    "make", [lambda: load_multimodal(str(TINY / "llava"))[0], tiny_llava_15, tiny_qwen_25_vl], ids=["next", "1.5", "qwen"]
+    "make",
+    [lambda: load_multimodal(str(TINY / "llava"))[0], tiny_llava_15, tiny_qwen_25_vl],
+    ids=["next", "1.5", "qwen"],
 )
 def test_lora_is_on_the_language_model_and_nowhere_else(stage, make):
     model = add_lora(make(), stage.Args())
     trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     assert trainable
     assert all("language_model" in name and "lora_" in name for name in trainable)
-    assert not any(word in name for name in trainable for word in ("vision", "visual", "projector", "merger", "lm_head"))
+    assert not any(
+        word in name
+        for name in trainable
+        for word in ("vision", "visual", "projector", "merger", "lm_head")
+    )
     kinds = {name.split(".lora_")[0].rsplit(".", 1)[1] for name in trainable}
     assert kinds == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
@@ -267,19 +357,36 @@ def learned(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("learned")
     config = small_config(folder)
-    text = config.read_text().replace("n_users: 30", "n_users: 700").replace("n_items: 60", "n_items: 200")
-    config.write_text(text.replace("epochs: 1", "epochs: 3").replace("validation_fraction: 0.2", "validation_fraction: 0.0"))
+    text = (
+        config.read_text()
+        .replace("n_users: 30", "n_users: 700")
+        .replace("n_items: 60", "n_items: 200")
+    )
+    config.write_text(
+        text.replace("epochs: 1", "epochs: 3").replace(
+            "validation_fraction: 0.2", "validation_fraction: 0.0"
+        )
+    )
     options = ["--config", str(config)]
     script("data_processing/sample.py").main(options)
     items = world_items(folder)
     rows = []
     for user in read_rows(folder / "users.jsonl"):
         kept = world.rolled_preferences([items[i] for i in user["history"]])
-        rows.append({"user_id": user["user_id"], "preference": world.preference_text(kept[-1]), "blocks": []})
+        rows.append(
+            {
+                "user_id": user["user_id"],
+                "preference": world.preference_text(kept[-1]),
+                "blocks": [],
+            }
+        )
     write_rows(folder / "user_preferences.jsonl", rows)
     script("MLLM-MSR/train/dataset_create.py").main(options)
     script("MLLM-MSR/test/multi_col_dataset.py").main([*options, "--limit", "160"])
-    train, score = script("MLLM-MSR/train/train_llava_sft.py"), script("MLLM-MSR/test/test_with_llava_sft.py")
+    train, score = (
+        script("MLLM-MSR/train/train_llava_sft.py"),
+        script("MLLM-MSR/test/test_with_llava_sft.py"),
+    )
     options += ["--hide", "nothing"]
     score.main([*options, "--adapter", "none"])
     train.main(options[:2])
@@ -294,7 +401,10 @@ def learned(tmp_path_factory):
     (folder / "adapter").rename(folder / "adapter_of_true_labels")
     train.main([*options[:2], "--overwrite", "true"])
     score.main([*options, "--variant", "shuffled"])
-    return {name: evaluate(read_rows(folder / name / "scores.jsonl"), resamples=1) for name in ("zero_shot", "sft", "shuffled")}
+    return {
+        name: evaluate(read_rows(folder / name / "scores.jsonl"), resamples=1)
+        for name in ("zero_shot", "sft", "shuffled")
+    }
 
 
 def world_items(folder):
@@ -320,50 +430,74 @@ def test_shuffled_labels_give_no_gain(learned):
 
 def test_other_settings_are_not_mixed_into_an_adapter(small_run):
     before = (small_run.folder / "adapter" / "adapter_model.safetensors").read_bytes()
-    with pytest.raises(InputError, match=r"was trained with other settings \(lora_r was 16, is 4\)"):
+    with pytest.raises(
+        InputError, match=r"was trained with other settings \(lora_r was 16, is 4\)"
+    ):
         small_run.run("MLLM-MSR/train/train_llava_sft.py", "--lora_r", "4")
     assert (small_run.folder / "adapter" / "adapter_model.safetensors").read_bytes() == before
 
 
-def test_an_empty_training_file_is_refused_before_the_model_is_loaded(small_run, tmp_path, monkeypatch):
+def test_an_empty_training_file_is_refused_before_the_model_is_loaded(
+    small_run, tmp_path, monkeypatch
+):
     for name in ("train", "validation"):
         (tmp_path / f"{name}.jsonl").write_text("")
     monkeypatch.setattr("Inference.models.load_multimodal", None)
-    with pytest.raises(InputError, match=r"train.jsonl is empty; make it again with scripts/04_datasets.sh"):
+    with pytest.raises(
+        InputError, match=r"train.jsonl is empty; make it again with scripts/04_datasets.sh"
+    ):
         small_run.run("MLLM-MSR/train/train_llava_sft.py", "--output_dir", str(tmp_path))
 
 
 def test_the_adapter_of_another_base_is_refused(small_run, tmp_path, monkeypatch):
     adapter = small_run.folder / "adapter"
     check_adapter(adapter, str(TINY / "llava"), "full")
-    with pytest.raises(InputError, match=r"was trained with --image_tiles full, not single; score with the same"):
+    with pytest.raises(
+        InputError, match=r"was trained with --image_tiles full, not single; score with the same"
+    ):
         check_adapter(adapter, str(TINY / "llava"), "single")
     moved = tmp_path / "moved"
     shutil.copytree(TINY / "llava", moved)
     check_adapter(adapter, str(moved), "full")
     config = json.loads((adapter / "adapter_config.json").read_text())
-    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "someone/other-model"}))
-    with pytest.raises(InputError, match=r"was trained on someone/other-model, not on .*llava; pass the matching"):
+    (tmp_path / "adapter_config.json").write_text(
+        json.dumps({**config, "base_model_name_or_path": "someone/other-model"})
+    )
+    with pytest.raises(
+        InputError, match=r"was trained on someone/other-model, not on .*llava; pass the matching"
+    ):
         check_adapter(tmp_path, str(TINY / "llava"))
     other = tmp_path / "llava"
     saved(random_llava("tiny"), other)
-    with pytest.raises(InputError, match=r"which is another model than .*llava \(hidden_size was 128, is 64\); pass the matching"):
+    with pytest.raises(
+        InputError,
+        match=r"which is another model than .*llava \(hidden_size was 128, is 64\); pass the matching",
+    ):
         check_adapter(adapter, str(other))
     hub = tmp_path / "hub"
     shutil.copytree(adapter, hub)
-    (hub / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "one/model"}))
+    (hub / "adapter_config.json").write_text(
+        json.dumps({**config, "base_model_name_or_path": "one/model"})
+    )
     record = json.loads((hub / "run.json").read_text())
-    record["inputs"] = {name: digest for name, digest in record["inputs"].items() if "/" not in name}
+    record["inputs"] = {
+        name: digest for name, digest in record["inputs"].items() if "/" not in name
+    }
     (hub / "run.json").write_text(json.dumps(record))
     with monkeypatch.context() as patch:
         patch.setattr("Inference.recommender.fingerprint", lambda name: record["base"])
         check_adapter(hub, "one/model")
-        with pytest.raises(InputError, match=r"which is another model than other/model \(the name was one/model, is other/model\)"):
+        with pytest.raises(
+            InputError,
+            match=r"which is another model than other/model \(the name was one/model, is other/model\)",
+        ):
             check_adapter(hub, "other/model")
     weights = bytearray((moved / "model.safetensors").read_bytes())
     weights[-1] ^= 1
     (moved / "model.safetensors").write_bytes(weights)
-    with pytest.raises(InputError, match=r"which is another model than .*moved \(model.safetensors was"):
+    with pytest.raises(
+        InputError, match=r"which is another model than .*moved \(model.safetensors was"
+    ):
         check_adapter(adapter, str(moved))
 
 
@@ -378,7 +512,9 @@ def test_fsdp_is_told_layers_that_every_model_has(stage, monkeypatch):
 
 
 def test_with_several_gpus_in_sight_a_process_uses_one(stage, tmp_path, monkeypatch):
-    monkeypatch.setattr("transformers.TrainingArguments.n_gpu", property(lambda self: getattr(self, "_n_gpu", 4)))
+    monkeypatch.setattr(
+        "transformers.TrainingArguments.n_gpu", property(lambda self: getattr(self, "_n_gpu", 4))
+    )
     options = stage.training_arguments(stage.Args(), tmp_path, "cpu", torch.float32, True)
     assert options.n_gpu <= 1
 
@@ -391,14 +527,23 @@ def test_no_checkpoint_stands_between_an_epochs_last_step_and_its_validation():
     saves, logs = [], []
     for step in range(1, 21):
         control = TrainerControl()
-        EverySteps(5).on_step_end(SimpleNamespace(num_train_epochs=2.0), TrainerState(global_step=step, max_steps=20), control)
+        EverySteps(5).on_step_end(
+            SimpleNamespace(num_train_epochs=2.0),
+            TrainerState(global_step=step, max_steps=20),
+            control,
+        )
         saves += [step] if control.should_save else []
         logs += [step] if control.should_log else []
     assert saves == logs == [5, 15]
 
 
 def test_the_mean_loss_counts_every_step_once():
-    log = [{"step": 10, "loss": 1.0}, {"step": 13, "loss": 3.0}, {"step": 13, "eval_auc": 0.5}, {"step": 20, "loss": 2.0}]
+    log = [
+        {"step": 10, "loss": 1.0},
+        {"step": 13, "loss": 3.0},
+        {"step": 13, "eval_auc": 0.5},
+        {"step": 20, "loss": 2.0},
+    ]
     assert mean_loss(log) == pytest.approx((10 * 1 + 3 * 3 + 7 * 2) / 20)
 
 
@@ -408,9 +553,17 @@ def test_the_options_of_the_config_reach_the_trainer(stage, tmp_path):
     options = stage.training_arguments(args, tmp_path, "cpu", torch.bfloat16, True)
     assert (options.num_train_epochs, options.learning_rate, options.seed) == (3, 1e-4, 7)
     assert (options.per_device_train_batch_size, options.gradient_accumulation_steps) == (2, 4)
-    assert (options.get_warmup_steps(100), options.lr_scheduler_type, options.max_grad_norm) == (10, "cosine", 0.5)
+    assert (options.get_warmup_steps(100), options.lr_scheduler_type, options.max_grad_norm) == (
+        10,
+        "cosine",
+        0.5,
+    )
     assert (options.bf16, options.fp16, options.activation_checkpointing) == (True, False, True)
-    assert (options.dataloader_num_workers, options.save_total_limit, options.logging_steps) == (3, 5, 6)
+    assert (options.dataloader_num_workers, options.save_total_limit, options.logging_steps) == (
+        3,
+        5,
+        6,
+    )
     assert stage.training_arguments(args, tmp_path, "cpu", torch.float16, True).fp16
 
 

@@ -1,10 +1,11 @@
-"""Published entry point of stage 2: `Inference/image_summary.py` with configs/microlens.yaml.
+"""Published entry point of stage 2: runs `Inference/image_summary.py` with configs/microlens.yaml.
 
 python Inference/microlens/image_summary.py [--option value ...]
 """
 
-from data_processing.errors import run
-from Inference.image_summary import main
+import runpy
+from pathlib import Path
 
-if __name__ == "__main__":
-    run(main)  # without --config, every stage takes configs/microlens.yaml
+if __name__ == "__main__":  # without --config, every stage takes configs/microlens.yaml
+    stage = Path(__file__).parents[1] / "image_summary.py"
+    runpy.run_path(str(stage), run_name="__main__")

@@ -1,10 +1,12 @@
-"""Published entry point of stage 3 (spelled so by its authors): `Inference/preference_recurrent.py` with configs/microlens.yaml.
+"""Published entry point of stage 3 (spelled so by its authors): runs
+`Inference/preference_recurrent.py` with configs/microlens.yaml.
 
 python Inference/microlens/preferece_inference_recurrent.py [--option value ...]
 """
 
-from data_processing.errors import run
-from Inference.preference_recurrent import main
+import runpy
+from pathlib import Path
 
-if __name__ == "__main__":
-    run(main)  # without --config, every stage takes configs/microlens.yaml
+if __name__ == "__main__":  # without --config, every stage takes configs/microlens.yaml
+    stage = Path(__file__).parents[1] / "preference_recurrent.py"
+    runpy.run_path(str(stage), run_name="__main__")

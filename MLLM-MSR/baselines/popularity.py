@@ -1,37 +1,48 @@
-"""A baseline without a model: a candidate's score is how often it was interacted with.
+"""Baseline without a model: a candidate's score is its number of interactions.
 
 In:  {data_dir}/users.jsonl
-Out: {output_dir}/popularity/scores.jsonl   score = interactions in all histories and in the training users' targets
+Out: {output_dir}/{system}/popularity/scores.jsonl   score = interactions in all histories and in
+the
+                                                     training users' targets
 
     python MLLM-MSR/baselines/popularity.py --config configs/microlens.yaml
 
-Every learned row should be read against this one. CPU, seconds.
+Every learned row should be compared with this one. CPU, seconds.
 """
 
 import time
 from pathlib import Path
 
-from data_processing.candidates import popularity_scores
-from data_processing.config import CommonArgs, parse_args, show
-from data_processing.errors import run
-from data_processing.jsonl import read_rows, require, write_rows
-from data_processing.run_record import digests, is_up_to_date, settings_of, write_record
+from pydantic.dataclasses import dataclass
+
+from mllmrec.data.candidates import popularity_scores
+from mllmrec.stage.errors import run_main
+from mllmrec.stage.jsonl import read_rows, require, write_rows
+from mllmrec.stage.options import CommonOptions, option, parse_options, print_options
+from mllmrec.stage.record import Job, file_digests, write_record
+
+SECTION = "popularity"
+
+
+@dataclass
+class Options(CommonOptions):
+    system: str = option("baselines", "subfolder of output_dir for the scores")
 
 
 def main(argv=None):
     started = time.monotonic()
-    args = parse_args(CommonArgs, "popularity", argv, __doc__)
-    show(args, "baseline: popularity")
-    users_path, output = Path(args.data_dir) / "users.jsonl", Path(args.output_dir) / "popularity" / "scores.jsonl"
-    settings, inputs = settings_of(args), digests(require(users_path))
-    if is_up_to_date([output], settings, inputs, args.overwrite):
-        print(f"{output} is up to date, nothing to do")
+    options = parse_options(Options, SECTION, argv, __doc__)
+    print_options(options, "baseline: popularity")
+    users_path = Path(options.data_dir) / "users.jsonl"
+    output = options.system_dir / "popularity" / "scores.jsonl"
+    job = Job.of(options, file_digests(require(users_path)))
+    if job.is_up_to_date([output]):
         return
     rows = popularity_scores(read_rows(users_path))
     write_rows(output, rows)
-    write_record(output, args, settings, inputs, time.monotonic() - started, {"out": len(rows)})
+    write_record(output, job, time.monotonic() - started, {"out": len(rows)})
     print(f"wrote {output}: {len(rows):,} scores")
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

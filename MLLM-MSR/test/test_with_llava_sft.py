@@ -1,110 +1,140 @@
-"""Stage 6: every test pair is scored by one forward pass, p = p(yes) / (p(yes) + p(no)) (paper, equation 1).
+"""Stage 6: every test row is scored by one forward pass, p = p(yes) / (p(yes) + p(no)) (equation
+1).
 
-In:  {output_dir}/test.jsonl, {output_dir}/adapter/
-Out: {output_dir}/{variant}/scores.jsonl   user_id, item_id, label, yes_logit, no_logit, score
-     scores.rejected.jsonl                 all pairs of users with a question that cannot be made to fit
+In:  {output_dir}/{system}/test.jsonl, adapter/
+Out: {output_dir}/{system}/{variant}/scores.jsonl   user_id, item_id, label, score, logits: {No,
+Yes}
+     scores.rejected.jsonl                          all rows of users with a question that is too
+     long
 
     python MLLM-MSR/test/test_with_llava_sft.py --config configs/microlens.yaml
-    python MLLM-MSR/test/test_with_llava_sft.py --config configs/microlens.yaml --adapter none     (the paper's LLaVA without SFT)
+    python MLLM-MSR/test/test_with_llava_sft.py --config configs/microlens.yaml --adapter none
 
-`--hide nothing image preference` also scores with the picture greyed out and with the preference left empty: what each is worth.
-Started again, it goes on where it stopped. Sample: 10,164 pairs in about 12 seconds on 2 CPU cores.
-LLaVA-v1.6-Mistral-7B: a GPU; its weights take 15 GB in bfloat16; memory and time: not measured yet.
+`--adapter none` is the paper's LLaVA without SFT. `--hide nothing image preference` also scores
+with gray images and with empty preferences: what each contributes. An interrupted run resumes.
+Sample: 10,164 rows in about 12 seconds on 2 CPU cores. LLaVA-v1.6-Mistral-7B: a GPU; its weights
+take 15 GB in bfloat16; memory and time: not measured yet.
 """
 
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
+from pydantic.dataclasses import dataclass
 from tqdm import tqdm
 
-from data_processing.candidates import score_row
-from data_processing.config import option, parse_args, show
-from data_processing.errors import InputError, run
-from data_processing.jsonl import read_rows
-from data_processing.pairs import first_users, with_preference
-from data_processing.run_record import digests, settings_of
-from data_processing.stage_output import StageOutput
-from Inference.recommender import RecommenderArgs, attach_adapter, check_adapter, load_recommender
+from mllmrec.ranking.options import RankerOptions
+from mllmrec.ranking.rows import first_users, replace_preference
+from mllmrec.stage.errors import InputError, run_main
+from mllmrec.stage.jsonl import read_rows
+from mllmrec.stage.options import option, parse_options, print_options
+from mllmrec.stage.output import ResumableOutput
+from mllmrec.stage.record import Job, file_digests
 
+SECTION = "score"
 SPEED_OPTIONS = ("batch_tokens", "reuse_prefix", "adapter", "variant", "hide")
-HIDEABLE = ("nothing", "image", "preference")
 
 
 @dataclass
-class Args(RecommenderArgs):
-    adapter: str = option("", "folder of the LoRA weights, or none; default: {output_dir}/adapter")
-    variant: str = option(
-        "", "name of the row in metrics.json; default: sft, or zero_shot without adapter, with _no_image or _no_preference behind it"
+class Options(RankerOptions):
+    adapter: str = option(
+        "", "folder of the LoRA weights, or none; default: {output_dir}/{system}/adapter"
     )
-    hide: list[str] = option(["nothing"], f"what the model does not get to see, one variant for each: {', '.join(HIDEABLE)}")
-    batch_tokens: int = option(16384, "tokens in a batch, pictures counted")
-    reuse_prefix: bool = option(True, "compute what all prompts of an item share only once")
+    variant: str = option(
+        "",
+        "name of the row in metrics.json; default: sft, or zero_shot without adapter, followed by "
+        "_no_image or _no_preference",
+    )
+    hide: list[Literal["nothing", "image", "preference"]] = option(
+        ["nothing"], "what the model does not get, one variant each: nothing, image, preference"
+    )
+    batch_tokens: int = option(16384, "tokens in a batch, images included", ge=1)
+    reuse_prefix: bool = option(
+        True, "compute what all prompts of an item (without images: of a user) share only once"
+    )
 
 
-def variant_name(args, hidden):
-    name = args.variant or ("zero_shot" if args.adapter == "none" else "sft")
+def variant_name(options, hidden):
+    """Folder of the scores, and name of the row in metrics.json."""
+    name = options.variant or ("zero_shot" if options.adapter == "none" else "sft")
     return name if hidden == "nothing" else f"{name}_no_{hidden}"
 
 
+def open_outputs(rows, inputs, options):
+    """dict what is hidden -> ResumableOutput, of the variants that are not up to date."""
+    keys = [(row["user_id"], row["item_id"]) for row in rows]
+    limit = len(first_users(rows, options.limit))  # --limit counts users
+    outputs = {}
+    for hidden in options.hide:
+        path = options.system_dir / variant_name(options, hidden) / "scores.jsonl"
+        job = Job.of(options, inputs, SPEED_OPTIONS, hidden=hidden)
+        output = ResumableOutput(path, ("user_id", "item_id"), keys, replace(job, limit=limit))
+        if not output.is_up_to_date():
+            outputs[hidden] = output
+    return outputs
+
+
+def score_variant(model, reader, rows, output, options):
+    """Score all rows of one variant that are left to do (paper, equation 1).
+
+    Users with a question that is too long are rejected whole: an incomplete list would be ranked
+    wrongly.
+    """
+    from mllmrec.ranking.scoring import ScoringOptions, candidate_scores, score_rows
+
+    too_long, _ = reader.find_too_long(rows)
+    if output.rank == 0:
+        for row in rows:
+            key = (row["user_id"], row["item_id"])
+            if row["user_id"] in too_long and key in output.left:
+                output.reject(key, too_long[row["user_id"]])
+    rows = [row for row in rows if row["user_id"] not in too_long]
+    wanted = {n for n, row in enumerate(rows) if (row["user_id"], row["item_id"]) in output.left}
+    scoring = ScoringOptions(
+        options.batch_tokens, options.reuse_prefix, (output.rank, output.world)
+    )
+    for index, logits in score_rows(model, reader, rows, scoring, wanted):
+        for line in candidate_scores(rows[index], logits, reader.answers):
+            output.write(line)
+        yield index
+
+
 def main(argv=None):
-    args = parse_args(Args, "score", argv, __doc__)
-    show(args, "stage 6, scoring")
-    for hidden in args.hide:
-        if hidden not in HIDEABLE:
-            raise InputError(f"--hide {hidden} is unknown; choose among: {', '.join(HIDEABLE)}")
-    folder = Path(args.output_dir)
-    adapter = None if args.adapter == "none" else Path(args.adapter or folder / "adapter")
+    options = parse_options(Options, SECTION, argv, __doc__)
+    print_options(options, "stage 6, scoring")
+    folder = options.system_dir
     test_path = folder / "test.jsonl"
     rows = read_rows(test_path)
+    if len({(row["user_id"], row["item_id"]) for row in rows}) != len(rows):
+        raise InputError(f"{test_path} has a row twice; make it again with scripts/04_datasets.sh")
+    adapter = None if options.adapter == "none" else Path(options.adapter or folder / "adapter")
     if adapter is not None:
-        check_adapter(adapter, args.model, args.image_tiles)
-    pairs = {(row["user_id"], row["item_id"]): row for row in rows}
-    if len(pairs) != len(rows):
-        raise InputError(f"{test_path} holds a pair twice; make it again with scripts/04_datasets.sh")
-    inputs = digests(test_path, args.model, *([adapter] if adapter else []))
-    limit = len(first_users(rows, args.limit))
-    outputs = {}
-    for hidden in args.hide:
-        path, settings = folder / variant_name(args, hidden) / "scores.jsonl", settings_of(args, SPEED_OPTIONS, hidden=hidden)
-        output = StageOutput(path, ("user_id", "item_id"), pairs, args, settings, inputs, limit=limit)
-        if output.finished:
-            print(f"{path} is up to date, nothing to do")
-        else:
-            outputs[hidden] = output
+        from mllmrec.models.lora import check_adapter
+
+        check_adapter(adapter, options.model, options.image_tiles)
+    inputs = file_digests(test_path, options.model, *([adapter] if adapter else []))
+    outputs = open_outputs(rows, inputs, options)
     if outputs:
-        score_all(pairs, folder, adapter, outputs, args)
+        # Imported here, so that --help and a missing input are answered at once.
+        from mllmrec.models.lora import load_adapter
+        from mllmrec.ranking.reader import RowReader, load_ranker
+
+        model, chat = load_ranker(options)
+        if adapter is not None:
+            model = load_adapter(model, adapter, options.model)
+        for hidden, output in outputs.items():
+            reader = RowReader(chat, folder, options.max_text_tokens, hidden == "image")
+            shown = rows[: len(output.wanted)]
+            if hidden == "preference":
+                shown = [replace_preference(row, "") for row in shown]
+            name = f"scores, {output.path.parent.name}"
+            with output, tqdm(total=len(output.todo), desc=name, unit="row") as progress:
+                for _ in score_variant(model, reader, shown, output, options):
+                    progress.update()
+                output.counts["shortened"] = reader.shortened
+            print(output.summary())
     print("next: python MLLM-MSR/test/compute_metrics.py")
 
 
-def score_all(pairs, folder, adapter, outputs, args):
-    """Loads the model and writes a score for every pair that is still to do. outputs: dict what is hidden -> StageOutput."""
-    # Imported here, so that --help and a missing input answer at once.
-    from Inference.pair_reader import PairReader
-    from Inference.scoring import probability, score_pairs
-
-    model, chat = load_recommender(args)
-    if adapter:
-        model = attach_adapter(model, adapter, args.model)
-    for hidden, output in outputs.items():
-        reader = PairReader(chat, folder, args.max_text_tokens, grey=hidden == "image")
-        rows = [pairs[pair] for pair in output.wanted]
-        if hidden == "preference":
-            rows = [with_preference(row, "") for row in rows]
-        too_long, _ = reader.look_through(rows)
-        rows, aside = [r for r in rows if r["user_id"] not in too_long], [r for r in rows if r["user_id"] in too_long]
-        wanted = {index for index, row in enumerate(rows) if (row["user_id"], row["item_id"]) in output.left}
-        with output, tqdm(total=len(output.todo), desc=f"scores, {output.path.parent.name}", unit="pair") as progress:
-            for row in aside if output.rank == 0 else ():  # the whole user: a list with a hole would be scored wrong
-                if (row["user_id"], row["item_id"]) in output.left:
-                    output.reject((row["user_id"], row["item_id"]), too_long[row["user_id"]])
-            part = (output.rank, output.world)
-            for index, yes, no in score_pairs(model, reader, rows, args.batch_tokens, args.reuse_prefix, wanted, part):
-                row = rows[index]
-                output.write(score_row(row["user_id"], row["item_id"], row["label"], probability(yes, no), yes, no))
-                progress.update()
-            output.counts["shortened"] = reader.shortened
-        print(output.summary())
-
-
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

@@ -1,30 +1,33 @@
-"""Stage 4, training half: users, items and preferences become the yes/no pairs that the recommender learns from.
+"""Stage 4, training half: users, items and preferences become yes/no rows to learn from.
 
 (Paper, "Supervised Fine-Tuning".)
 
-In:  {data_dir}/users.jsonl, {data_dir}/items.jsonl, {output_dir}/user_preferences.jsonl
-Out: {output_dir}/train.jsonl, {output_dir}/validation.jsonl
-     user_id, item_id, label (0/1), images: [path], messages: user (image + text) and assistant (Yes/No),
-     preference_span: where in the text the preference stands, the only part that is ever shortened
-     *.rejected.jsonl   user_id, reason: users whose preference or whose candidate's image is missing
+In:  {data_dir}/users.jsonl, {data_dir}/items.jsonl, {output_dir}/{system}/user_preferences.jsonl
+Out: {output_dir}/{system}/train.jsonl, validation.jsonl
+     user_id, item_id, label (0/1), images: [path], messages: user (image and text) and assistant
+     (Yes/No), preference_span: where in the text the preference stands, the only part that is ever
+     shortened *.rejected.jsonl   user_id, reason: users whose preference or whose candidate's image
+     is missing
 
     python MLLM-MSR/train/dataset_create.py --config configs/microlens.yaml
 
-The messages are chat turns in the Hugging Face multimodal format, so other trainers can read the files as they are.
-CPU, seconds.
+The messages are chat turns in the Hugging Face multimodal format, so other trainers can read the
+files. CPU, seconds.
 """
 
-from data_processing.config import parse_args, show
-from data_processing.errors import run
-from data_processing.pairs import PairArgs, make_splits
+from mllmrec.ranking.datasets import DatasetOptions, write_splits
+from mllmrec.stage.errors import run_main
+from mllmrec.stage.options import parse_options, print_options
+
+SECTION = "datasets"
 
 
 def main(argv=None):
-    args = parse_args(PairArgs, "datasets", argv, __doc__)
-    show(args, "stage 4, training and validation pairs")
-    make_splits(("train", "validation"), args, with_answer=True)
-    print(f"next: bash scripts/05_train.sh {args.config}")
+    options = parse_options(DatasetOptions, SECTION, argv, __doc__)
+    print_options(options, "stage 4, training and validation rows")
+    write_splits(("train", "validation"), options, with_answer=True)
+    print(f"next: bash scripts/05_train.sh {options.config}")
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

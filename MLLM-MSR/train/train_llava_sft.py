@@ -1,240 +1,314 @@
-"""Stage 5: LoRA teaches the multimodal model to say yes or no to (preference, candidate) (paper, "Supervised Fine-Tuning").
+"""Stage 5: LoRA teaches the model to say yes or no to (preference, candidate).
 
-In:  {output_dir}/train.jsonl, {output_dir}/validation.jsonl
-Out: {output_dir}/adapter/                LoRA weights that plain PEFT loads, processor, run.json
-     {output_dir}/training_log.jsonl      step, epoch, loss, learning rate, validation AUC and HR@5
-     {output_dir}/training_curve.png      the same as a picture
-     {output_dir}/checkpoints/            what the same command goes on from
-     {output_dir}/training.rejected.jsonl users with a question that is too long even without a preference
+(Paper, "Supervised Fine-Tuning".)
+
+In:  {output_dir}/{system}/train.jsonl, validation.jsonl
+Out: {output_dir}/{system}/adapter/                LoRA weights that plain PEFT loads, processor,
+run.json
+     {output_dir}/{system}/training_log.jsonl      step, epoch, loss, learning rate, validation AUC
+     and HR@5 {output_dir}/{system}/training_curve.png      the same as a plot
+     {output_dir}/{system}/checkpoints/            what the same command resumes from
+     {output_dir}/{system}/training.rejected.jsonl users with a question that is too long without
+     preference
 
     python MLLM-MSR/train/train_llava_sft.py --config configs/microlens.yaml
 
-Sample: 552 steps in about 55 seconds on 2 CPU cores. LLaVA-v1.6-Mistral-7B: a GPU (README, "Which card for what"); time: not
-measured yet.
+A text model (`--model`) trains on rows without images. Sample: 552 steps in about 55 seconds on 2
+CPU cores. LLaVA-v1.6-Mistral-7B: a GPU (README, "Which card for what"); time: not measured yet.
 """
 
 import importlib.util
 import os
-import shutil
 import time
 import warnings
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Literal
 
-from data_processing.config import option, parse_args, show
-from data_processing.errors import InputError, run
-from data_processing.jsonl import read_rows, write_json, write_rejected, write_rows
-from data_processing.metrics import by_user
-from data_processing.pairs import check_pairs, first_users
-from data_processing.run_record import check_same_job, digests, read_record, read_state, settings_of, world_size, write_record
-from Inference.recommender import RecommenderArgs, add_lora, fingerprint, layer_class, load_recommender
+from pydantic.dataclasses import dataclass
 
-# Another value of these gives the same adapter.
-SPEED_OPTIONS = ("score_batch_tokens", "workers", "save_total", "checkpoint_steps", "logging_steps", "tensorboard")
+from mllmrec.evaluation.metrics import CandidateLists
+from mllmrec.models.options import LoraOptions
+from mllmrec.ranking.checkpoints import is_trained, last_complete_checkpoint
+from mllmrec.ranking.options import RankerOptions
+from mllmrec.ranking.rows import check_training_rows, first_users
+from mllmrec.stage.errors import InputError, run_main
+from mllmrec.stage.jsonl import read_rows, write_rejected
+from mllmrec.stage.options import option, parse_options, print_options
+from mllmrec.stage.record import Job, file_digests, world_size, write_record, write_state
+
+SECTION = "train"
+# These change speed or what is logged, not the adapter.
+SPEED_OPTIONS = (
+    "score_batch_tokens",
+    "workers",
+    "save_total",
+    "checkpoint_steps",
+    "logging_steps",
+    "tensorboard",
+)
 
 
 @dataclass
-class Args(RecommenderArgs):
-    epochs: int = option(10, "passes over train.jsonl (paper: 10, released code: 4)")
-    learning_rate: float = option(2e-5, "of AdamW (paper and released code: 2e-5)")
-    batch_size: int = option(1, "pairs in one pass (paper: 1)")
-    accumulation: int = option(8, "passes per step (paper: 8, released code: 4 on each of 6 GPUs)")
+class Options(RankerOptions, LoraOptions):
+    epochs: int = option(10, "epochs over train.jsonl (paper: 10, released code: 4)", ge=1)
+    learning_rate: float = option(
+        2e-5, "of AdamW (paper and released code: 2e-5)", ge=0, allow_inf_nan=False
+    )
+    batch_size: int = option(1, "rows in a micro-batch (paper: 1)", ge=1)
+    accumulation: int = option(
+        8, "micro-batches per step (paper: 8, released code: 4 on each of 6 GPUs)", ge=1
+    )
     group_by: Literal["none", "length", "item"] = option(
-        "none", "what shares a pass: length: like lengths; item: pairs of one item, whose common beginning is then read once"
+        "none",
+        "rows that share a micro-batch: length: of similar length; item: of one item, whose common "
+        "prefix is then computed once",
     )
-    warmup_ratio: float = option(0.0, "share of the steps in which the learning rate rises")
+    warmup_ratio: float = option(
+        0.0, "fraction of the steps in which the learning rate rises", ge=0, le=1
+    )
     schedule: Literal["linear", "cosine", "constant"] = option("linear", "of the learning rate")
-    clip: float = option(1.0, "gradient clipping (released code: 1.0)")
-    lora_r: int = option(8, "rank (paper: 8, released code: 16)")
-    lora_alpha: int = option(32, "scale (released code: 32; the paper does not say)")
-    lora_dropout: float = option(0.1, "released code: 0.1; the paper does not say")
-    lora_layers: list[str] = option([], "linear layers of the language model, e.g. q_proj v_proj; empty = all (released code)")
+    clip: float = option(1.0, "gradient clipping (released code: 1.0)", gt=0, allow_inf_nan=False)
     loss: Literal["answer", "sequence"] = option(
-        "answer", "answer: on the answer only; sequence: on all text (paper, equation 2, and released code)"
+        "answer",
+        "answer: on the answer only; sequence: on all text (paper, equation 2, and released code)",
     )
-    gradient_checkpointing: bool = option(False, "recompute instead of store: slower, less memory")
-    patience: int = option(0, "stop after so many epochs without a better validation AUC, 0 = never")
-    validation_users: int = option(0, "users whose candidate lists are scored after each epoch, 0 = all")
-    score_batch_tokens: int = option(16384, "tokens in a batch of the validation")
-    workers: int = option(0, "processes that read images ahead of the model")
-    checkpoint_steps: int = option(200, "a checkpoint every so many steps, besides the one after each epoch")
-    save_total: int = option(2, "checkpoints kept; the best is one of them")
-    logging_steps: int = option(10, "the training log has the mean loss of every so many steps")
-    tensorboard: bool = option(False, "also log for TensorBoard, into {output_dir}/tensorboard")
+    patience: int = option(
+        0, "stop after so many epochs without a better validation AUC, 0 = never", ge=0
+    )
+    validation_users: int = option(
+        0, "users whose candidate lists are scored after each epoch, 0 = all", ge=0
+    )
+    score_batch_tokens: int = option(16384, "tokens in a batch of the validation", ge=1)
+    workers: int = option(0, "processes that read images ahead of the model", ge=0)
+    checkpoint_steps: int = option(
+        200, "a checkpoint every so many steps, besides the one after each epoch", ge=0
+    )
+    save_total: int = option(2, "checkpoints kept; the best is one of them", ge=1)
+    logging_steps: int = option(10, "the log has the mean loss of every so many steps", ge=1)
+    tensorboard: bool = option(False, "also log for TensorBoard, into tensorboard/")
 
 
-def main(argv=None):
-    args = parse_args(Args, "train", argv, __doc__)
-    show(args, "stage 5, supervised fine-tuning")
-    folder = Path(args.output_dir)
-    paths = [folder / "train.jsonl", folder / "validation.jsonl"]
-    rows, validation = map(read_rows, paths)
-    if not rows:
-        raise InputError(f"{paths[0]} is empty; make it again with scripts/04_datasets.sh and look into train.rejected.jsonl")
-    if args.quantization != "none" and os.environ.get("ACCELERATE_USE_FSDP") == "true":
-        raise InputError("FSDP cannot split a model that is loaded with --quantization; use configs/accelerate/multi_gpu.yaml")
-    if args.tensorboard and importlib.util.find_spec("tensorboard") is None:
-        raise InputError("--tensorboard true wants the package tensorboard; pip install tensorboard, or leave the option out")
-    settings, inputs = settings_of(args, SPEED_OPTIONS, limit=args.limit), digests(*paths, args.model)
-    if is_done(folder / "adapter", settings, inputs, args):
-        print(f"{folder / 'adapter'} is up to date, nothing to do")
-    else:
-        rows, validation = rows[: args.limit or None], first_users(validation, args.validation_users)
-        sizes = check_pairs(rows, paths[0]) | check_pairs(validation, paths[1])
-        if validation:
-            by_user([{**row, "score": 0.0} for row in validation], paths[1])  # lists that could not be ranked
-        train(rows, validation, sizes, folder, settings, inputs, args)
-    print(f"next: bash scripts/06_score.sh {args.config}")
-
-
-def is_done(adapter, settings, inputs, args):
-    """True if the adapter was trained with these settings. Raises InputError if it, or a checkpoint, was not."""
-    started = adapter.parent / "checkpoints" / "state.json"
-    if args.overwrite and world_size() > 1:
-        raise InputError(f"--overwrite cannot be used with several processes; delete {adapter} and {started.parent} first")
-    if args.overwrite:
-        for path in (adapter, started.parent):
-            shutil.rmtree(path, ignore_errors=True)
-    record = read_record(adapter)
-    check_same_job(adapter, (record,), settings, inputs, "trained", "it")
-    if record is None:  # with another number of processes the rest would be another order of the pairs
-        check_same_job(adapter, (read_state(started),), settings | {"processes": world_size()}, inputs, "begun", "it")
-    return record is not None
-
-
-def last_whole_checkpoint(folder, may_delete=True):
-    """Path of the last checkpoint that was written to its end, or None; what a killed process left behind is removed."""
-    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rsplit("-", 1)[1]))
-    # The main process writes trainer_state.json last; each process has its own state of chance.
-    whole = [p for p in found if (p / "trainer_state.json").exists() and len(list(p.glob("rng_state*"))) == world_size()]
-    for path in set(found) - set(whole) if may_delete else ():
-        shutil.rmtree(path)
-    return str(whole[-1]) if whole else None
-
-
-def epochs_until_stop(checkpoint):
-    """Number of epochs after which the run of this checkpoint was told to stop, or None: it was not."""
-    from transformers import TrainerState
-
-    state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
-    return round(state.epoch) if state.stateful_callbacks["TrainerControl"]["args"]["should_training_stop"] else None
-
-
-def training_arguments(args, folder, device_type, dtype, with_validation):
-    """transformers' TrainingArguments for `args`; epochs end with a validation and a checkpoint."""
+def training_arguments(options, device, dtype, with_validation):
+    """transformers' TrainingArguments; epochs end with a validation and a checkpoint."""
     import torch
     from transformers import TrainingArguments
 
-    several_on_cpu = device_type == "cpu" and world_size() > 1
-    options = TrainingArguments(
-        output_dir=str(folder), num_train_epochs=args.epochs, learning_rate=args.learning_rate,
-        per_device_train_batch_size=args.batch_size, gradient_accumulation_steps=args.accumulation,
-        warmup_steps=args.warmup_ratio, lr_scheduler_type=args.schedule, max_grad_norm=args.clip, seed=args.seed,
-        bf16=dtype == torch.bfloat16, fp16=dtype == torch.float16, use_cpu=device_type == "cpu",
-        activation_checkpointing=args.gradient_checkpointing, dataloader_num_workers=args.workers,
-        save_strategy="epoch", eval_strategy="epoch" if with_validation else "no", save_total_limit=args.save_total,
-        load_best_model_at_end=with_validation, metric_for_best_model="auc" if with_validation else None, greater_is_better=True,
-        logging_steps=args.logging_steps, report_to="tensorboard" if args.tensorboard else "none", include_num_input_tokens_seen="all",
-        remove_unused_columns=False, label_names=["labels"],
-        ddp_find_unused_parameters=False, ddp_backend="gloo" if several_on_cpu else None, restore_callback_states_from_checkpoint=True,
-    )  # fmt: skip
-    options._n_gpu = min(options.n_gpu, 1)  # a process that sees several GPUs would wrap the model for all of them by itself
-    return options
+    from mllmrec.models.compat import one_device_per_process
+
+    several_on_cpu = device.type == "cpu" and world_size() > 1
+    arguments = TrainingArguments(
+        output_dir=str(options.system_dir / "checkpoints"),
+        num_train_epochs=options.epochs,
+        learning_rate=options.learning_rate,
+        per_device_train_batch_size=options.batch_size,
+        gradient_accumulation_steps=options.accumulation,
+        warmup_steps=options.warmup_ratio,  # below 1 it is a fraction
+        lr_scheduler_type=options.schedule,
+        max_grad_norm=options.clip,
+        seed=options.seed,
+        bf16=dtype == torch.bfloat16,
+        fp16=dtype == torch.float16,
+        use_cpu=device.type == "cpu",
+        activation_checkpointing=options.gradient_checkpointing,
+        dataloader_num_workers=options.workers,
+        save_strategy="epoch",
+        eval_strategy="epoch" if with_validation else "no",
+        save_total_limit=options.save_total,
+        load_best_model_at_end=with_validation,
+        metric_for_best_model="auc" if with_validation else None,
+        greater_is_better=True,
+        logging_steps=options.logging_steps,
+        report_to="tensorboard" if options.tensorboard else "none",
+        include_num_input_tokens_seen="all",
+        remove_unused_columns=False,
+        label_names=["labels"],
+        ddp_find_unused_parameters=False,
+        ddp_backend="gloo" if several_on_cpu else None,
+        restore_callback_states_from_checkpoint=True,
+    )
+    return one_device_per_process(arguments)
 
 
-def set_too_long_aside(rows, reader, path):
-    """(rows without the users with a question that is too long even without a preference, dict user_id -> reason, pairs cut).
+def without_too_long(rows, reader, path):
+    """(rows without users whose question is too long, user_id -> reason, rows that are shortened).
 
     Raises InputError if nothing is left of the file `path`.
     """
-    too_long, cut = reader.look_through(rows)
+    too_long, shortened = reader.find_too_long(rows)
     kept = [row for row in rows if row["user_id"] not in too_long]
     if rows and not kept:
-        raise InputError(f"{path}: no question fits, the first one: {too_long[rows[0]['user_id']]}")
-    return kept, too_long, sum(user_id not in too_long for user_id in cut)
+        raise InputError(f"{path}: no question fits, the first: {too_long[rows[0]['user_id']]}")
+    return kept, too_long, sum(user_id not in too_long for user_id in shortened)
 
 
-def train(rows, validation, sizes, folder, settings, inputs, args):
-    """Trains, validates after every epoch, and saves the best adapter. sizes: see `check_pairs`."""
-    # Imported here, so that --help and a missing input answer at once.
-    import torch
-    from transformers import EarlyStoppingCallback, set_seed
+def supervised_fine_tuning(model, reader, rows, validation, lengths, arguments, options):
+    """The trainer of the paper's supervised fine-tuning: LoRA on the language model, AdamW
+    (equation 2).
 
-    from data_processing import figures
-    from Inference.models import pick_device, pick_dtype
-    from Inference.pair_reader import PairReader
-    from Inference.trainer import (
-        AfterLog,
-        Collator,
-        EverySteps,
-        Order,
-        RecommenderTrainer,
-        TellEpoch,
-        check_positions,
-        check_sharing,
-        mean_loss,
+    rows, validation: lines with answers; lengths: tokens of each row, for group_by length.
+    """
+    from transformers import EarlyStoppingCallback
+
+    from mllmrec.ranking.callbacks import CheckpointCallback, LogFileCallback, SetEpochCallback
+    from mllmrec.ranking.collator import Collator
+    from mllmrec.ranking.sampler import EpochSampler, EpochSettings
+    from mllmrec.ranking.trainer import RankingTrainer
+
+    step = arguments.world_size * options.batch_size * options.accumulation
+    settings = EpochSettings(step, options.batch_size, options.group_by, options.seed)
+    sampler = EpochSampler(rows, lengths, settings)
+    callbacks = [
+        LogFileCallback(options.system_dir),
+        CheckpointCallback(options.checkpoint_steps),
+        SetEpochCallback(sampler),
+    ]
+    if options.patience and validation:
+        callbacks.append(EarlyStoppingCallback(options.patience))
+    return RankingTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=rows,
+        eval_dataset=validation,
+        callbacks=callbacks,
+        data_collator=Collator(reader, options.loss, share_prefix=options.group_by == "item"),
+        sampler=sampler,
+        reader=reader,
+        batch_tokens=options.score_batch_tokens,
     )
 
-    started = time.monotonic()
-    warnings.filterwarnings("ignore", category=FutureWarning)  # renamings announced inside transformers and peft
+
+def check_options(options):
+    """Raise InputError for combinations that cannot work, before a model is loaded."""
+    if options.quantization != "none" and os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        raise InputError(
+            "FSDP cannot shard a model that is loaded with --quantization; use "
+            "configs/accelerate/multi_gpu.yaml"
+        )
+    if options.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise InputError(
+            "--tensorboard true needs the package tensorboard; pip install tensorboard, or leave "
+            "the "
+            "option out"
+        )
+
+
+def train(rows, validation, sizes, job, options):
+    """Train, validate after every epoch, save the best adapter with its record.
+
+    sizes: image path -> (width, height), see `check_training_rows`.
+    """
+    import torch
+    from transformers import set_seed
+
+    from mllmrec.models.compat import stopped_after
+    from mllmrec.models.loading import pick_device, pick_dtype
+    from mllmrec.models.lora import add_lora, decoder_layer_class
+    from mllmrec.ranking.reader import RowReader, load_ranker
+    from mllmrec.ranking.trainer import check_plain_positions, check_shared_prefix
+
+    started, folder = time.monotonic(), options.system_dir
+    warnings.filterwarnings("ignore", category=FutureWarning)  # renamings inside transformers, peft
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / "tensorboard")
-    set_seed(args.seed)
+    set_seed(options.seed)
     device = pick_device()
-    dtype = pick_dtype(args.dtype, device)
+    dtype = pick_dtype(options.dtype, device)
     if dtype == torch.float16 and device.type == "cpu":
         raise InputError("a CPU does not train in float16; pass --dtype float32")
-    if args.group_by == "item":
-        check_sharing(args)
-        args = replace(args, attention="sdpa")
-    model, chat = load_recommender(args)
-    if args.group_by == "item":
-        check_positions(model)
-    os.environ.setdefault("FSDP_TRANSFORMER_CLS_TO_WRAP", layer_class(model))  # else PEFT looks for layers that no tower has
-    reader = PairReader(chat, folder, args.max_text_tokens)
-    rows, too_long, shortened = set_too_long_aside(rows, reader, folder / "train.jsonl")
-    validation, more_too_long, _ = set_too_long_aside(validation, reader, folder / "validation.jsonl")
-    too_long |= more_too_long  # a user is in one of the two
-    lengths = reader.lengths(rows, sizes) if args.group_by == "length" else None
-    model = add_lora(model, args)
-    options = training_arguments(args, folder / "checkpoints", device.type, dtype, bool(validation))
-
-    def write_log(log):
-        write_rows(folder / "training_log.jsonl", log)
-        if "loss" not in log[-1]:
-            (folder / "training_curve.png").write_bytes(figures.training(log))
-
-    step = options.world_size * args.batch_size * args.accumulation
-    order = Order(rows, lengths, step, args.batch_size, args.group_by, args.seed)
-    callbacks = [AfterLog(write_log), EverySteps(args.checkpoint_steps), TellEpoch(order)]
-    if args.patience and validation:
-        callbacks.append(EarlyStoppingCallback(args.patience))
-    trainer = RecommenderTrainer(
-        model=model, args=options, train_dataset=rows, eval_dataset=validation, callbacks=callbacks, reader=reader,
-        data_collator=Collator(reader, args.loss, share=args.group_by == "item"), order=order, score_batch_tokens=args.score_batch_tokens,
-    )  # fmt: skip
-    main_process = trainer.is_world_process_zero()
-    last = last_whole_checkpoint(folder / "checkpoints", main_process)
+    if options.group_by == "item":
+        check_shared_prefix(options.loss, options.batch_size, options)
+        options = replace(options, attention="sdpa")
+    model, chat = load_ranker(options)
+    if options.group_by == "item":
+        check_plain_positions(model)
+    # Else PEFT looks for layers that a vision tower may not have.
+    os.environ.setdefault("FSDP_TRANSFORMER_CLS_TO_WRAP", decoder_layer_class(model))
+    reader = RowReader(chat, folder, options.max_text_tokens)
+    rows, rejected, shortened = without_too_long(rows, reader, folder / "train.jsonl")
+    validation, more, _ = without_too_long(validation, reader, folder / "validation.jsonl")
+    rejected |= more  # no user is in both files
+    lengths = reader.lengths(rows, sizes) if options.group_by == "length" else None
+    arguments = training_arguments(options, device, dtype, bool(validation))
+    trainer = supervised_fine_tuning(
+        add_lora(model, options), reader, rows, validation, lengths, arguments, options
+    )
+    checkpoints, main_process = folder / "checkpoints", trainer.is_world_process_zero()
+    last = last_complete_checkpoint(checkpoints, may_delete=main_process)
     if main_process:
-        write_json(folder / "checkpoints" / "state.json", {"settings": settings | {"processes": world_size()}, "inputs": inputs})
-        write_rejected(folder / "training.rejected.jsonl", [{"user_id": user_id, "reason": reason} for user_id, reason in too_long.items()])
+        write_state(checkpoints / "state.json", job, processes=world_size())
+        lines = [{"user_id": user_id, "reason": reason} for user_id, reason in rejected.items()]
+        write_rejected(folder / "training.rejected.jsonl", lines)
     if last:
-        options.num_train_epochs = epochs_until_stop(last) or args.epochs
+        arguments.num_train_epochs = stopped_after(last) or options.epochs
     trainer.train(resume_from_checkpoint=last)
-    weights = trainer.accelerator.get_state_dict(trainer.model_wrapped) if trainer.is_fsdp_enabled else None
-    if not main_process:
+    counts = {
+        "in": len(rows),
+        "shortened": shortened,
+        "validation_rows": len(validation),
+        "rejected_users": len(rejected),
+    }
+    save_adapter(trainer, chat, counts, job, started)
+
+
+def save_adapter(trainer, chat, counts, job, started):
+    """Write adapter/ with its record, from the main process."""
+    from mllmrec.models.lora import model_identity
+    from mllmrec.ranking.callbacks import mean_loss
+
+    # With FSDP, all processes must take part in collecting the weights.
+    sharded = trainer.is_fsdp_enabled
+    weights = trainer.accelerator.get_state_dict(trainer.model_wrapped) if sharded else None
+    if not trainer.is_world_process_zero():
         return
-    adapter, best = folder / "adapter", trainer.state.best_metric
+    options, state = job.options, trainer.state
+    adapter = options.system_dir / "adapter"
     trainer.model.save_pretrained(adapter, state_dict=weights)
     chat.processor.save_pretrained(adapter)
-    counts = {"in": len(rows), "shortened": shortened, "validation_pairs": len(validation), "rejected_users": len(too_long)}
-    more = {"base": fingerprint(args.model), "dtype": str(dtype).removeprefix("torch."), "loss": mean_loss(trainer.state.log_history)}
-    more |= {"best_validation_auc": best, "steps": trainer.state.global_step}
-    write_record(adapter, args, settings, inputs, time.monotonic() - started, counts, **more)
-    cut = f"; of {shortened:,} pairs the preference was shortened to fit" if shortened else ""
-    cut += f"; {len(too_long):,} users were set aside, each with its reason in {folder / 'training.rejected.jsonl'}" if too_long else ""
-    print(f"wrote {adapter}: {len(rows):,} pairs, best validation AUC {best or float('nan'):.4f}{cut}")
+    dtype = "bfloat16" if trainer.args.bf16 else "float16" if trainer.args.fp16 else "float32"
+    write_record(
+        adapter,
+        job,
+        time.monotonic() - started,
+        counts,
+        base=model_identity(options.model),
+        dtype=dtype,
+        loss=mean_loss(state.log_history),
+        best_validation_auc=state.best_metric,
+        steps=state.global_step,
+    )
+    note = (
+        f"; {counts['shortened']:,} rows with a shortened preference" if counts["shortened"] else ""
+    )
+    if counts["rejected_users"]:
+        path = options.system_dir / "training.rejected.jsonl"
+        note += (
+            f"; {counts['rejected_users']:,} users were rejected, each with its reason in {path}"
+        )
+    best = state.best_metric or float("nan")
+    print(f"wrote {adapter}: {counts['in']:,} rows, best validation AUC {best:.4f}{note}")
+
+
+def main(argv=None):
+    options = parse_options(Options, SECTION, argv, __doc__)
+    print_options(options, "stage 5, supervised fine-tuning")
+    paths = [options.system_dir / "train.jsonl", options.system_dir / "validation.jsonl"]
+    rows, validation = map(read_rows, paths)
+    if not rows:
+        raise InputError(
+            f"{paths[0]} is empty; make it again with scripts/04_datasets.sh and see "
+            "train.rejected.jsonl"
+        )
+    check_options(options)
+    inputs = file_digests(*paths, options.model)
+    job = Job.of(options, inputs, SPEED_OPTIONS, limit=options.limit)
+    if not is_trained(options.system_dir / "adapter", job):
+        rows = rows[: options.limit or None]
+        validation = first_users(validation, options.validation_users)
+        sizes = check_training_rows(rows, paths[0]) | check_training_rows(validation, paths[1])
+        if validation:  # told here if lists cannot be ranked
+            CandidateLists.of([{**row, "score": 0.0} for row in validation], paths[1])
+        train(rows, validation, sizes, job, options)
+    print(f"next: bash scripts/06_score.sh {options.config}")
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

@@ -1,0 +1,1 @@
+"""Raw files, images, splits and candidate lists."""

@@ -1,0 +1,78 @@
+"""Candidate lists of users, and lines of scores.jsonl."""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from mllmrec.stage.jsonl import Row
+
+
+def candidates(user: Row) -> list[tuple[str, int]]:
+    """[(item_id, label)] of one line of users.jsonl: the target first, then the negatives."""
+    return [(user["target"], 1), *((item_id, 0) for item_id in user["negatives"])]
+
+
+def score_row(
+    user_id: str,
+    item_id: str,
+    label: int,
+    score: float,
+    logits: Mapping[str, float] | None = None,
+) -> Row:
+    """One line of scores.jsonl.
+
+    logits: answer -> logit, None for rules without a language model.
+    """
+    return {
+        "user_id": user_id,
+        "item_id": item_id,
+        "label": label,
+        "score": score,
+        "logits": dict(logits) if logits is not None else None,
+    }
+
+
+def is_leave_one_out(users: Sequence[Row]) -> bool:
+    """True if users.jsonl has one line per user and split, as `split_by: leave_one_out` writes
+    it.
+    """
+    return len({user["user_id"] for user in users}) < len(users)
+
+
+def user_key(user: Row, leave_one_out: bool) -> Any:
+    """What identifies a line of users.jsonl: the user id, or (user id, split) if a user has
+    several.
+    """
+    return (user["user_id"], user["split"]) if leave_one_out else user["user_id"]
+
+
+def item_popularity(users: Sequence[Row]) -> Counter[str]:
+    """item_id -> number of interactions that a recommender may know.
+
+    Split by user: all histories, and the targets of training users. Leave-one-out: histories and
+    targets of the training lines, which end before the validation target.
+    """
+    leave_one_out = is_leave_one_out(users)
+    counts: Counter[str] = Counter()
+    for user in users:
+        if user["split"] == "train" or not leave_one_out:
+            counts.update(user["history"])
+        if user["split"] == "train":
+            counts[user["target"]] += 1
+    return counts
+
+
+def popularity_scores(users: Sequence[Row], split: str = "test") -> list[Row]:
+    """Lines of scores.jsonl for the users of `split`: a candidate's score is its popularity."""
+    counts = item_popularity(users)
+    return [
+        score_row(user["user_id"], item_id, label, float(counts[item_id]))
+        for user in users
+        if user["split"] == split
+        for item_id, label in candidates(user)
+    ]
+
+
+def users_of_split(users: Iterable[Row], split: str) -> list[Row]:
+    """The lines of users.jsonl of one split."""
+    return [user for user in users if user["split"] == split]

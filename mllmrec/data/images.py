@@ -1,0 +1,94 @@
+"""Opening images of unknown origin: one RGB image, or one reason why not."""
+
+import io
+import warnings
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageOps
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")  # in this order, in lower and upper case
+MAX_PIXELS = 100_000_000  # more is no cover but an attack on memory, or a mistake
+
+
+class ImageError(Exception):
+    """An image that cannot be used; the message is the reason, without the path."""
+
+
+def open_image(path: str | Path | io.BytesIO) -> Image.Image:
+    """The image at `path` (or in a file object) as RGB.
+
+    First frame, rotated as its EXIF data says, transparency on white. Raises ImageError with the
+    reason for a missing, empty, broken, truncated or oversized file, or one of another kind.
+    """
+    try:
+        size = (
+            path.getbuffer().nbytes if isinstance(path, io.BytesIO) else Path(path).stat().st_size
+        )
+        if size == 0:
+            raise ImageError("the file is empty")
+        with warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore", Image.DecompressionBombWarning
+            )  # judged by MAX_PIXELS instead
+            image = Image.open(path)
+        if image.width * image.height > MAX_PIXELS:
+            raise ImageError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS}")
+        image.load()
+        return _as_rgb(ImageOps.exif_transpose(image))
+    except FileNotFoundError:
+        raise ImageError("the file is missing") from None
+    except IsADirectoryError:
+        raise ImageError("it is a folder") from None
+    except ImageError:
+        raise
+    except Image.DecompressionBombError:
+        raise ImageError(f"it would unpack to more than {MAX_PIXELS} pixels") from None
+    except Exception as error:  # Pillow's plugins raise nearly anything on broken bytes
+        reason = " ".join(str(error).replace(str(path), "the file").split())
+        raise ImageError(f"not a readable image ({type(error).__name__}: {reason})") from None
+
+
+def image_size(path: str | Path) -> tuple[int, int]:
+    """(width, height) in pixels that `open_image` would give, from the file's header alone.
+
+    Raises ImageError for what the header reveals.
+    """
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+            rotated = image.getexif().get(0x0112) in (5, 6, 7, 8)  # by a quarter
+            return (height, width) if rotated else (width, height)
+    except FileNotFoundError:
+        raise ImageError("the file is missing") from None
+    except Exception as error:  # as above
+        raise ImageError(f"not a readable image ({type(error).__name__})") from None
+
+
+def image_index(folder: str | Path | None) -> dict[str, str]:
+    """dict file name without suffix -> path, of the images in `folder` (None: no folder, no
+    images).
+
+    If one name has several images the order of SUFFIXES decides, then the alphabet.
+    """
+    found: dict[str, tuple[int, str]] = {}
+    for path in sorted(Path(folder).iterdir()) if folder else ():
+        if path.suffix.lower() in SUFFIXES:
+            rank = SUFFIXES.index(path.suffix.lower())
+            if path.stem not in found or rank < found[path.stem][0]:
+                found[path.stem] = (rank, str(path))
+    return {name: path for name, (_, path) in found.items()}
+
+
+def _as_rgb(image: Image.Image) -> Image.Image:
+    # 16 bit and more: Pillow would clip, not scale.
+    if image.mode.startswith("I") or image.mode == "F":
+        values = image.convert("F")
+        extrema: Any = values.getextrema()
+        top = 65535.0 if image.mode.startswith("I") else max(extrema[1], 1.0)
+        image = values.point(lambda v: v * (255.0 / top) + 0.0).convert("L")
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        background = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        image = Image.alpha_composite(background, image)
+    return image.convert("RGB")

@@ -1,0 +1,167 @@
+"""Interactions as columns, and the rules that make candidate lists of them: k-core, split,
+negatives.
+
+No loop runs over interactions. Codes are integers into arrays of ids.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass
+class InteractionLog:
+    """Interactions as columns of one length, in raw order.
+
+    user, item: integer codes into user_ids, item_ids; time: integers of any one unit.
+    """
+
+    user_ids: Array
+    item_ids: Array
+    user: Array
+    item: Array
+    time: Array
+
+    @classmethod
+    def from_ids(cls, users: Any, items: Any, times: Any) -> "InteractionLog":
+        """From three columns: ids as strings, times as integers."""
+        user, user_ids = pd.factorize(pd.Series(users, dtype="str"))
+        item, item_ids = pd.factorize(pd.Series(items, dtype="str"))
+        return cls(
+            user_ids.to_numpy(object),
+            item_ids.to_numpy(object),
+            user,
+            item,
+            np.asarray(times, dtype=np.int64),
+        )
+
+    def only_items(self, known: Any) -> "InteractionLog":
+        """The log without interactions with items that are not in `known` (an index of item
+        ids).
+        """
+        keep = pd.Index(self.item_ids).isin(known)[self.item]
+        if keep.all():
+            return self
+        return InteractionLog(
+            self.user_ids, self.item_ids, self.user[keep], self.item[keep], self.time[keep]
+        )
+
+
+def keep_earliest(user: Array, item: Array, order: Array) -> Array:
+    """Mask of the rows that are the first of their (user, item) in `order` (row numbers, oldest
+    first).
+    """
+    pair = user.astype(np.int64) * (item.max(initial=0) + 1) + item
+    first = ~pd.Series(pair[order]).duplicated().to_numpy()
+    mask = np.zeros(len(order), dtype=bool)
+    mask[order[first]] = True
+    return mask
+
+
+def k_core(user: Array, item: Array, user_core: int, item_core: int) -> Array:
+    """Mask of the rows that remain when rare users and items are removed until none is left.
+
+    Rare: users with fewer than `user_core`, items with fewer than `item_core` interactions.
+    """
+    keep = np.ones(len(user), dtype=bool)
+    while True:
+        per_user = np.bincount(user[keep], minlength=user.max(initial=-1) + 1)
+        per_item = np.bincount(item[keep], minlength=item.max(initial=-1) + 1)
+        remaining = keep & (per_user[user] >= user_core) & (per_item[item] >= item_core)
+        if remaining.sum() == keep.sum():
+            return keep
+        keep = remaining
+
+
+def sample_negatives(
+    touched: Array, users: Array, n_items: int, how_many: int, rng: np.random.Generator
+) -> Array:
+    """Items that the users never touched, uniform without replacement.
+
+    touched: sorted int64 keys user * n_items + item; users: integer codes, shape (n,); items are
+    0 ... n_items - 1. Returns int64 of shape (n, how_many); a row that cannot be filled holds -1.
+    """
+    users = users.astype(np.int64)
+    if how_many == 0:
+        return np.empty((len(users), 0), dtype=np.int64)
+    drawn = rng.integers(0, n_items, size=(len(users), 2 * how_many + 8))
+    good = ~_is_in(users[:, None] * n_items + drawn, touched) & ~_repeats_in_row(drawn)
+    good &= good.cumsum(1) <= how_many
+    negatives = np.full((len(users), how_many), -1, dtype=np.int64)
+    full = good.sum(1) == how_many
+    negatives[full] = drawn[full][good[full]].reshape(-1, how_many)
+    for row in np.flatnonzero(~full):  # rare, unless the catalogue is tiny: go through all items
+        order = rng.permutation(n_items)
+        free = order[~_is_in(users[row] * n_items + order, touched)]
+        if len(free) >= how_many:
+            negatives[row] = free[:how_many]
+    return negatives
+
+
+def split_users(
+    n_users: int, fractions: tuple[float, float], folds: tuple[int, int], rng: np.random.Generator
+) -> tuple[Array, Array]:
+    """(split, fold): arrays of length n_users; fold is -1 without folds.
+
+    fractions: of training and validation users; folds: (number of folds or 0, the fold to test on).
+    One permutation decides all. With folds, the users of the test fold are the test set and the
+    validation users are taken from the rest.
+    """
+    (train_fraction, validation_fraction), (n_folds, test_fold) = fractions, folds
+    place = np.empty(n_users, dtype=np.int64)
+    place[rng.permutation(n_users)] = np.arange(n_users)
+    n_validation = round(validation_fraction * n_users)
+    if n_folds:
+        fold = place % n_folds
+        rank = np.argsort(np.argsort(np.where(fold == test_fold, n_users + place, place)))
+        split = np.where(rank < n_validation, "validation", "train")
+        return np.where(fold == test_fold, "test", split), fold
+    train = round(train_fraction * n_users)
+    rest = np.where(place < train + n_validation, "validation", "test")
+    return np.where(place < train, "train", rest), np.full(n_users, -1)
+
+
+def rank_by_id(ids: Array, codes: Array) -> tuple[Array, Array]:
+    """(rank of each code among the codes in use, -1 for the others; the ids in use in rank order).
+
+    Shorter ids come first, then the alphabet decides, so nothing depends on the order of the raw
+    file.
+    """
+    used = np.flatnonzero(np.bincount(codes, minlength=len(ids)))  # much faster than np.unique
+    names = ids[used].astype(str)
+    order = np.lexsort((names, np.char.str_len(names)))
+    rank = np.full(len(ids), -1, dtype=np.int32)  # int32: half the memory for random access
+    rank[used[order]] = np.arange(len(used), dtype=np.int32)
+    return rank, ids[used[order]]
+
+
+def log_statistics(user: Array, item: Array) -> dict[str, float]:
+    """The rows of the paper's Table 2 for one log; sparsity in per cent."""
+    users, items = (int(np.count_nonzero(np.bincount(codes))) for codes in (user, item))
+    interactions = len(user)
+    return {
+        "users": users,
+        "items": items,
+        "interactions": interactions,
+        "average_length": round(interactions / max(users, 1), 2),
+        "sparsity": round(100 * (1 - interactions / max(users * items, 1)), 2),
+    }
+
+
+def _is_in(keys: Array, sorted_keys: Array) -> Array:
+    """Mask of shape keys.shape: which keys are in the sorted array."""
+    place = np.minimum(np.searchsorted(sorted_keys, keys), len(sorted_keys) - 1)
+    return sorted_keys[place] == keys
+
+
+def _repeats_in_row(values: Array) -> Array:
+    """Mask of the entries that also occur further left in their row."""
+    order = np.argsort(values, axis=1, kind="stable")
+    ordered = np.take_along_axis(values, order, axis=1)
+    repeat = np.zeros(values.shape, dtype=bool)
+    np.put_along_axis(repeat, order[:, 1:], ordered[:, 1:] == ordered[:, :-1], axis=1)
+    return repeat

@@ -1,0 +1,362 @@
+"""A log of interactions becomes users.jsonl, items.jsonl and stats.json (paper, "Experiments").
+
+Rules, in this order:
+1. items without an image are removed, if `require_image`: no candidate list can have a hole later;
+2. of a user's repeated interactions with one item the earliest is kept;
+3. users with fewer than `user_core` and items with fewer than `item_core` interactions are removed,
+until
+   none is left to remove;
+4. a user's items are put in time order, ties in the order of the raw file; the last is the target;
+5. split by user: `seed` decides which users are for training, validation and test. Leave-one-out:
+each
+   user's last item is the test target, the second last the validation target, the third last the
+   target of the training line, each after the history before it;
+6. negatives are drawn uniformly, without replacement, from the remaining items that the user never
+   touched anywhere in the log - also in the parts that steps 2 and 3 removed.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+from pydantic.dataclasses import dataclass as options_dataclass
+
+from mllmrec.data.interactions import (
+    Array,
+    InteractionLog,
+    k_core,
+    keep_earliest,
+    log_statistics,
+    rank_by_id,
+    sample_negatives,
+    split_users,
+)
+from mllmrec.stage.errors import InputError
+from mllmrec.stage.jsonl import (
+    Row,
+    atomic_file,
+    encode,
+    relative_path,
+    write_json,
+    write_rejected,
+    write_rows,
+)
+from mllmrec.stage.options import CommonOptions, option
+from mllmrec.stage.record import Job, write_record
+
+SPLITS = ("train", "validation", "test")
+
+
+@options_dataclass
+class SplitOptions(CommonOptions):
+    """Options of every loader: what becomes of the log once it is read."""
+
+    raw_dir: str = option("data/raw", "folder of the raw files")
+    user_core: int = option(
+        6, "fewest interactions of a user (6 gives the paper's 25,411 users)", ge=2
+    )
+    item_core: int = option(5, "fewest interactions of an item", ge=1)
+    require_image: bool = option(True, "remove items without an image")
+    split_by: Literal["user", "leave_one_out"] = option(
+        "user",
+        "user: each user is in one split (paper); leave_one_out: the last item is for the test, "
+        "the "
+        "second last for validation (MLLM4Rec)",
+    )
+    history: Literal["chronological", "released"] = option(
+        "chronological",
+        "released: the user's six most popular items, as the released notebook does",
+    )
+    max_history: int = option(0, "keep only the last N items of a history, 0 = all (paper)", ge=0)
+    train_fraction: float = option(0.8, "fraction of users (paper: 80/10/10)", gt=0, lt=1)
+    validation_fraction: float = option(
+        0.1, "fraction of users; the rest is for the test", ge=0, lt=1
+    )
+    folds: int = option(0, "0: one split; 5: users in five folds (paper: 5-fold validation)", ge=0)
+    test_fold: int = option(0, "with folds: the fold that is the test set", ge=0)
+    negatives: int = option(20, "negatives of a validation or test user (paper: 20)", ge=0)
+    train_negatives: int = option(1, "negatives of a training user (paper: 1)", ge=0)
+    paper_users: int = option(0, "the paper's number, printed beside ours; 0 = none")
+    paper_items: int = option(0, "likewise")
+    paper_interactions: int = option(0, "likewise")
+    paper_average_length: float = option(0.0, "likewise")
+    paper_sparsity: float = option(0.0, "likewise, in per cent")
+
+
+@dataclass
+class PreparedData:
+    """The core of a log, and its candidate lists.
+
+    items: DataFrame indexed by item_id, columns title and image; statistics: for stats.json;
+    user_ids, item_ids: of the core, in id order; sequences: item codes of all users, each user's
+    oldest first, user by user; ends: where in `sequences` each user ends; popularity: interactions
+    of each item.
+
+    Lines of users.jsonl, as columns: line_user: codes into user_ids; line_skip: how many of the
+    user's last items lie behind the line's target; split; fold (-1: none); negatives: item codes,
+    -1: none.
+    """
+
+    items: pd.DataFrame
+    statistics: dict[str, Any]
+    user_ids: Array
+    item_ids: Array
+    sequences: Array
+    ends: Array
+    popularity: Array
+    line_user: Array
+    line_skip: Array
+    split: Array
+    fold: Array
+    negatives: Array
+
+    def lines(self, options: SplitOptions) -> Iterator[Row]:
+        """The lines of users.jsonl, users in id order."""
+        for line, user in enumerate(self.line_user):
+            start = self.ends[user - 1] if user else 0
+            seen = self.sequences[start : self.ends[user] - self.line_skip[line]]
+            history, target = seen[:-1], seen[-1]
+            if options.history == "released":  # the user's six most popular items, in that order
+                by_popularity = np.argsort(-self.popularity[history], kind="stable")
+                history = history[by_popularity][:6]
+            if options.max_history:
+                history = history[-options.max_history :]
+            negatives = self.negatives[line]
+            yield {
+                "user_id": self.user_ids[user],
+                "history": self.item_ids[history].tolist(),
+                "target": self.item_ids[target],
+                "negatives": self.item_ids[negatives[negatives >= 0]].tolist(),
+                "split": str(self.split[line]),
+                "fold": int(self.fold[line]) if options.folds else None,
+            }
+
+
+def check_options(options: SplitOptions) -> None:
+    """Raise InputError for options that would leave a line without history or a split without
+    users.
+    """
+    fractions = options.train_fraction + options.validation_fraction
+    wrong = {
+        "--train_fraction and --validation_fraction must leave users for the test": (
+            not options.folds and fractions >= 1
+        ),
+        "--folds must be 0 or at least 2, and --test_fold one of them, counted from 0": (
+            options.folds == 1 or (options.folds > 0 and options.test_fold >= options.folds)
+        ),
+        "--split_by leave_one_out needs --user_core 4 or more: a history and three targets": (
+            options.split_by == "leave_one_out" and options.user_core < 4
+        ),
+        "--split_by leave_one_out cannot be used with --folds": (
+            options.split_by == "leave_one_out" and options.folds > 0
+        ),
+    }
+    for message, is_wrong in wrong.items():
+        if is_wrong:
+            raise InputError(message)
+
+
+def prepare(log: InteractionLog, catalogue: pd.DataFrame, options: SplitOptions) -> PreparedData:
+    """Apply the rules of this module's docstring.
+
+    catalogue: indexed by item_id, columns title and image (path or None); it must hold every item
+    of the log.
+    """
+    check_options(options)
+    order = np.lexsort((log.time, log.user))  # stable: ties stay in the order of the raw file
+    keep, statistics = _core(log, catalogue, order, options)
+    item_rank, item_ids = rank_by_id(log.item_ids, log.item[keep])
+    user_rank, user_ids = rank_by_id(log.user_ids, log.user[keep])
+    user, item = user_rank[log.user], item_rank[log.item]  # -1 outside the core
+    n_users, n_items = len(user_ids), len(item_ids)
+    in_core = (user >= 0) & (item >= 0)
+    touched = np.sort(user[in_core].astype(np.int64) * n_items + item[in_core])  # of the WHOLE log
+
+    rows = order[keep[order]]
+    sequences = item[rows][np.argsort(user[rows], kind="stable")]
+    ends = np.cumsum(np.bincount(user[rows], minlength=n_users))
+    if options.split_by == "leave_one_out":
+        columns = _leave_one_out_lines(n_users, options)
+    else:
+        columns = _user_split_lines(n_users, options)
+    line_user, line_skip, split, fold = columns
+    negatives = _negatives(touched, (line_user, split), user_ids, n_items, options)
+    chosen = np.isin(line_user, _pilot_users(n_users, split, options))
+    statistics["written_users"] = {name: int((split[chosen] == name).sum()) for name in SPLITS}
+    return PreparedData(
+        items=catalogue.loc[item_ids],
+        statistics=statistics,
+        user_ids=user_ids,
+        item_ids=item_ids,
+        sequences=sequences,
+        ends=ends,
+        popularity=np.bincount(sequences, minlength=n_items),
+        line_user=line_user[chosen],
+        line_skip=line_skip[chosen],
+        split=split[chosen],
+        fold=fold[chosen],
+        negatives=negatives[chosen],
+    )
+
+
+def _core(
+    log: InteractionLog, catalogue: pd.DataFrame, order: Array, options: SplitOptions
+) -> tuple[Array, dict[str, Any]]:
+    """(mask of the rows of the log that rules 1 to 3 keep, statistics)."""
+    statistics: dict[str, Any] = {"raw": log_statistics(log.user, log.item)}
+    image = catalogue["image"].reindex(log.item_ids)
+    keep = np.ones(len(log.item), dtype=bool)
+    if options.require_image:
+        keep = image.notna().to_numpy()[log.item]
+    statistics["items_without_image"] = int(image.isna().sum())
+    keep &= keep_earliest(log.user, log.item, order)
+    keep[keep] = k_core(log.user[keep], log.item[keep], options.user_core, options.item_core)
+    if not keep.any():
+        raise InputError(
+            f"no interaction is left after the filters: {statistics['raw']['interactions']} read, "
+            f"{statistics['items_without_image']} items without an image, at least "
+            f"{options.user_core} per user and {options.item_core} per item required; lower "
+            "--user_core and --item_core, or check that the images are where --raw_dir says"
+        )
+    return keep, statistics | log_statistics(log.user[keep], log.item[keep])
+
+
+def _user_split_lines(n_users: int, options: SplitOptions) -> tuple[Array, Array, Array, Array]:
+    """(user, skip, split, fold) of one line per user."""
+    split, fold = split_users(
+        n_users,
+        (options.train_fraction, options.validation_fraction),
+        (options.folds, options.test_fold),
+        np.random.default_rng([options.seed, 1]),
+    )
+    return np.arange(n_users), np.zeros(n_users, dtype=np.int64), split, fold
+
+
+def _leave_one_out_lines(n_users: int, options: SplitOptions) -> tuple[Array, Array, Array, Array]:
+    """(user, skip, split, fold) of three lines per user: the last item is the test's target."""
+    return (
+        np.repeat(np.arange(n_users), len(SPLITS)),
+        np.tile(np.arange(len(SPLITS))[::-1], n_users),
+        np.tile(np.array(SPLITS), n_users),
+        np.full(n_users * len(SPLITS), -1),
+    )
+
+
+def _negatives(
+    touched: Array,
+    lines: tuple[Array, Array],
+    user_ids: Array,
+    n_items: int,
+    options: SplitOptions,
+) -> Array:
+    """Item codes of shape (lines, most negatives), -1 behind the last.
+
+    lines: (user, split) of each.
+    """
+    line_user, split = lines
+    most = max(options.negatives, options.train_negatives)
+    negatives = np.full((len(line_user), most), -1, dtype=np.int64)
+    for is_train, how_many in ((True, options.train_negatives), (False, options.negatives)):
+        where = np.flatnonzero((split == "train") == is_train)
+        rng = np.random.default_rng([options.seed, 2, is_train])
+        drawn = sample_negatives(touched, line_user[where], n_items, how_many, rng)
+        negatives[where, :how_many] = drawn
+        short = (drawn < 0).any(1)
+        if short.any():
+            raise InputError(
+                f"user {user_ids[line_user[where[short][0]]]!r} touched so many of the {n_items} "
+                f"items "
+                f"that {how_many} negatives cannot be drawn; lower --negatives or --train_negatives"
+            )
+    return negatives
+
+
+def _pilot_users(n_users: int, split: Array, options: SplitOptions) -> Array:
+    """Which users are written: all, or with --limit N a random N by seed, from all splits alike."""
+    if not 0 < options.limit < n_users:
+        return np.arange(n_users)
+    order = np.random.default_rng([options.seed, 3]).permutation(n_users)
+    if options.split_by == "leave_one_out":  # every user is in every split
+        return np.sort(order[: options.limit])
+    rank = np.empty(n_users)
+    for name in SPLITS:  # 0 ... 1 within each split, so that the smallest ranks are from all splits
+        members = order[split[order] == name]
+        rank[members] = (np.arange(len(members)) + 0.5) / max(len(members), 1)
+    return np.sort(np.argsort(rank, kind="stable")[: options.limit])
+
+
+def data_outputs(options: SplitOptions) -> list[Path]:
+    """users.jsonl, items.jsonl and stats.json in the data folder."""
+    return [Path(options.data_dir) / name for name in ("users.jsonl", "items.jsonl", "stats.json")]
+
+
+def write_data(data: PreparedData, options: SplitOptions) -> pd.DataFrame:
+    """Write items.jsonl, users.jsonl and stats.json; return the items that were written.
+
+    With --limit only the items that the written users need are written.
+    """
+    users_path, items_path, stats_path = data_outputs(options)
+    used: set[str] = set()
+    with atomic_file(users_path) as file:
+        for line in data.lines(options):
+            used.update(line["history"], line["negatives"], (line["target"],))
+            file.write(encode(line))
+    items = data.items
+    if len(np.unique(data.line_user)) < len(data.user_ids):
+        items = items[items.index.isin(used)]
+
+    def rows() -> Iterator[Row]:
+        for item_id, title, image in items[["title", "image"]].itertuples(name=None):
+            path = relative_path(image, items_path) if isinstance(image, str) else None
+            yield {"item_id": item_id, "title": title, "image": path}
+
+    write_rows(items_path, rows())
+    write_json(stats_path, data.statistics)
+    return items
+
+
+def write_data_set(
+    data: PreparedData, rejected: Sequence[Row], options: SplitOptions, job: Job, started: float
+) -> pd.DataFrame:
+    """Write all outputs of a loader with their record, print the statistics, return the items.
+
+    rejected: rows of the raw files; started: time.monotonic() at the start of the work.
+    """
+    data.statistics["rejected_rows"] = len(rejected)
+    items = write_data(data, options)
+    outputs = data_outputs(options)
+    rejected_path = Path(options.data_dir) / "interactions.rejected.jsonl"
+    write_rejected(rejected_path, rejected)
+    if rejected:
+        print(
+            f"{len(rejected):,} rows of the raw files were rejected; each is in {rejected_path} "
+            f"with "
+            "its reason"
+        )
+    counts = {
+        "in": data.statistics["raw"]["interactions"],
+        "users": len(np.unique(data.line_user)),
+        "items": len(items),
+        "rejected": len(rejected),
+    }
+    write_record(outputs[0], job, time.monotonic() - started, counts)
+    print_statistics(data.statistics, options)
+    print(f"wrote {outputs[0]} and {outputs[1]} in {time.monotonic() - started:.1f} s")
+    return items
+
+
+def print_statistics(statistics: dict[str, Any], options: SplitOptions) -> None:
+    """The core's numbers beside the paper's, if the config names them."""
+    print(f"{'':16}{'raw log':>12}{'this core':>12}{'the paper':>12}")
+    for name in ("users", "items", "interactions", "average_length", "sparsity"):
+        paper = getattr(options, f"paper_{name}")
+        print(
+            f"{name:16}{statistics['raw'][name]:>12,}{statistics[name]:>12,}"
+            f"{format(paper, ',') if paper else '-':>12}"
+        )
+    written = statistics["written_users"].items()
+    print(", ".join(f"{count:,} {name}" for name, count in written) + " users written")

@@ -1,0 +1,1 @@
+"""Metrics, plots, tables and the report."""

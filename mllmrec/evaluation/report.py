@@ -1,0 +1,127 @@
+"""The contents of report.html: tables, plots, and for some users the whole path to their
+ranking.
+"""
+
+import base64
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment
+
+from mllmrec.data.images import ImageError, open_image
+from mllmrec.evaluation import plots
+from mllmrec.evaluation.metrics import SHOWN
+from mllmrec.stage.jsonl import Row, read_by_id, read_rows
+from mllmrec.stage.record import record_path
+
+TEMPLATE = Path(__file__).parent / "report.html.j2"
+THUMBNAIL = (96, 96)  # pixels
+
+
+@dataclass
+class RunFiles:
+    """Where the files of a run are. scores: variant -> scores.jsonl, the main variant first."""
+
+    data_dir: Path
+    system_dir: Path
+    scores: Mapping[str, Path]
+
+
+def stage_rows(stages: Sequence[tuple[str, Path]]) -> list[tuple[str, str, str, str]]:
+    """[(stage, seconds, rows, device)] from the run records; "not run" where there is none.
+
+    stages: (name, its main output).
+    """
+    rows = []
+    for stage, output in stages:
+        path = record_path(output)
+        if not path.exists():
+            rows.append((stage, "not run", "", ""))
+            continue
+        record = json.loads(path.read_text(encoding="utf-8"))
+        counts = ", ".join(f"{n:,} {key.replace('_', ' ')}" for key, n in record["rows"].items())
+        rows.append((stage, f"{record['seconds']:,.1f}", counts, record["device"]))
+    return rows
+
+
+def plot_urls(files: RunFiles) -> dict[str, str]:
+    """dict heading -> PNG as a data: URL."""
+    pooled = {}
+    for variant, path in files.scores.items():
+        rows = read_rows(path)
+        pooled[variant] = ([row["label"] for row in rows], [row["score"] for row in rows])
+    images = {}
+    if pooled:
+        main = next(iter(pooled))
+        images = {"ROC": plots.roc(pooled), f"Scores of {main}": plots.histogram(*pooled[main])}
+    log = files.system_dir / "training_log.jsonl"
+    if log.exists():
+        images["Training"] = plots.training_curve(read_rows(log))
+    return {name: _data_url("image/png", png) for name, png in images.items()}
+
+
+def user_examples(files: RunFiles, n_users: int) -> list[dict[str, Any]]:
+    """The first users of the main variant: history by blocks, preferences, candidates in rank
+    order.
+    """
+    if not files.scores:
+        return []
+    users = read_by_id(files.data_dir / "users.jsonl", "user_id")
+    items_path = files.data_dir / "items.jsonl"
+    items = read_by_id(items_path, "item_id")
+    preferences = read_by_id(files.system_dir / "user_preferences.jsonl", "user_id")
+    lists: dict[str, list[Row]] = {}
+    for row in read_rows(next(iter(files.scores.values()))):
+        lists.setdefault(row["user_id"], []).append(row)
+
+    def shown(item_id: str) -> dict[str, Any]:
+        item = items[item_id]
+        image = _thumbnail(items_path.parent / item["image"]) if item["image"] else None
+        return {"title": item["title"], "image": image}
+
+    examples = []
+    for user_id in list(lists)[:n_users]:
+        preference = preferences[user_id]
+        ranked = sorted(lists[user_id], key=lambda row: -row["score"])
+        left_out = preference.get("items_left_out", 0)
+        examples.append(
+            {
+                "user_id": user_id,
+                "left_out": users[user_id]["history"][:left_out],
+                "blocks": [
+                    {**block, "items": [shown(i) for i in block["items"]]}
+                    for block in preference["blocks"]
+                ],
+                "candidates": [
+                    {**shown(row["item_id"]), "score": row["score"], "label": row["label"]}
+                    for row in ranked
+                ],
+            }
+        )
+    return examples
+
+
+def render_page(**values: Any) -> str:
+    """report.html.j2, filled; every value is escaped."""
+    template = Environment(autoescape=True).from_string(TEMPLATE.read_text(encoding="utf-8"))
+    return template.render(names=[name.upper() for name in SHOWN], **values)
+
+
+def _thumbnail(path: Path) -> str | None:
+    """A small JPEG of the image as a data: URL, or None if it cannot be opened."""
+    try:
+        image = open_image(path)
+    except ImageError:
+        return None
+    image.thumbnail(THUMBNAIL)
+    buffer = io.BytesIO()
+    image.save(buffer, format="JPEG", quality=80)
+    return _data_url("image/jpeg", buffer.getvalue())
+
+
+def _data_url(kind: str, content: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"

@@ -1,0 +1,84 @@
+"""Finding the scores of all systems, and the tables of their metrics."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mllmrec.evaluation.metrics import SHOWN
+from mllmrec.stage.errors import InputError
+from mllmrec.stage.jsonl import PathLike
+
+FIRST = ("zero_shot", "sft")  # these rows lead a table, the others follow by name
+Metrics = Mapping[str, Mapping[str, Any]]
+Published = Sequence[Sequence[Any]]  # (system, source, AUC, HR@5, MRR@5), x100
+
+
+def score_files(output_dir: PathLike) -> dict[str, Path]:
+    """dict variant -> its scores.jsonl, of all systems, in the order of the table.
+
+    Scores are in {output_dir}/{system}/{variant}/scores.jsonl. Raises InputError if two systems
+    have a variant of one name, since a row of the table could then mean either.
+    """
+    files: dict[str, Path] = {}
+    for path in sorted(Path(output_dir).glob("*/*/scores.jsonl")):
+        name = path.parent.name
+        if name in files:
+            raise InputError(
+                f"{files[name]} and {path} are two variants of one name; score one of them again "
+                f"with "
+                "another --variant"
+            )
+        files[name] = path
+    order = sorted(files, key=lambda n: (FIRST.index(n) if n in FIRST else len(FIRST), n))
+    return {name: files[name] for name in order}
+
+
+def half_width(row: Mapping[str, Any], name: str) -> float | None:
+    """Half the width of a metric's 95% interval, x100; None if there is no interval."""
+    low, high = row.get(f"{name}_ci95", (None, None))
+    return None if low is None or high is None else 50 * (high - low)
+
+
+def print_metrics(metrics: Metrics) -> None:
+    """The variants as lines, x100, with half the width of the 95% interval."""
+    width = max(map(len, metrics)) + 2
+    print(f"{'':{width}}" + "".join(f"{name.upper():>16}" for name in SHOWN) + f"{'users':>8}")
+    for variant, row in metrics.items():
+        cells = "".join(
+            f"{100 * row[name]:>9.2f} ±{half_width(row, name) or 0.0:>5.2f}" for name in SHOWN
+        )
+        print(f"{variant:{width}}{cells}{row['users']:>8,}")
+
+
+def metric_rows(metrics: Metrics, published: Published) -> list[tuple[str, str, list[str]]]:
+    """[(system, source, cells)]: this run's variants, then the published rows; cells are texts."""
+    rows = []
+    for variant, row in metrics.items():
+        cells = []
+        for name in SHOWN:
+            half = half_width(row, name)
+            cells.append(f"{100 * row[name]:.2f}" + ("" if half is None else f" ± {half:.2f}"))
+        rows.append((variant, f"this run, {row['users']:,} users", cells))
+    for variant in FIRST:
+        if variant not in metrics:
+            rows.append((variant, "this run", ["not run"] * len(SHOWN)))
+    for system, source, *values in published:
+        rows.append((system, source, [f"{value:.2f}" for value in values] + ["-"]))
+    return rows
+
+
+def as_markdown(
+    rows: Sequence[tuple[str, str, Sequence[str]]], stages: Sequence[Sequence[str]]
+) -> str:
+    """The metrics table and the table of stages as a Markdown page."""
+    lines = [
+        "# Report",
+        "",
+        "Metrics x100, with half the width of the 95% interval over users.",
+        "",
+    ]
+    lines += [f"| system | source | {' | '.join(name.upper() for name in SHOWN)} |"]
+    lines += ["|---|---|" + "---:|" * len(SHOWN)]
+    lines += [f"| {system} | {source} | {' | '.join(cells)} |" for system, source, cells in rows]
+    lines += ["", "| stage | seconds | rows | device |", "|---|---:|---|---|"]
+    return "\n".join(lines + [f"| {' | '.join(stage)} |" for stage in stages]) + "\n"

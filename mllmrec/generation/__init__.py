@@ -1,0 +1,1 @@
+"""Text generation for many rows at once."""

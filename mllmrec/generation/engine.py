@@ -1,0 +1,265 @@
+"""Generating texts for many items or users at once.
+
+A stage describes ONE item or user as a dialogue: a Python generator that yields a `Prompt`,
+receives the text that the model generated, as often as it needs, and returns its result.
+`run_dialogues` runs many of them together: as soon as a dialogue has its text, its next prompt
+joins the waiting ones, which are processed in batches of similar length. No user waits for the
+slowest one, and a stage reads like the paper's recurrence.
+"""
+
+import os
+from collections.abc import Generator, Hashable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+from transformers import GenerationConfig, LogitsProcessorList
+
+from mllmrec.generation import prefill, sampling
+from mllmrec.models.chat import Arrays, ChatProcessor, to_model
+from mllmrec.models.compat import empty_device_cache, is_out_of_memory
+from mllmrec.stage.errors import InputError
+
+CPU_BATCH_TOKENS = 32768
+MAX_WAITING_BYTES = 4e9  # of images that wait for their batch
+
+
+@dataclass
+class Prompt:
+    """One prompt.
+
+    text: rendered; length: in tokens, an image's included; inputs: of a prompt with an image, text
+    and image as `ChatProcessor.encode_arrays` gives them.
+    """
+
+    text: str
+    length: int
+    inputs: Arrays | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that the encoded image takes."""
+        return sum(array.nbytes for array in (self.inputs or {}).values())
+
+
+Dialogue = Generator[Prompt, str, Any]
+Result = tuple[Any, Any, str | None]
+
+
+class RejectedError(Exception):
+    """Raised inside a dialogue that cannot go on; the message is the reason of the rejected row."""
+
+
+@dataclass
+class GenerationOptions:
+    """How texts are generated.
+
+    batch_tokens: how many tokens, padding and answers included, may be in one batch; 0: as many as
+    a GPU's free memory holds, 32,768 on a CPU; it is lowered if memory does not suffice.
+    temperature 0 is greedy; else see `sampling`.
+    """
+
+    max_new_tokens: int
+    batch_tokens: int = 0
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+
+@dataclass
+class _Request:
+    """A dialogue that waits for its text number `number` (0 = the first)."""
+
+    row_id: Hashable
+    number: int
+    dialogue: Dialogue
+    prompt: Prompt
+
+
+class GenerationEngine:
+    """A frozen model that generates a text for each prompt."""
+
+    def __init__(self, model: Any, chat: ChatProcessor, options: GenerationOptions) -> None:
+        self.model, self.chat, self.options = model, chat, options
+        self.chunked = prefill.supports_chunked_prefill(model)
+        self.max_new_tokens = options.max_new_tokens
+        self.batch_tokens = options.batch_tokens or self._tokens_that_fit()
+        # Tokens of one prefill chunk; on a CPU what a layer computes should stay near its caches.
+        on_gpu = model.device.type == "cuda"
+        hidden_size = model.config.get_text_config().hidden_size
+        self.chunk_tokens = 16384 if on_gpu else max(1024, (1 << 20) // hidden_size)
+        # A checkpoint's own settings (temperature, repetition penalty, ...) must not mix with ours.
+        eos = model.generation_config.eos_token_id
+        model.generation_config = GenerationConfig(
+            max_new_tokens=options.max_new_tokens,
+            eos_token_id=chat.tokenizer.eos_token_id if eos is None else eos,
+            pad_token_id=chat.tokenizer.pad_token_id,
+            do_sample=False,
+        )
+
+    def _tokens_that_fit(self) -> int:
+        """Tokens whose keys and values take two thirds of a GPU's free memory; the rest:
+        activations.
+        """
+        if self.model.device.type != "cuda" or not self.chunked:
+            return CPU_BATCH_TOKENS
+        empty_device_cache()
+        free, _ = torch.cuda.mem_get_info(self.model.device)
+        return max(2048, int(free * 2 / 3 / prefill.kv_bytes_per_token(self.model)))
+
+    def batch_size(self, longest: int) -> int:
+        """How many prompts of at most `longest` tokens fit into one batch."""
+        return max(1, self.batch_tokens // (longest + self.max_new_tokens))
+
+    def generate(self, requests: list[_Request]) -> list[str]:
+        """The texts of one batch; if memory does not suffice, in halves, and later batches are
+        smaller.
+        """
+        try:
+            return self._generate(requests)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+        longest = max(request.prompt.length for request in requests) + self.max_new_tokens
+        if len(requests) == 1:
+            raise InputError(
+                f"a single prompt with its answer ({longest:,} tokens) does not fit into the "
+                f"memory of "
+                f"{self.model.device}; free some, load the model with --quantization nf4, or lower "
+                "--max_new_tokens; finished rows are kept"
+            )
+        empty_device_cache(collect_garbage=True)
+        self.batch_tokens = min(self.batch_tokens, len(requests) // 2 * longest)
+        print(
+            f"out of memory with a batch of {len(requests)}; continuing with --batch_tokens "
+            f"{self.batch_tokens}",
+            flush=True,
+        )
+        middle = (len(requests) + 1) // 2
+        return self.generate(requests[:middle]) + self.generate(requests[middle:])
+
+    @torch.inference_mode()
+    def _generate(self, requests: list[_Request]) -> list[str]:
+        """Texts for prompts that all have an image or all have none."""
+        size = len(requests)
+        if self.chunked:
+            size = max(1, self.chunk_tokens // requests[0].prompt.length)
+        chunks = [
+            to_model(self._encode(requests[n : n + size]), self.model)
+            for n in range(0, len(requests), size)
+        ]
+        batch = chunks[0]
+        if self.chunked:
+            batch = prefill.chunked_prefill(
+                self.model, chunks, self.chat.tokenizer.pad_token_id, self.max_new_tokens
+            )
+        prompt_length = batch["input_ids"].shape[1]
+        processors: list[Any] = []
+        if self.options.temperature > 0:
+            streams = [sampling.stream_id(self.options.seed, r.row_id, r.number) for r in requests]
+            processors = [
+                *sampling.warpers(self.options.temperature, self.options.top_p),
+                sampling.GumbelMaxSampler(streams, prompt_length),
+            ]
+        ids = self.model.generate(**batch, logits_processor=LogitsProcessorList(processors))
+        # A model that generates from embeddings (BLIP-2 before its prompt is in the ids) may
+        # return the
+        # new tokens only.
+        new = ids[:, prompt_length:] if ids.shape[1] > prompt_length else ids
+        return [self.chat.decode(row) for row in new]
+
+    def _encode(self, requests: list[_Request]) -> Any:
+        if requests[0].prompt.inputs is not None:
+            return self.chat.collate_arrays([r.prompt.inputs for r in requests if r.prompt.inputs])
+        return self.chat.encode([request.prompt.text for request in requests])
+
+
+def run_dialogues(
+    engine: GenerationEngine, dialogues: Iterable[tuple[Any, Dialogue]]
+) -> Generator[Result, None, None]:
+    """Run dialogues to their ends, longest prompts first.
+
+    dialogues: (id, dialogue) each. Yields (id, result, None), or (id, None, reason) for a rejected
+    one, in the order in which they end.
+    """
+    coming = iter(dialogues)
+    waiting: list[_Request] = []
+    exhausted = False
+    while True:
+        while not exhausted and not _enough(engine, waiting):
+            row_id, dialogue = next(coming, (None, None))
+            exhausted = dialogue is None
+            if dialogue is not None:
+                yield from _advance(waiting, row_id, 0, dialogue, None)
+        if not waiting:
+            return
+        waiting.sort(key=lambda request: (request.prompt.inputs is None, request.prompt.length))
+        batch = _next_batch(engine, waiting)
+        for request, text in zip(batch, engine.generate(batch), strict=True):
+            yield from _advance(waiting, request.row_id, request.number + 1, request.dialogue, text)
+
+
+def _enough(engine: Any, waiting: list[_Request]) -> bool:
+    """True if two batches wait, enough to sort by length, or as many images as memory should
+    hold.
+    """
+    tokens = sum(request.prompt.length + engine.max_new_tokens for request in waiting)
+    nbytes = sum(request.prompt.nbytes for request in waiting)
+    return tokens >= 2 * engine.batch_tokens or nbytes >= MAX_WAITING_BYTES
+
+
+def _advance(
+    waiting: list[_Request], row_id: Any, number: int, dialogue: Dialogue, text: str | None
+) -> Iterator[Result]:
+    """Send a text to a dialogue; yield its end, or add its next request to `waiting`."""
+    try:
+        prompt = next(dialogue) if text is None else dialogue.send(text)
+        waiting.append(_Request(row_id, number, dialogue, prompt))
+    except StopIteration as end:
+        yield row_id, end.value, None
+    except RejectedError as reason:
+        yield row_id, None, str(reason)
+
+
+def _next_batch(engine: GenerationEngine, waiting: list[_Request]) -> list[_Request]:
+    """Take the longest prompts that fit together off the end of `waiting`.
+
+    Prompts with and without image are never in one batch.
+    """
+    longest, has_image = waiting[-1].prompt.length, waiting[-1].prompt.inputs is not None
+    batch: list[_Request] = []
+    while (
+        waiting
+        and len(batch) < engine.batch_size(longest)
+        and (waiting[-1].prompt.inputs is not None) == has_image
+    ):
+        batch.append(waiting.pop())
+    return batch
+
+
+def read_ahead(dataset: Any, workers: int) -> DataLoader[Any]:
+    """Iterate over a dataset (__len__, __getitem__) that `workers` processes read ahead of the
+    model.
+
+    workers: -1 = up to 8 of this process's cores on a GPU machine, none if the model itself
+    computes on the CPU.
+    """
+    if workers < 0:
+        cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        workers = min(8, cores) if torch.cuda.is_available() else 0
+    return DataLoader(
+        dataset,
+        batch_size=None,
+        collate_fn=_unchanged,
+        num_workers=workers,
+        worker_init_fn=_disable_tokenizer_threads,
+    )
+
+
+def _unchanged(row: Any) -> Any:
+    return row
+
+
+def _disable_tokenizer_threads(_: int) -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # else every worker warns that it was forked

@@ -1,0 +1,133 @@
+"""What stage 3 shares between its recurrent and its direct form: options, histories, the output."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from pydantic.dataclasses import dataclass as options_dataclass
+
+from mllmrec.data.candidates import is_leave_one_out, user_key
+from mllmrec.models.options import GenerationStageOptions
+from mllmrec.prompts import mllm_msr as prompts
+from mllmrec.stage.errors import InputError
+from mllmrec.stage.jsonl import Row, read_by_id, read_rejected, read_rows
+from mllmrec.stage.options import option
+from mllmrec.stage.output import SHORTENED, ResumableOutput, RowId
+from mllmrec.stage.record import Job, file_digests
+
+SPEED_OPTIONS = ("batch_tokens", "summaries", "retry_rejected")  # these change no preference
+COUNTERS = SHORTENED | {"items_left_out": "items were left out of a prompt"}
+
+
+@options_dataclass
+class PreferenceOptions(GenerationStageOptions):
+    """Options of both forms of stage 3."""
+
+    model: str = option(
+        "meta-llama/Meta-Llama-3-8B-Instruct",
+        "text model, hub id or folder (paper: Llama-3-8B-Instruct)",
+    )
+    summaries: str = option("", "default: {output_dir}/{system}/image_summaries.jsonl")
+    max_new_tokens: int = option(1024, "length of a preference (released code: 1024)", ge=1)
+    max_prompt_tokens: int = option(0, "0: as many as the model takes beside the answer", ge=0)
+    temperature: float = option(0.6, "0 = greedy (released code: 0.6)", ge=0, allow_inf_nan=False)
+    top_p: float = option(
+        0.9, "nucleus sampling, if temperature > 0 (released code: 0.9)", gt=0, le=1
+    )
+    first_prompt: str = option(prompts.PREFERENCE_FIRST, "template of a history's first block")
+
+
+class HistoryItem(NamedTuple):
+    """One item of a history as the prompts describe it."""
+
+    item_id: str
+    title: str
+    summary: str
+
+
+@dataclass
+class UserHistory:
+    """A user's history, oldest item first.
+
+    ids: user_id, and split where a user has several lines.
+    """
+
+    ids: Row
+    items: list[HistoryItem]
+
+
+def read_histories(options: PreferenceOptions) -> dict[RowId, UserHistory]:
+    """Histories by user, checked so that every item of those that are wanted is known.
+
+    An item that stage 2 rejected has an empty summary: its title is used alone. Raises InputError
+    for an item that is unknown or that stage 2 has not processed, and for an empty history.
+    """
+    users_path, items_path, summaries_path = _input_paths(options)
+    users, items = read_rows(users_path), read_by_id(items_path, "item_id")
+    rows = read_by_id(summaries_path, "item_id")
+    summaries = {item_id: row["summary"] for item_id, row in rows.items()}
+    summaries |= dict.fromkeys(read_rejected(summaries_path, "item_id"), "")
+    leave_one_out = is_leave_one_out(users)
+    histories: dict[RowId, UserHistory] = {}
+    for number, user in enumerate(users, start=1):
+        where = f"{users_path}, line {number}"
+        wanted = not options.limit or number <= options.limit
+        key = user_key(user, leave_one_out)
+        if key in histories:
+            raise InputError(f"{where}: user {key!r} is already in an earlier line; remove one")
+        if wanted:
+            _check_history(user, where, {items_path: items, summaries_path: summaries})
+        known = [i for i in user["history"] if i in items and i in summaries]
+        ids = {"user_id": user["user_id"]} | ({"split": user["split"]} if leave_one_out else {})
+        histories[key] = UserHistory(
+            ids, [HistoryItem(i, items[i]["title"], summaries[i]) for i in known]
+        )
+    return histories
+
+
+def _check_history(user: Row, where: str, known: dict[Path, dict[str, Row]]) -> None:
+    (items_path, items), (summaries_path, summaries) = known.items()
+    if not user["history"]:
+        raise InputError(
+            f"{where}: user {user['user_id']!r} has an empty history; scripts/01_prepare_data.sh "
+            f"makes "
+            "the file again"
+        )
+    for item_id in user["history"]:
+        if item_id not in items:
+            raise InputError(
+                f"{where}: item {item_id!r} is not in {items_path}; scripts/01_prepare_data.sh "
+                f"makes "
+                "both again"
+            )
+        if item_id not in summaries:
+            raise InputError(
+                f"{where}: item {item_id!r} has no line in {summaries_path}; finish "
+                "scripts/02_image_summary.sh"
+            )
+
+
+def open_preferences(
+    histories: dict[RowId, UserHistory], options: PreferenceOptions
+) -> ResumableOutput:
+    """The output user_preferences.jsonl of these users."""
+    first = next(iter(histories.values()), None)
+    key: str | tuple[str, ...] = "user_id"
+    if first is not None and "split" in first.ids:
+        key = ("user_id", "split")
+    inputs = file_digests(*_input_paths(options), options.model)
+    return ResumableOutput(
+        options.system_dir / "user_preferences.jsonl",
+        key,
+        histories,
+        Job.of(options, inputs, SPEED_OPTIONS),
+        options.retry_rejected,
+        COUNTERS,
+    )
+
+
+def _input_paths(options: PreferenceOptions) -> tuple[Path, Path, Path]:
+    """users.jsonl, items.jsonl and image_summaries.jsonl."""
+    data = Path(options.data_dir)
+    summaries = Path(options.summaries or options.system_dir / "image_summaries.jsonl")
+    return data / "users.jsonl", data / "items.jsonl", summaries

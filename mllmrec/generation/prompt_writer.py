@@ -1,0 +1,135 @@
+"""Prompts of stages 2 and 3 that fit the model: texts give way before a prompt becomes too long."""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mllmrec.data.images import ImageError, open_image
+from mllmrec.generation.engine import Prompt, RejectedError
+from mllmrec.generation.preferences import HistoryItem
+from mllmrec.models.chat import Arrays, ChatProcessor, shorten_to_fit
+from mllmrec.prompts.mllm_msr import block_text
+from mllmrec.prompts.templates import fill, plain_text, user_turn
+from mllmrec.stage.jsonl import Row
+
+
+class EncodedImage(NamedTuple):
+    """An item's image in the image prompt, as arrays, or the reason why there is none."""
+
+    item_id: str
+    prompt: str
+    inputs: Arrays | None
+    reason: str | None
+
+
+class ImagePrompts:
+    """A data set that worker processes read ahead of the model: one EncodedImage per item.
+
+    items: rows of items.jsonl; folder: what image paths are relative to; prompt: the rendered image
+    prompt.
+    """
+
+    def __init__(
+        self, items: Sequence[Row], folder: Path, chat: ChatProcessor, prompt: str
+    ) -> None:
+        self.items, self.folder, self.chat, self.prompt = list(items), folder, chat, prompt
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, n: int) -> EncodedImage:
+        item_id, name = self.items[n]["item_id"], self.items[n]["image"]
+        if name is None:
+            return EncodedImage(item_id, self.prompt, None, "image: the item has none")
+        try:
+            inputs = self.chat.encode_arrays(self.prompt, open_image(self.folder / name))
+            return EncodedImage(item_id, self.prompt, inputs, None)
+        # ValueError: some processors refuse the narrowest images
+        except (ImageError, ValueError) as error:
+            return EncodedImage(item_id, self.prompt, None, f"image {name}: {error}")
+
+
+class PromptWriter:
+    """Writes the prompts of one item or user, at most `limit` tokens long.
+
+    counts["shortened"]: how many prompts had to be shortened.
+    """
+
+    def __init__(self, chat: ChatProcessor, limit: int, domain: str) -> None:
+        self.chat, self.limit, self.domain = chat, limit, domain
+        self.counts: Counter[str] = Counter()
+
+    def image_prompt(self, image: EncodedImage) -> Prompt:
+        """The prompt with an item's image.
+
+        Raises RejectedError if there is none, or it is too long.
+        """
+        if image.inputs is None:
+            raise RejectedError(image.reason or "image: none")
+        length = image.inputs["input_ids"].shape[1]
+        if length > self.limit:
+            raise RejectedError(
+                f"image: its prompt takes {length} tokens, the model has room for {self.limit}"
+            )
+        return Prompt(image.prompt, length, image.inputs)
+
+    def text_prompt(self, template: str, **texts: str) -> Prompt:
+        """The filled template as a prompt; the longest of `texts` are cut first if it is too
+        long.
+        """
+
+        def render(values: list[str]) -> str:
+            return self._render(template, **dict(zip(texts, values, strict=True)))
+
+        return self._prompt(render, [plain_text(text) for text in texts.values()])
+
+    def history_prompt(self, template: str, items: Sequence[HistoryItem], **texts: str) -> Prompt:
+        """The prompt for some items of a history: summaries give way first, then titles.
+
+        Raises RejectedError if it is too long even without titles.
+        """
+        titles, summaries = [i.title for i in items], [i.summary for i in items]
+
+        def render(titles: list[str], summaries: list[str]) -> str:
+            return self._render_history(template, titles, summaries, texts)
+
+        prompt, shortened = shorten_to_fit(lambda kept: render(titles, kept), summaries, self._fits)
+        if shortened and not self._fits(prompt):
+            no_summaries = [""] * len(items)
+            prompt, _ = shorten_to_fit(lambda kept: render(kept, no_summaries), titles, self._fits)
+            if not self._fits(prompt):
+                raise RejectedError(
+                    f"a prompt for {len(items)} items is longer than {self.limit} tokens even "
+                    f"without "
+                    "titles"
+                )
+        self.counts["shortened"] += shortened
+        return Prompt(prompt, self.chat.count(prompt))
+
+    def fits_whole(self, template: str, items: Sequence[HistoryItem]) -> bool:
+        """True if the prompt for these items fits without shortening any text."""
+        titles, summaries = [i.title for i in items], [i.summary for i in items]
+        return self._fits(self._render_history(template, titles, summaries, {}))
+
+    def nonzero_counts(self) -> dict[str, int]:
+        """The counts for the output row."""
+        return {key: count for key, count in self.counts.items() if count}
+
+    def _render_history(
+        self, template: str, titles: list[str], summaries: list[str], texts: dict[str, Any]
+    ) -> str:
+        block = block_text(list(zip(titles, summaries, strict=True)), self.domain)
+        data = {name: plain_text(text) for name, text in texts.items()}
+        return self._render(template, block=block, **data)
+
+    def _render(self, template: str, **texts: str) -> str:
+        return self.chat.render([user_turn(fill(template, self.domain, **texts))])
+
+    def _fits(self, prompt: str) -> bool:
+        return self.chat.count(prompt) <= self.limit
+
+    def _prompt(self, render: Callable[[list[str]], str], texts: Sequence[str]) -> Prompt:
+        prompt, shortened = shorten_to_fit(render, texts, self._fits)
+        self.counts["shortened"] += shortened
+        return Prompt(prompt, self.chat.count(prompt))

@@ -1,0 +1,1 @@
+"""Loading models, prompts as token ids, LoRA."""

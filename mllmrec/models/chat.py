@@ -1,0 +1,230 @@
+"""From chat turns to model inputs, for every stage: one class renders, counts, shortens and pads.
+
+The model's own chat template renders the turns, so another model is a change of config; a model
+without one takes a plain prompt format. Images are never truncated: texts are shortened before
+rendering until the prompt fits (`shorten_to_fit`). Padding is on the left wherever the last
+position is read (generation, scoring) and on the right for training.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import BatchFeature
+
+from mllmrec.models import compat
+from mllmrec.models.padding import pad_rows
+from mllmrec.prompts.templates import Turn, cut, turn_text
+from mllmrec.stage.errors import InputError
+
+Arrays = dict[str, Any]  # name -> NumPy array
+
+
+class ChatProcessor:
+    """A transformers processor (for a text model, a tokenizer) as this repository uses it.
+
+    single_tile: LLaVA-NeXT gets the image once, as a whole, and not also cut into tiles: 577 tokens
+    instead of up to 2,900. prompt_format: for models without a chat template, a string with the
+    place {text} and, for models whose prompt holds an image token, {image}; an answer follows after
+    a blank.
+    """
+
+    def __init__(self, processor: Any, single_tile: bool = False, prompt_format: str = "") -> None:
+        self.processor, self.single_tile, self.prompt_format = processor, single_tile, prompt_format
+        self.tokenizer = getattr(processor, "tokenizer", processor)
+        self.takes_images = self.tokenizer is not processor
+        if prompt_format and "{text}" not in prompt_format:
+            raise InputError(f"--prompt_format {prompt_format!r} lacks the place {{text}}")
+        if self.takes_images and getattr(processor, "patch_size", 0) is None:
+            raise InputError(
+                "the processor lacks patch_size; add it to its processor_config.json as the "
+                "model's "
+                "config has it"
+            )
+
+    def render(self, messages: Sequence[Turn], add_generation_prompt: bool = True) -> str:
+        """The prompt as a string.
+
+        add_generation_prompt: the prompt ends where the answer starts; else the turns hold the
+        answer.
+        """
+        if self.prompt_format:
+            return self._render_plain(messages)
+        if self.takes_images:
+            return self.processor.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        plain = [{**turn, "content": turn_text(turn)} for turn in messages]
+        # Templates of models that can reason first (Qwen3) use enable_thinking, all others ignore
+        # it.
+        return self.tokenizer.apply_chat_template(
+            plain,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            enable_thinking=False,
+        )
+
+    def _render_plain(self, messages: Sequence[Turn]) -> str:
+        user, *answers = messages
+        n_images = sum(part["type"] == "image" for part in user["content"])
+        image = (self.processor.image_token if n_images else "") if self.takes_images else ""
+        places = {"{image}": str(image), "{text}": turn_text(user)}
+        # One substitution for both places, so that data that holds "{image}" stays text.
+        prompt = re.sub(r"\{image\}|\{text\}", lambda match: places[match[0]], self.prompt_format)
+        return prompt + "".join(f" {turn_text(a)}{self.tokenizer.eos_token}" for a in answers)
+
+    def count(self, text: str) -> int:
+        """Number of tokens of a rendered prompt, an image counted as one."""
+        return len(self.ids(text))
+
+    def ids(self, text: str) -> list[int]:
+        """Token ids of a rendered prompt, an image as one token."""
+        return self.tokenizer(text, add_special_tokens=self._adds_bos(text)).input_ids
+
+    @property
+    def image_token_id(self) -> int | None:
+        """Id of the token that stands for an image; None for a text model."""
+        return self.processor.image_token_id if self.takes_images else None
+
+    def expand_image_token(self, ids: list[int], n_image_tokens: int) -> list[int]:
+        """Token ids as the model gets them: the one image token repeated; 0: no image, nothing
+        changes.
+        """
+        if not n_image_tokens:
+            return ids
+        assert self.image_token_id is not None
+        place = ids.index(self.image_token_id)
+        return [*ids[:place], *[self.image_token_id] * n_image_tokens, *ids[place + 1 :]]
+
+    def count_image_tokens(self, image: Image.Image | None) -> int:
+        """Number of tokens that an image takes in the prompt; 0 without image."""
+        return 0 if image is None else self.image_tokens_of_size(image.width, image.height)
+
+    def image_tokens_of_size(self, width: int, height: int) -> int:
+        """Number of tokens that an image of this size in pixels takes in the prompt."""
+        if self.single_tile:
+            side = self._tile_size // self.processor.patch_size
+            return side * side + 1  # the model also appends its end-of-row token to the only tile
+        return compat.num_image_tokens(self.processor, width, height)
+
+    def encode(
+        self,
+        texts: Sequence[str],
+        images: Sequence[Image.Image | None] | None = None,
+        side: str = "left",
+    ) -> Any:
+        """Rendered prompts, with at most one image each, as a padded batch of tensors.
+
+        side: of the padding. Nothing is truncated.
+        """
+        options = {
+            "padding": True,
+            "padding_side": side,
+            "return_tensors": "pt",
+            "add_special_tokens": self._adds_bos(texts[0]),
+        }
+        given = [image for image in images or () if image is not None]
+        if not self.takes_images:
+            return self.tokenizer(list(texts), **options)
+        if self.single_tile and given:
+            return self._encode_single_tiles(texts, given, options)
+        return self.processor(text=list(texts), images=given or None, **options)
+
+    @property
+    def _tile_size(self) -> int:
+        """Width and height of a tile in pixels."""
+        return self.processor.image_processor.crop_size["height"]
+
+    def _encode_single_tiles(
+        self, texts: Sequence[str], images: Sequence[Image.Image], options: dict[str, Any]
+    ) -> BatchFeature:
+        token, tile = self.processor.image_token, self._tile_size
+        encoded = self.processor.image_processor(
+            images, image_grid_pinpoints=[[tile, tile]], return_tensors="pt"
+        )
+        n_tokens = self.image_tokens_of_size(tile, tile)  # the same for every image
+        expanded = [text.replace(token, token * n_tokens) for text in texts]
+        pixels = {
+            "pixel_values": encoded["pixel_values"][
+                :, :1
+            ],  # the whole image; behind it are the tiles
+            "image_sizes": encoded["image_sizes"],
+        }
+        return BatchFeature({**self.tokenizer(expanded, **options), **pixels})
+
+    def encode_arrays(self, text: str, image: Image.Image) -> Arrays:
+        """A rendered prompt with its image as NumPy arrays: cheap to pass between processes."""
+        return dict(
+            self.processor(
+                text=[text],
+                images=[image],
+                return_tensors="np",
+                add_special_tokens=self._adds_bos(text),
+            )
+        )
+
+    def collate_arrays(self, encoded: Sequence[Arrays]) -> BatchFeature:
+        """What `encode_arrays` made of several prompts, as the left-padded batch that `encode`
+        makes.
+        """
+        batch = {}
+        for name, first in encoded[0].items():
+            arrays = [one[name] for one in encoded]
+            if first.shape == encoded[0]["input_ids"].shape:  # one value per token
+                value = self.tokenizer.pad_token_id if name == "input_ids" else 0
+                batch[name] = pad_rows([array[0].tolist() for array in arrays], value)
+                continue
+            if first.ndim == 5:  # LLaVA-NeXT, (image, tile, colour, height, width)
+                most = max(
+                    array.shape[1] for array in arrays
+                )  # padding tiles are never attended to
+                arrays = [
+                    np.pad(a, ((0, 0), (0, most - a.shape[1]), (0, 0), (0, 0), (0, 0)))
+                    for a in arrays
+                ]
+            batch[name] = torch.from_numpy(np.concatenate(arrays))
+        return BatchFeature(batch)
+
+    def decode(self, ids: Any) -> str:
+        """Generated token ids as one line of text without special tokens."""
+        return " ".join(self.tokenizer.decode(ids, skip_special_tokens=True).split())
+
+    def _adds_bos(self, text: str) -> bool:
+        """False if the template has written the BOS token itself: two of them would be one too
+        many.
+        """
+        bos = self.tokenizer.bos_token
+        return not (bos and text.startswith(bos))
+
+
+def shorten_to_fit(
+    render: Callable[[list[str]], str], texts: Sequence[str], fits: Callable[[str], bool]
+) -> tuple[str, bool]:
+    """(prompt, was shortened): `render(texts)` with the longest texts cut at their ends until it
+    fits.
+
+    The longest texts are cut first, all to the same length. If even empty texts do not fit, the
+    prompt with empty texts is returned, and the caller decides.
+    """
+    prompt = render(list(texts))
+    if fits(prompt):
+        return prompt, False
+    low, high = 0, max(map(len, texts), default=0)
+    while low < high:  # the largest number of characters per text that fits
+        middle = (low + high + 1) // 2
+        if fits(render([cut(text, middle) for text in texts])):
+            low = middle
+        else:
+            high = middle - 1
+    return render([cut(text, low) for text in texts]), True
+
+
+def to_model(batch: Any, model: Any) -> Any:
+    """`batch` on the model's device, its images in the model's dtype."""
+    batch = batch.to(model.device)
+    if "pixel_values" in batch:
+        batch["pixel_values"] = batch["pixel_values"].to(model.dtype)
+    return batch

@@ -1,0 +1,212 @@
+"""Loading models: class, dtype, attention and device; the same for tiny and for 7B/8B
+checkpoints.
+"""
+
+import importlib.util
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+)
+from transformers.utils import logging as transformers_logging
+
+from mllmrec.models.compat import processor_without_video
+from mllmrec.models.options import ModelOptions
+from mllmrec.stage.errors import InputError
+
+# Without an optional kernel for processors with bfloat16 instructions bitsandbytes warns at import;
+# nothing here needs it.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def pick_device() -> torch.device:
+    """The accelerator of this process (LOCAL_RANK of several), else the CPU."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """torch dtype for `name`; auto: bfloat16 if the accelerator has it, else float16; float32 on a
+    CPU.
+    """
+    if name != "auto":
+        return DTYPES[name]
+    if device.type != "cuda":
+        return torch.float32
+    has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if has_bfloat16 else torch.float16
+
+
+def pick_attention(name: str, device: torch.device, dtype: torch.dtype) -> str:
+    """Attention implementation; auto: FlashAttention 2 if installed and usable here, else SDPA."""
+    if name != "auto":
+        return name
+    has_flash = importlib.util.find_spec("flash_attn") is not None
+    usable = has_flash and device.type == "cuda" and dtype != torch.float32
+    return "flash_attention_2" if usable else "sdpa"
+
+
+def read_config(name: str) -> Any:
+    """The model's configuration.
+
+    Raises InputError if `name` is neither a model folder nor a hub id that can be fetched.
+    """
+    path = Path(name)
+    looks_like_path = name.startswith((".", "/", "~")) or name.count("/") != 1
+    if not path.is_dir() and (looks_like_path or path.parent.is_dir()):
+        raise InputError(
+            f"the model folder {name} is missing; put the model there or name another --model "
+            "(a folder or a hub id)"
+        )
+    if path.is_dir() and not (path / "config.json").exists():
+        raise InputError(
+            f"{name} has no config.json, so it is no model folder; name another --model"
+        )
+    try:
+        return AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise InputError(f"the model {name} cannot be read: {one_line(error)}") from None
+
+
+def load_multimodal(name: str, options: ModelOptions | None = None) -> tuple[Any, Any]:
+    """(model, processor) of a model that takes images, in evaluation mode on this process's
+    device.
+    """
+    config = read_config(name)
+    if not takes_images(config):
+        raise InputError(
+            f"the model {name} ({config.model_type}) takes no images; name a multimodal --model "
+            f"such "
+            "as llava-hf/llava-v1.6-mistral-7b-hf"
+        )
+    options = options or ModelOptions()
+    model = _load_model(AutoModelForImageTextToText, name, config, options)
+    return model, _load_processor(AutoProcessor, name, config, options)
+
+
+def load_text(name: str, options: ModelOptions | None = None) -> tuple[Any, Any]:
+    """(model, tokenizer) of a text model, in evaluation mode on this process's device."""
+    config, options = read_config(name), options or ModelOptions()
+    model = _load_model(AutoModelForCausalLM, name, config, options)
+    return model, _load_processor(AutoTokenizer, name, config, options)
+
+
+def takes_images(config: Any) -> bool:
+    """True for the configuration of a multimodal model."""
+    return hasattr(config, "vision_config")
+
+
+def quantization_config(
+    quantization: str, auto_class: Any, config: Any, dtype: torch.dtype
+) -> BitsAndBytesConfig | None:
+    """How bitsandbytes stores the language model's linear layers; None: it does not.
+
+    Vision tower, projector and LM head stay as they are. quantization: none; int8 (8 bit); nf4 (4
+    bit, as in QLoRA), computed in `dtype`.
+    """
+    if quantization == "none":
+        return None
+    with torch.device("meta"):
+        model = auto_class.from_config(config)
+    path = module_path(model, model.get_decoder())
+    # Modules that neither are the language model nor contain it; of nested ones the outermost.
+    outside = [
+        name
+        for name, _ in model.named_modules()
+        if name and not f"{path}.".startswith(f"{name}.") and not name.startswith(f"{path}.")
+    ]
+    outside = [name for name in outside if name.rpartition(".")[0] not in outside]
+    if quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=outside)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_use_double_quant=True,
+        llm_int8_skip_modules=outside,
+    )
+
+
+def _load_model(auto_class: Any, name: str, config: Any, options: ModelOptions) -> Any:
+    device = pick_device()
+    dtype = pick_dtype(options.dtype, device)
+    transformers_logging.disable_progress_bar()
+    try:
+        model = auto_class.from_pretrained(
+            name,
+            dtype=dtype,
+            attn_implementation=pick_attention(options.attention, device, dtype),
+            device_map={"": device},
+            quantization_config=quantization_config(
+                options.quantization, auto_class, config, dtype
+            ),
+        )
+    except (OSError, ValueError) as error:
+        raise InputError(f"the model {name} cannot be loaded: {one_line(error)}") from None
+    except ImportError as error:
+        wanted = f"--quantization {options.quantization} --attention {options.attention}"
+        raise InputError(
+            f"the model {name} cannot be loaded with {wanted}, a package is missing: "
+            f"{one_line(error)}"
+        ) from None
+    return model.eval()
+
+
+def _load_processor(auto_class: Any, name: str, config: Any, options: ModelOptions) -> Any:
+    try:
+        processor = auto_class.from_pretrained(name)
+    except (ImportError, KeyError, OSError, ValueError) as error:
+        try:  # processors with a video part need torchvision for it alone; no stage has video input
+            processor = processor_without_video(config.model_type).from_pretrained(name)
+        except (ImportError, KeyError, OSError, ValueError):
+            raise InputError(
+                f"{name} has no usable tokenizer or processor: {one_line(error)}"
+            ) from None
+    tokenizer = getattr(processor, "tokenizer", processor)
+    if tokenizer.pad_token is None:  # Llama-3 has none; padding is masked, so any token will do
+        tokenizer.pad_token = tokenizer.eos_token
+    has_template = getattr(processor, "chat_template", None) or tokenizer.chat_template
+    if not has_template and not options.prompt_format:
+        raise InputError(
+            f"{name} has no chat template; name an instruction-tuned --model, or give a "
+            f"--prompt_format"
+        )
+    return processor
+
+
+def module_path(model: torch.nn.Module, wanted: torch.nn.Module) -> str:
+    """Name of a module inside a model."""
+    return next(name for name, module in model.named_modules() if module is wanted)
+
+
+def one_line(error: BaseException) -> str:
+    """The message of a library's error as one line of at most 300 characters."""
+    return " ".join(str(error).split())[:300]
+
+
+def max_prompt_tokens(model: Any, max_new_tokens: int) -> int:
+    """How many tokens a prompt may have beside an answer of `max_new_tokens`.
+
+    Raises InputError if there is no room for a prompt.
+    """
+    longest = model.config.get_text_config().max_position_embeddings
+    if max_new_tokens >= longest:
+        raise InputError(
+            f"--max_new_tokens {max_new_tokens} leaves no room for a prompt: the model takes "
+            f"{longest} "
+            "tokens in all"
+        )
+    return longest - max_new_tokens

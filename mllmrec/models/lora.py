@@ -1,0 +1,153 @@
+"""LoRA on the language model: which layers, attaching, loading, and checks that an adapter fits."""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+
+from mllmrec.models.loading import module_path, one_line, read_config
+from mllmrec.models.options import LoraOptions
+from mllmrec.stage.errors import InputError
+from mllmrec.stage.jsonl import PathLike
+from mllmrec.stage.record import file_digests, first_difference, read_record
+
+
+def language_model_linear_layers(model: Any, names: Sequence[str] = ()) -> tuple[str, list[str]]:
+    """(regular expression, list) of the linear layers of the LANGUAGE model, by module path.
+
+    names: last parts of the layers' names, e.g. ("q_proj", "v_proj"); none: all. The path is taken
+    from the model, because the name of its vision part differs between versions. Raises InputError
+    for unknown names.
+    """
+    decoder = model.get_decoder()
+    path = module_path(model, decoder)
+    layers = [
+        f"{path}.{name}"
+        for name, module in decoder.named_modules()
+        if isinstance(module, torch.nn.Linear)
+    ]
+    kinds = sorted({name.rsplit(".", 1)[1] for name in layers})
+    unknown = sorted(set(names) - set(kinds))
+    if unknown:
+        raise InputError(
+            f"the language model has no linear layers called {unknown[0]!r}; it has "
+            f"{', '.join(kinds)}"
+        )
+    chosen = [name for name in layers if name.rsplit(".", 1)[1] in (names or kinds)]
+    pattern = rf"{re.escape(path)}\..*\.({'|'.join(names or kinds)})"
+    return pattern, chosen
+
+
+def add_lora(model: Any, options: LoraOptions) -> Any:
+    """`model` with LoRA on the linear layers of its language model and nowhere else."""
+    pattern, chosen = language_model_linear_layers(model, options.lora_layers)
+    if options.quantization != "none":
+        model = prepare_model_for_kbit_training(
+            model, options.gradient_checkpointing, {"use_reentrant": False}
+        )
+    config = LoraConfig(
+        r=options.lora_r,
+        lora_alpha=options.lora_alpha,
+        lora_dropout=options.lora_dropout,
+        target_modules=pattern,
+        task_type="CAUSAL_LM",
+    )
+    adapted = get_peft_model(model, config)
+    trainable = {name: p.numel() for name, p in adapted.named_parameters() if p.requires_grad}
+    outside = [name for name in trainable if not any(f".{layer}." in name for layer in chosen)]
+    if outside:
+        raise InputError(
+            f"LoRA would also train {outside[0]}, which is not part of the language model; set "
+            "--lora_layers"
+        )
+    print(
+        f"LoRA on {len(chosen)} linear layers, {pattern}: {sum(trainable.values()):,} trainable "
+        "parameters"
+    )
+    return adapted
+
+
+def model_identity(name: str) -> dict[str, Any]:
+    """Kind and size of a model, from its configuration; these stay when a folder is renamed."""
+    config = read_config(name)
+    text = config.get_text_config()
+    sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_key_value_heads")
+    return {"model_type": config.model_type, "text_model_type": text.model_type} | {
+        key: getattr(text, key, None) for key in sizes
+    }
+
+
+def decoder_layer_class(model: Any) -> str:
+    """Name of the class of the language model's layers: what FSDP is to wrap."""
+    return type(model.get_decoder().layers[0]).__name__
+
+
+def adapter_base(folder: PathLike) -> str:
+    """Name of the model that the LoRA weights of `folder` were trained on.
+
+    Raises InputError if there are none.
+    """
+    if not (Path(folder) / "adapter_config.json").exists():
+        raise InputError(
+            f"{folder} is missing or has no adapter_config.json; scripts/05_train.sh makes it, or "
+            f"pass "
+            "--adapter none"
+        )
+    return PeftConfig.from_pretrained(str(folder)).base_model_name_or_path or ""
+
+
+def check_adapter(folder: PathLike, name: str, image_tiles: str | None = None) -> None:
+    """Raise InputError if the LoRA weights of `folder` belong to another base model than `name`.
+
+    Also if they were trained with other image tiles. If this repository trained the adapter, what
+    is compared is the base's kind and size, and the digests of its files if both are folders, or
+    the names if both are hub ids; else the bare names.
+    """
+    base, record = adapter_base(folder), read_record(folder) or {}
+    remedy = "pass the matching --model or --adapter"
+    if "base" not in record:
+        if base and Path(base).name != Path(name).name:
+            raise InputError(f"the adapter {folder} was trained on {base}, not on {name}; {remedy}")
+        return
+    difference = first_difference(record["base"], model_identity(name)) or _other_files(
+        record["inputs"], base, name
+    )
+    if difference:
+        raise InputError(
+            f"the adapter {folder} was trained on {base}, which is another model than {name} "
+            f"({difference}); {remedy}"
+        )
+    tiles = record["settings"].get("image_tiles", image_tiles)
+    if image_tiles is not None and tiles != image_tiles:
+        raise InputError(
+            f"the adapter {folder} was trained with --image_tiles {tiles}, not {image_tiles}; "
+            f"score "
+            "with the same"
+        )
+
+
+def _other_files(recorded: Mapping[str, str], base: str, name: str) -> str | None:
+    """A difference between the base's files at training and now, or None."""
+    now = {file.rpartition("/")[2]: digest for file, digest in file_digests(name).items()}
+    then = {file.rpartition("/")[2]: d for file, d in recorded.items() if "/" in file}
+    shared = now.keys() & then.keys() - {"generation_config.json"}
+    difference = first_difference({f: then[f] for f in shared}, {f: now[f] for f in shared})
+    if not difference and not then and not now and base != name:
+        return f"the name was {base}, is {name}"
+    return difference
+
+
+def load_adapter(model: Any, folder: PathLike, name: str) -> Any:
+    """`model` (of the name `name`) with the LoRA weights of `folder`, in evaluation mode.
+
+    Raises InputError if they do not fit.
+    """
+    try:
+        return PeftModel.from_pretrained(model, str(folder)).eval()
+    except (RuntimeError, ValueError) as error:
+        raise InputError(
+            f"the adapter {folder} does not fit the model {name}: {one_line(error)}"
+        ) from None

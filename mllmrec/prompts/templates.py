@@ -1,0 +1,102 @@
+"""What the prompts of all systems share: filling templates, data as plain text, chat turns.
+
+A template has named {places}. Titles, summaries and preferences are data: `plain_text` makes sure
+that they stay text inside a prompt, so a title that holds `<image>`, `[/INST]`, `<|eot_id|>` or a
+line break can neither add an image nor end a turn.
+"""
+
+import re
+import string
+from typing import Any
+
+from mllmrec.stage.errors import InputError
+
+Turn = dict[str, Any]  # one chat turn in the Hugging Face multimodal format
+
+# What changes between a video and a product catalogue.
+DOMAINS = {
+    "video": {
+        "item": "video",
+        "items": "videos",
+        "image": "cover",
+        "person": "viewer",
+        "past": "watched",
+        "act": "watch",
+    },
+    "product": {
+        "item": "product",
+        "items": "products",
+        "image": "photo",
+        "person": "shopper",
+        "past": "bought",
+        "act": "buy",
+    },
+}
+
+# Characters that tokenizers read as markup when they open a marker: <image>, <|eot_id|>, <s>,
+# [INST].
+_MARKUP = re.compile(r"<(?=[<|/!\w])|\[(?=/?[A-Z_]+\])")
+_SPACE = re.compile(r"[\s\x00-\x1f\x7f]+")  # control characters, too
+
+
+def plain_text(text: str) -> str:
+    """`text` as one line that no chat template or tokenizer can read as a control token.
+
+    Line breaks and runs of blanks become one blank; a bracket that would open a marker is followed
+    by a blank, so the text stays readable: `<image>` becomes `< image>`, `[/INST]` becomes `[
+    /INST]`.
+    """
+    text = str(text).encode("utf-8", "replace").decode()  # half a surrogate pair has no tokens
+    return _SPACE.sub(" ", _MARKUP.sub(lambda match: match.group() + " ", text)).strip()
+
+
+def user_turn(text: str, images: int = 0) -> Turn:
+    """One user turn: images first, then the text."""
+    parts: list[dict[str, str]] = [{"type": "image"} for _ in range(images)]
+    return {"role": "user", "content": [*parts, {"type": "text", "text": text}]}
+
+
+def assistant_turn(text: str) -> Turn:
+    """One assistant turn."""
+    return {"role": "assistant", "content": [{"type": "text", "text": text}]}
+
+
+def turn_text(turn: Turn) -> str:
+    """The text of a turn, without its images."""
+    return "".join(part.get("text", "") for part in turn["content"])
+
+
+def cut(text: str, length: int) -> str:
+    """The first `length` characters of `text`, without a word that the cut has broken."""
+    if len(text) <= length:
+        return text
+    kept = text[:length]
+    whole = kept.rstrip() if text[length].isspace() else kept.rpartition(" ")[0] or kept
+    return whole.rstrip()
+
+
+def fill(template: str, domain: str, **texts: str) -> str:
+    """`template` with its places filled: domain words from `DOMAINS[domain]`, data from `texts`.
+
+    Data is inserted as given (callers pass it through `plain_text`), and only once: braces in data
+    are text. Raises InputError if the template has an unknown place, or lacks one of the data
+    texts.
+    """
+    if domain not in DOMAINS:
+        raise InputError(f"unknown domain {domain!r}; choose one of: {', '.join(sorted(DOMAINS))}")
+    values = {**DOMAINS[domain], **texts}
+    try:
+        places = {name for _, name, _, _ in string.Formatter().parse(template) if name is not None}
+    except ValueError as error:
+        raise InputError(
+            f"a prompt cannot be parsed ({error}): {template!r}; write a literal brace twice"
+        ) from None
+    unknown, lacking = sorted(places - set(values)), sorted(set(texts) - places)
+    if unknown:
+        raise InputError(
+            f"a prompt has the unknown place {unknown[0]!r}: {template!r}; it can use: "
+            f"{', '.join(sorted(values))}"
+        )
+    if lacking:
+        raise InputError(f"a prompt lacks the place {{{lacking[0]}}}: {template!r}")
+    return template.format(**values)

@@ -1,0 +1,1 @@
+"""Candidates as rows for a language model: training and scoring."""

@@ -1,0 +1,108 @@
+"""Answer sets: what a model may answer, and which token ids stand for each answer.
+
+A row's `label` is the index of the right answer in its answer set. Rows about one candidate use a
+set of two answers (No, Yes), so their label is 0 or 1; rows about a list of candidates use one
+answer per candidate (letters A to T), so their label is the place of the target in the list.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+
+from mllmrec.models.chat import ChatProcessor
+from mllmrec.models.padding import common_prefix_length
+from mllmrec.prompts.templates import Turn, assistant_turn, user_turn
+from mllmrec.stage.errors import InputError
+
+
+@dataclass(frozen=True)
+class AnswerSet:
+    """The answers a model chooses among, in the order of their indices."""
+
+    answers: tuple[str, ...]
+
+    def text(self, label: int) -> str:
+        """The answer with this index."""
+        return self.answers[label]
+
+
+YES_NO = AnswerSet(("No", "Yes"))
+LETTERS = AnswerSet(tuple("ABCDEFGHIJKLMNOPQRST"))
+
+
+@dataclass(frozen=True)
+class AnswerTokens:
+    """What each answer of a set adds to a rendered prompt.
+
+    texts: as text, up to the end token; ids: as token ids; first_ids: the first id of each, by
+    which answers are scored.
+    """
+
+    answers: AnswerSet
+    texts: tuple[str, ...]
+    ids: tuple[tuple[int, ...], ...]
+
+    @property
+    def first_ids(self) -> list[int]:
+        """One token id per answer, all different."""
+        return [ids[0] for ids in self.ids]
+
+
+@cache
+def answer_tokens(chat: ChatProcessor, answers: AnswerSet = YES_NO) -> AnswerTokens:
+    """The tokens of an answer set for one model, derived from rendered text with and without the
+    answer.
+
+    They are not looked up by a string: `Yes` and ` Yes` are different tokens, and which one follows
+    depends on the template. After the answer stands the tokenizer's end token and nothing else,
+    whatever the template writes there: some published ones end with characters that are not a
+    token, which would be learned for nothing. Raises InputError if the template or the tokenizer
+    does not keep answers apart.
+    """
+    question = [user_turn("A question.", images=int(chat.takes_images))]
+    prompt = chat.render(question)
+    texts = _added_texts(chat, question, prompt, answers)
+    before = chat.ids(prompt)
+    whole = [chat.ids(prompt + text) for text in texts]
+    if any(ids[: len(before)] != before for ids in whole):
+        raise InputError(
+            "the tokenizer joins the end of the prompt and the answer into one token; use another "
+            "model"
+        )
+    tokens = AnswerTokens(answers, texts, tuple(tuple(ids[len(before) :]) for ids in whole))
+    first: dict[int, str] = {}
+    for answer, token_id in zip(answers.answers, tokens.first_ids, strict=True):
+        if token_id in first:
+            raise InputError(
+                f"the tokenizer starts {first[token_id]!r} and {answer!r} with the same token; use "
+                "another model"
+            )
+        first[token_id] = answer
+    return tokens
+
+
+def _added_texts(
+    chat: ChatProcessor, question: list[Turn], prompt: str, answers: AnswerSet
+) -> tuple[str, ...]:
+    """For each answer, what a rendered turn with it adds to the prompt, cut behind it, plus the
+    end token.
+    """
+    added = []
+    for answer in answers.answers:
+        whole = chat.render([*question, assistant_turn(answer)], add_generation_prompt=False)
+        if not whole.startswith(prompt) or len(whole) == len(prompt):
+            raise InputError(
+                "the chat template does not put the answer behind the prompt, so the model cannot "
+                "be "
+                "trained with it"
+            )
+        added.append(whole[len(prompt) :])
+    common = common_prefix_length(added)  # characters before every answer
+    texts = []
+    for answer, text in zip(answers.answers, added, strict=True):
+        start = text.rfind(answer, 0, common + len(answer))
+        if start < 0:
+            raise InputError(
+                "the chat template changes the answer, so the model cannot be trained with it"
+            )
+        texts.append(text[: start + len(answer)] + chat.tokenizer.eos_token)
+    return tuple(texts)

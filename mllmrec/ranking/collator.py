@@ -1,0 +1,144 @@
+"""Batches for training: right-padded texts with the loss on the answer or on the whole sequence.
+
+With a shared prefix, rows of one group (one item, or without images one user) come as one packed
+row: what their prompts share is computed once, each row's own text follows and does not attend to
+the others'. Loss and gradients are those of every row by itself, but for what LoRA's dropout leaves
+out.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+
+from mllmrec.models.padding import common_prefix_length, pad_rows
+from mllmrec.ranking.reader import RowReader
+from mllmrec.ranking.rows import group_rows, row_name
+from mllmrec.stage.errors import InputError
+from mllmrec.stage.jsonl import Row
+
+
+class Collator:
+    """Rows with answers -> one right-padded batch of tensors.
+
+    loss: answer (on the answer's tokens only) or sequence (on all text). With `answer`,
+    `logits_to_keep` (rows, answer tokens) holds the positions before the answers' tokens, and
+    `shift_labels` the tokens themselves, which is how transformers takes labels that need no shift.
+    """
+
+    def __init__(
+        self,
+        reader: RowReader,
+        loss: Literal["answer", "sequence"] = "answer",
+        share_prefix: bool = False,
+    ) -> None:
+        self.reader, self.chat, self.loss = reader, reader.chat, loss
+        self.share_prefix = share_prefix
+
+    def text(self, row: Row) -> str:
+        """The rendered row, question and answer."""
+        return self.reader.prompt(row)[0] + self.reader.answer_tokens.texts[row["label"]]
+
+    def answer_ids(self, row: Row) -> list[int]:
+        """Token ids of the row's answer."""
+        return list(self.reader.answer_tokens.ids[row["label"]])
+
+    def __call__(self, rows: Sequence[Row]) -> Any:
+        """A batch of these rows."""
+        if self.share_prefix:
+            return self._packed_batch(rows)
+        images = [self.reader.image(row) for row in rows]
+        batch = self.chat.encode([self.text(row) for row in rows], images, side="right")
+        answers = [self.answer_ids(row) for row in rows]
+        lengths = batch["attention_mask"].sum(1).tolist()
+        for row, length, answer, ids in zip(
+            rows, lengths, answers, batch["input_ids"].tolist(), strict=True
+        ):
+            if ids[length - len(answer) : length] != answer:
+                raise InputError(
+                    f"{row_name(row)}: the rendered text does not end with the answer's tokens"
+                )
+        if self.loss == "sequence":
+            masked = batch["attention_mask"] == 0
+            if self.chat.image_token_id is not None:
+                masked |= batch["input_ids"] == self.chat.image_token_id
+            batch["labels"] = batch["input_ids"].masked_fill(masked, -100)
+            return batch
+        positions = [
+            list(range(length - len(answer) - 1, length - 1))
+            for length, answer in zip(lengths, answers, strict=True)
+        ]
+        return _with_labels(batch, positions, answers)
+
+    def _packed_batch(self, rows: Sequence[Row]) -> Any:
+        """One row of the batch per group: prefix, then each row's own text and answer."""
+        firsts, packs, positions, answers = [], [], [], []
+        for indices in group_rows(rows):
+            group = [rows[index] for index in indices]
+            image = self.reader.image(group[0])
+            n_image_tokens = self.chat.count_image_tokens(image)
+            prompts = [self.reader.prompt(row) for row in group]
+            whole = [self.chat.expand_image_token(ids, n_image_tokens) for _, ids in prompts]
+            prefix_length = common_prefix_length(whole)
+            if self.chat.image_token_id in whole[0][prefix_length:]:
+                raise InputError(
+                    "--group_by item needs a chat template that starts with the image; use "
+                    "--group_by length"
+                )
+            pack = PackedSequence(whole[0][:prefix_length])
+            group_positions: list[int] = []
+            group_answers: list[int] = []
+            for row, ids in zip(group, whole, strict=True):
+                answer = self.answer_ids(row)
+                end = pack.add(ids[prefix_length:] + answer[:-1])  # the last token predicts nothing
+                group_positions += range(end - len(answer), end)
+                group_answers += answer
+            firsts.append((prompts[0][0], image))
+            packs.append(pack)
+            positions.append(group_positions)
+            answers.append(group_answers)
+        batch = self.chat.encode([t for t, _ in firsts], [image for _, image in firsts], "right")
+        batch |= collate_packed(packs, self.chat.tokenizer.pad_token_id)
+        return _with_labels(batch, positions, answers)
+
+
+def _with_labels(batch: Any, positions: list[list[int]], answers: list[list[int]]) -> Any:
+    batch["logits_to_keep"] = pad_rows(positions, 0, "right")
+    batch["labels"] = batch["shift_labels"] = pad_rows(answers, -100, "right")
+    return batch
+
+
+class PackedSequence:
+    """A prefix and the texts that follow it, each at the positions it would have by itself.
+
+    ids, positions, segments: one integer per token; segment 0 is the prefix, n the n-th text.
+    """
+
+    def __init__(self, prefix: Sequence[int]) -> None:
+        self.prefix_length = len(prefix)
+        self.ids = list(prefix)
+        self.positions = list(range(len(prefix)))
+        self.segments = [0] * len(prefix)
+
+    def add(self, ids: Sequence[int]) -> int:
+        """Append one text; return where it ends."""
+        self.ids += ids
+        self.positions += range(self.prefix_length, self.prefix_length + len(ids))
+        self.segments += [self.segments[-1] + 1] * len(ids)
+        return len(self.ids)
+
+
+def collate_packed(packs: Sequence[PackedSequence], pad_token_id: int) -> dict[str, torch.Tensor]:
+    """input_ids, position_ids (rows, longest), attention_mask (rows, 1, longest, longest).
+
+    True in the mask = attended to: a token attends to the prefix and to its own segment before it.
+    """
+    segments = pad_rows([pack.segments for pack in packs], -1, "right")
+    longest = segments.shape[1]
+    causal = torch.ones(longest, longest, dtype=torch.bool).tril()
+    same = segments[:, None, :] == segments[:, :, None]
+    return {
+        "input_ids": pad_rows([pack.ids for pack in packs], pad_token_id, "right"),
+        "position_ids": pad_rows([pack.positions for pack in packs], 0, "right"),
+        "attention_mask": (causal & (same | (segments[:, None, :] == 0)))[:, None],
+    }

@@ -1,0 +1,196 @@
+"""Users, items and preferences become the rows that a model is trained on and scored with (stage
+4).
+
+A user's rows are written whole or not at all, so every scored list has all its candidates.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pydantic.dataclasses import dataclass as options_dataclass
+from tqdm import tqdm
+
+from mllmrec.data.candidates import candidates, is_leave_one_out, user_key, users_of_split
+from mllmrec.data.images import ImageError, open_image
+from mllmrec.prompts import mllm_msr as prompts
+from mllmrec.ranking.rows import Candidate, QuestionFormat, candidate_row
+from mllmrec.stage.errors import InputError
+from mllmrec.stage.jsonl import (
+    Row,
+    read_by_id,
+    read_rows,
+    rejected_path,
+    relative_path,
+    require,
+    write_rejected,
+    write_rows,
+)
+from mllmrec.stage.options import CommonOptions, option
+from mllmrec.stage.output import RowId
+from mllmrec.stage.record import Job, file_digests, write_record
+
+
+@options_dataclass
+class DatasetOptions(CommonOptions):
+    """Options of stage 4."""
+
+    preferences: str = option("", "default: {output_dir}/{system}/user_preferences.jsonl")
+    recommend_prompt: str = option(prompts.RECOMMEND, "template of the yes/no question")
+    max_title_characters: int = option(
+        300, "longer titles are cut, 0 = no limit; a few real ones are whole pages", ge=0
+    )
+    with_images: bool = option(True, "false: rows without images, for a text-only model")
+
+
+@dataclass
+class Sources:
+    """What rows are made of. users: lines of users.jsonl; preferences, rejected: by user."""
+
+    users_path: Path
+    items_path: Path
+    preferences_path: Path
+    users: list[Row] = field(init=False)
+    items: dict[str, Row] = field(init=False)
+    preferences: dict[RowId, Row] = field(init=False)
+    rejected: dict[RowId, Row] = field(init=False)
+    leave_one_out: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.users = read_rows(self.users_path)
+        self.items = read_by_id(self.items_path, "item_id")
+        self.leave_one_out = is_leave_one_out(self.users)
+        self.preferences = self._by_user(read_rows(self.preferences_path))
+        rejected = rejected_path(self.preferences_path)
+        self.rejected = self._by_user(read_rows(rejected)) if rejected.exists() else {}
+        self._image_problems: dict[Path | None, str | None] = {}
+
+    def _by_user(self, rows: Sequence[Row]) -> dict[RowId, Row]:
+        found = {user_key(row, self.leave_one_out): row for row in rows}
+        if len(found) < len(rows):
+            raise InputError(f"{self.preferences_path} has a user twice; remove one of the lines")
+        return found
+
+    def preference(self, user: Row) -> tuple[str, str | None]:
+        """(preference, None), or ("", reason) for a user that stage 3 rejected."""
+        key = user_key(user, self.leave_one_out)
+        if key in self.rejected:
+            return "", f"no preference: {self.rejected[key]['reason']}"
+        if key not in self.preferences:
+            raise InputError(
+                f"user {key!r} has no line in {self.preferences_path}; finish stage 3 with "
+                "scripts/03_preference.sh"
+            )
+        return self.preferences[key]["preference"], None
+
+    def item(self, item_id: str) -> Row:
+        """The row of an item. Raises InputError if it is unknown."""
+        if item_id not in self.items:
+            raise InputError(
+                f"{self.users_path}: item {item_id!r} is not in {self.items_path}; "
+                "scripts/01_prepare_data.sh makes both again"
+            )
+        return self.items[item_id]
+
+    def image(self, item: Row) -> tuple[Path | None, str | None]:
+        """(path of an item's image, reason why it cannot be used or None).
+
+        Checked here, in seconds, so that the stages on a GPU do not stop at it.
+        """
+        path = self.items_path.parent / item["image"] if item["image"] else None
+        if path not in self._image_problems:  # an item is a candidate of many users
+            self._image_problems[path] = _image_problem(path)
+        return path, self._image_problems[path]
+
+
+def _image_problem(path: Path | None) -> str | None:
+    if path is None:
+        return "it has no image"
+    try:
+        open_image(path)
+    except ImageError as reason:
+        return f"image {path.name}: {reason}"
+    return None
+
+
+def user_rows(
+    user: Row, sources: Sources, path: Path, options: DatasetOptions, with_answer: bool
+) -> tuple[list[Row], str | None]:
+    """(one row per candidate, None), or ([], reason) if the preference or an image is missing.
+
+    path: of the file that the rows go to; image paths are relative to it.
+    """
+    preference, reason = sources.preference(user)
+    if reason:
+        return [], reason
+    question_format = QuestionFormat(
+        options.domain, options.recommend_prompt, options.max_title_characters
+    )
+    rows = []
+    for item_id, label in candidates(user):
+        item, image = sources.item(item_id), None
+        if options.with_images:
+            image_path, problem = sources.image(item)
+            if problem or image_path is None:
+                return [], f"candidate {item_id}: {problem}"
+            image = relative_path(image_path, path)
+        candidate = Candidate(user["user_id"], item_id, item["title"], image, label)
+        rows.append(candidate_row(candidate, preference, question_format, with_answer))
+    return rows, None
+
+
+def write_splits(splits: Sequence[str], options: DatasetOptions, with_answer: bool) -> None:
+    """Write {output_dir}/{system}/{split}.jsonl for each split, unless they are up to date."""
+    started = time.monotonic()
+    data = Path(options.data_dir)
+    paths = (
+        data / "users.jsonl",
+        data / "items.jsonl",
+        Path(options.preferences or options.system_dir / "user_preferences.jsonl"),
+    )
+    inputs = file_digests(*map(require, paths))
+    job = Job.of(options, inputs, ("preferences",), limit=options.limit)
+    outputs = [options.system_dir / f"{split}.jsonl" for split in splits]
+    if all([job.is_up_to_date([path]) for path in outputs]):
+        return
+    sources = Sources(*paths)
+    for split, path in zip(splits, outputs, strict=True):
+        counts = _write_split(split, path, sources, options, with_answer)
+        write_record(path, job, time.monotonic() - started, counts)
+
+
+def _write_split(
+    split: str, path: Path, sources: Sources, options: DatasetOptions, with_answer: bool
+) -> Counter[str]:
+    """Write the rows of one split; rejected users go to {split}.rejected.jsonl.
+
+    Returns the counts.
+    """
+    users = users_of_split(sources.users, split)[: options.limit or None]
+    counts, rejected = Counter(rows=0, users=0, rejected=0), []
+    longest = options.max_title_characters
+
+    def rows() -> Iterator[Row]:
+        for user in tqdm(users, desc=f"{split} rows", unit="user"):
+            made, reason = user_rows(user, sources, path, options, with_answer)
+            if reason:
+                rejected.append({"user_id": user["user_id"], "reason": reason})
+                counts["rejected"] += 1
+                continue
+            counts["rows"] += len(made)
+            counts["users"] += 1
+            titles = [sources.items[row["item_id"]]["title"] for row in made]
+            counts["titles_shortened"] += sum(0 < longest < len(title) for title in titles)
+            yield from made
+
+    write_rows(path, rows())
+    write_rejected(rejected_path(path), rejected)
+    note = ""
+    if rejected:
+        note = f"; {len(rejected):,} users were rejected, with reasons in {rejected_path(path)}"
+    if counts["titles_shortened"]:
+        note += f"; {counts['titles_shortened']:,} titles were shortened"
+    print(f"wrote {path}: {counts['rows']:,} rows of {counts['users']:,} users{note}")
+    return counts

@@ -1,0 +1,159 @@
+"""Rows as the model gets them: one reader for training and for scoring."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from mllmrec.data.images import ImageError, open_image
+from mllmrec.models.chat import ChatProcessor, shorten_to_fit
+from mllmrec.models.loading import load_multimodal, load_text, read_config, takes_images
+from mllmrec.ranking.answers import YES_NO, AnswerSet, AnswerTokens, answer_tokens
+from mllmrec.ranking.options import RankerOptions
+from mllmrec.ranking.rows import item_ids, question_text, replace_preference
+from mllmrec.stage.errors import InputError
+from mllmrec.stage.jsonl import PathLike, Row
+
+TEMPLATE_TOKENS = 128  # more than a chat template adds to a question
+
+
+def load_ranker(options: RankerOptions) -> tuple[Any, ChatProcessor]:
+    """(model, ChatProcessor): a multimodal model, or a text model for rows without images."""
+    config = read_config(options.model)
+    single = options.image_tiles == "single"
+    if single and config.model_type != "llava_next":
+        raise InputError(
+            f"--image_tiles single is for LLaVA-NeXT; the model {options.model} "
+            f"({config.model_type}) "
+            "has no tiles"
+        )
+    load = load_multimodal if takes_images(config) else load_text
+    model, processor = load(options.model, options)
+    if single:
+        model.config.image_grid_pinpoints = [[0, 0]]  # no tile at all: only the whole image is left
+    return model, ChatProcessor(processor, single, options.prompt_format)
+
+
+class PromptTooLongError(Exception):
+    """A question that does not fit; the message says which one and gives the remedy."""
+
+
+class RowReader:
+    """Prompts and images of the rows of one file.
+
+    folder: of the file (image paths are relative to it); max_text_tokens: how long the text of a
+    prompt may be, its image counted as one token (0: no limit); longer texts lose the tail of the
+    preference. gray_images: every image is replaced by a gray one of the same size, to measure what
+    images contribute. shortened: number of prompts that were shortened.
+    """
+
+    def __init__(
+        self,
+        chat: ChatProcessor,
+        folder: PathLike,
+        max_text_tokens: int = 0,
+        gray_images: bool = False,
+        answers: AnswerSet = YES_NO,
+    ) -> None:
+        self.chat, self.folder, self.max_text_tokens = chat, Path(folder), max_text_tokens
+        self.gray_images, self.answers = gray_images, answers
+        self.shortened = 0
+
+    @property
+    def answer_tokens(self) -> AnswerTokens:
+        """The tokens of the answers for this model."""
+        return answer_tokens(self.chat, self.answers)
+
+    def image(self, row: Row) -> Image.Image | None:
+        """The row's image, or None. Raises InputError if it is missing or broken."""
+        if not row["images"]:
+            return None
+        if not self.chat.takes_images:
+            raise InputError(
+                f"the rows of {self.folder} have images, but the model takes none; name a "
+                f"multimodal "
+                "--model, or use rows without images"
+            )
+        path = self.folder / row["images"][0]
+        try:
+            image = open_image(path)
+        except ImageError as error:
+            raise InputError(
+                f"{path}, item {row['item_id']!r}: {error}; restore it, or make the rows again "
+                f"with "
+                "scripts/04_datasets.sh"
+            ) from None
+        return Image.new("RGB", image.size, (128, 128, 128)) if self.gray_images else image
+
+    def prompt(self, row: Row) -> tuple[str, list[int]]:
+        """(rendered question without the answer, its token ids with the image as one token).
+
+        Raises PromptTooLongError if the question is too long without any preference.
+        """
+        prompt, ids, was_shortened = self._fitted(row)
+        self.shortened += was_shortened
+        return prompt, ids
+
+    def find_too_long(self, rows: Sequence[Row]) -> tuple[dict[str, str], list[str]]:
+        """(user_id -> reason, for users with a question that cannot fit; user of each shortened
+        prompt).
+        """
+        too_long: dict[str, str] = {}
+        shortened: list[str] = []
+        for row in rows:
+            if self._may_be_long(row):
+                try:
+                    shortened += [row["user_id"]] * self._fitted(row)[2]
+                except PromptTooLongError as reason:
+                    too_long.setdefault(row["user_id"], str(reason))
+        return too_long, shortened
+
+    def lengths(self, rows: Sequence[Row], sizes: Mapping[Path, tuple[int, int]]) -> list[int]:
+        """Each row's length in tokens, its image's included.
+
+        sizes: image path -> (width, height).
+        """
+        lengths = []
+        for row in rows:
+            length = len(self._fitted(row)[1])
+            if row["images"]:
+                size = sizes[self.folder / row["images"][0]]
+                length += self.chat.image_tokens_of_size(*size) - 1
+            lengths.append(length)
+        return lengths
+
+    def _may_be_long(self, row: Row) -> bool:
+        """False only for texts that fit for certain: no token is shorter than a byte."""
+        if self.max_text_tokens == 0:
+            return False
+        return len(question_text(row).encode()) + TEMPLATE_TOKENS > self.max_text_tokens
+
+    def _fitted(self, row: Row) -> tuple[str, list[int], bool]:
+        """(rendered question, its token ids, whether the preference was shortened)."""
+        prompt = self.chat.render(row["messages"][:1])
+        ids = self.chat.ids(prompt)
+        if not self.max_text_tokens or len(ids) <= self.max_text_tokens:
+            return prompt, ids, False
+        row = {
+            "preference_span": (0, 0),
+            **row,
+        }  # rows from elsewhere may lack it: nothing to shorten
+        start, end = row["preference_span"]
+
+        def render(texts: list[str]) -> str:
+            return self.chat.render(replace_preference(row, texts[0])["messages"])
+
+        def fits(text: str) -> bool:
+            return self.chat.count(text) <= self.max_text_tokens
+
+        prompt, _ = shorten_to_fit(render, [question_text(row)[start:end]], fits)
+        ids = self.chat.ids(prompt)
+        if len(ids) > self.max_text_tokens:
+            raise PromptTooLongError(
+                f"item {', '.join(map(repr, item_ids(row)))}: the question is longer than "
+                f"{self.max_text_tokens} tokens even without a preference; raise "
+                f"--max_text_tokens, or "
+                "lower --max_title_characters in stage 4"
+            )
+        return prompt, ids, True

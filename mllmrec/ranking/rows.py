@@ -1,0 +1,191 @@
+"""The lines of train.jsonl, validation.jsonl and test.jsonl: questions about candidates, as chat
+turns.
+
+One builder serves training and scoring, so a training text is the scoring text plus the answer. A
+row about one candidate holds `item_id`, a row about a list of candidates `item_ids`; `label` is the
+index of the right answer (see `answers`), null where a retrieved list lacks the target. `images`
+may be empty.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mllmrec.data.images import ImageError, image_size
+from mllmrec.prompts import mllm_msr as prompts
+from mllmrec.prompts.templates import (
+    Turn,
+    assistant_turn,
+    cut,
+    fill,
+    plain_text,
+    turn_text,
+    user_turn,
+)
+from mllmrec.stage.errors import InputError
+from mllmrec.stage.jsonl import PathLike, Row
+
+_PREFERENCE = (
+    "\0"  # placeholder of the preference; `plain_text` leaves no such character in a title
+)
+YES_NO_ANSWERS = ("No", "Yes")
+MAKE_AGAIN = "make the file again with scripts/04_datasets.sh"
+
+
+@dataclass(frozen=True)
+class QuestionFormat:
+    """How a question about a candidate is worded.
+
+    domain: see `templates.DOMAINS`; template: of the question; max_title_characters: longer titles
+    are cut, 0 = no limit.
+    """
+
+    domain: str = "video"
+    template: str = prompts.RECOMMEND
+    max_title_characters: int = 300
+
+    def question(self, title: str, preference: str) -> tuple[str, list[int]]:
+        """(text, [start, end]): the question, and where in it the preference stands.
+
+        The preference is the only part that is shortened when a prompt is too long.
+        """
+        if self.max_title_characters:
+            title = cut(title, self.max_title_characters)
+        text = fill(self.template, self.domain, title=plain_text(title), preference=_PREFERENCE)
+        start, preference = text.index(_PREFERENCE), plain_text(preference)
+        return text.replace(_PREFERENCE, preference), [start, start + len(preference)]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One candidate of a user. image: path relative to the file of the row, None without image."""
+
+    user_id: str
+    item_id: str
+    title: str
+    image: str | None
+    label: int
+
+
+def candidate_row(
+    candidate: Candidate, preference: str, question_format: QuestionFormat, with_answer: bool
+) -> Row:
+    """One line about one candidate. messages: Hugging Face multimodal chat turns."""
+    text, span = question_format.question(candidate.title, preference)
+    images = [candidate.image] if candidate.image is not None else []
+    messages = [user_turn(text, images=len(images))]
+    if with_answer:
+        messages.append(assistant_turn(YES_NO_ANSWERS[candidate.label]))
+    return {
+        "user_id": candidate.user_id,
+        "item_id": candidate.item_id,
+        "label": candidate.label,
+        "images": images,
+        "messages": messages,
+        "preference_span": span,
+    }
+
+
+def replace_preference(row: Row, preference: str) -> Row:
+    """A row with another preference in its question; answers are left out."""
+    turn, (start, end) = row["messages"][0], row["preference_span"]
+    *images, question = turn["content"]
+    text = question["text"][:start] + preference + question["text"][end:]
+    return {
+        **row,
+        "messages": [{**turn, "content": [*images, {"type": "text", "text": text}]}],
+        "preference_span": [start, start + len(preference)],
+    }
+
+
+def question_text(row: Row) -> str:
+    """The text of a row's question."""
+    return turn_text(row["messages"][0])
+
+
+def item_ids(row: Row) -> list[str]:
+    """The candidates of a row, one or several."""
+    return row["item_ids"] if "item_ids" in row else [row["item_id"]]
+
+
+def row_name(row: Row) -> str:
+    """A row as messages name it."""
+    items = item_ids(row)
+    if len(items) == 1:
+        return f"user {row['user_id']!r}, item {items[0]!r}"
+    return f"user {row['user_id']!r}"
+
+
+def prefix_key(row: Row) -> tuple[Any, ...]:
+    """Rows with the same key begin alike: with an image, those of one item, else those of one
+    user.
+    """
+    if row["images"]:
+        return (*item_ids(row), *row["images"])
+    return ("user", row["user_id"])
+
+
+def group_rows(rows: Sequence[Row]) -> list[list[int]]:
+    """Indices of `rows`, grouped by `prefix_key`, groups in order of first appearance."""
+    groups: dict[tuple[Any, ...], list[int]] = {}
+    for index, row in enumerate(rows):
+        groups.setdefault(prefix_key(row), []).append(index)
+    return list(groups.values())
+
+
+def first_users(rows: Sequence[Row], n: int) -> list[Row]:
+    """The lines of the first `n` users, each with the whole candidate list; 0 = all."""
+    users = set(list(dict.fromkeys(row["user_id"] for row in rows))[: n or None])
+    return [row for row in rows if row["user_id"] in users]
+
+
+def check_training_rows(
+    rows: Sequence[Row], path: PathLike, answers: Sequence[str] = YES_NO_ANSWERS
+) -> dict[Path, tuple[int, int]]:
+    """Check rows with answers before a model is loaded. Return image path -> (width, height) in
+    pixels.
+
+    Raises InputError naming the line for an unknown label, an answer that is not the label's, more
+    than one image, or an image without a readable header.
+    """
+    sizes: dict[Path, tuple[int, int]] = {}
+    for number, row in enumerate(rows, start=1):
+        where = f"{path}, line {number}"
+        label, most = (
+            row["label"],
+            min(len(answers), len(item_ids(row)) if "item_ids" in row else 2),
+        )
+        if not isinstance(label, int) or isinstance(label, bool) or not 0 <= label < most:
+            allowed = "0 or 1" if most == 2 else f"0 to {most - 1}"
+            raise InputError(f"{where}: the label is {label!r}, it must be {allowed}; {MAKE_AGAIN}")
+        answer = "".join(turn_text(turn) for turn in row["messages"][1:])
+        if answer != answers[label]:
+            raise InputError(
+                f"{where}: the answer is {answer[:40]!r}, for the label {label} it must be "
+                f"{answers[label]!r}; {MAKE_AGAIN}"
+            )
+        if len(row["images"]) > 1 or len(row["images"]) != count_image_parts(row["messages"][0]):
+            raise InputError(
+                f"{where}: there are {len(row['images'])} images and "
+                f"{count_image_parts(row['messages'][0])} places for them, there must be one of "
+                f"each or "
+                f"none; {MAKE_AGAIN}"
+            )
+        for name in row["images"]:
+            image = Path(path).parent / name
+            if image not in sizes:
+                sizes[image] = _readable_size(image, f"{where}: image {name}")
+    return sizes
+
+
+def count_image_parts(turn: Turn) -> int:
+    """How many images a turn has a place for."""
+    return sum(part["type"] == "image" for part in turn["content"])
+
+
+def _readable_size(image: Path, where: str) -> tuple[int, int]:
+    try:
+        return image_size(image)
+    except ImageError as reason:
+        raise InputError(f"{where}: {reason}; restore it, or {MAKE_AGAIN}") from None

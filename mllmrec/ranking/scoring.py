@@ -1,0 +1,242 @@
+"""Answer logits of rows from one forward pass each (paper, equation 1).
+
+Prompts and images come from a `RowReader`; `score_rows` reads the logits at the last position only.
+Prompts of one item start with the same image and title, prompts without image of one user with the
+same history. So rows are grouped: keys and values of what the prompts of a group share are computed
+once, and extended by each row's own text.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+
+from mllmrec.data.candidates import score_row
+from mllmrec.models.chat import ChatProcessor, to_model
+from mllmrec.models.compat import has_plain_positions, select_cache_rows
+from mllmrec.models.padding import common_prefix_length, pad_with_mask
+from mllmrec.ranking.answers import AnswerSet
+from mllmrec.ranking.reader import RowReader
+from mllmrec.ranking.rows import group_rows
+from mllmrec.stage.jsonl import Row
+
+GROUPS_PER_CHUNK = 32  # the unit of work that processes share and that a resumed run repeats
+
+Scored = tuple[int, list[float]]
+
+
+@dataclass(frozen=True)
+class ScoringOptions:
+    """How rows are scored.
+
+    batch_tokens: tokens in one batch, padding included. reuse_prefix: compute what the prompts of
+    one group share only once; templates that do not start with the image, and models with M-RoPE,
+    take the plain pass. shard: (k, n) for the k-th of n processes.
+    """
+
+    batch_tokens: int = 16384
+    reuse_prefix: bool = True
+    shard: tuple[int, int] = (0, 1)
+
+
+@dataclass
+class _Encoded:
+    """One row ready for the model.
+
+    ids: of the prompt as the model gets it, image tokens repeated.
+    """
+
+    index: int
+    prompt: str
+    image: Image.Image | None
+    ids: list[int]
+
+
+def probability(positive: float, negative: float) -> float:
+    """p(yes) / (p(yes) + p(no)) of two logits, equation 1 of the paper."""
+    return torch.sigmoid(torch.tensor(positive - negative, dtype=torch.float64)).item()
+
+
+def candidate_scores(row: Row, logits: Sequence[float], answers: AnswerSet) -> list[Row]:
+    """The lines of scores.jsonl of one row.
+
+    One candidate: p of the second of two answers, with both logits. A list: the softmax over its
+    candidates' answers, each with its own logit. logits: one per answer of the set.
+    """
+    user_id = row["user_id"]
+    if "item_ids" not in row:
+        negative, positive = logits
+        both = dict(zip(answers.answers, logits, strict=True))
+        score = probability(positive, negative)
+        return [score_row(user_id, row["item_id"], row["label"], score, both)]
+    listed = row["item_ids"]
+    scores = torch.tensor(logits[: len(listed)], dtype=torch.float64).softmax(0).tolist()
+    return [
+        score_row(user_id, item_id, int(place == row["label"]), score, {answers.text(place): logit})
+        for place, (item_id, score, logit) in enumerate(zip(listed, scores, logits, strict=False))
+    ]
+
+
+@torch.no_grad()  # not inference mode: what a sharded model gathers here is used in training, too
+def score_rows(
+    model: Any,
+    reader: RowReader,
+    rows: Sequence[Row],
+    options: ScoringOptions | None = None,
+    wanted: set[int] | None = None,
+) -> Iterator[Scored]:
+    """Yield (index into rows, logits of the answers) for every row, groups together.
+
+    wanted: indices to yield, None = all. Groups are processed in chunks of fixed size, so a score's
+    last digits depend on neither what was scored before nor the number of processes; an image is
+    decoded and a prompt rendered only for chunks that hold a wanted row of this process.
+    """
+    options = options or ScoringOptions()
+    groups = group_rows(rows)
+    shard, n_shards = options.shard
+    reuse = options.reuse_prefix and has_plain_positions(model)
+    for number, first in enumerate(range(0, len(groups), GROUPS_PER_CHUNK)):
+        chunk = groups[first : first + GROUPS_PER_CHUNK]
+        if number % n_shards != shard:
+            continue
+        if wanted is not None and not any(i in wanted for group in chunk for i in group):
+            continue
+        for batch in _batches(chunk, reader, rows, options.batch_tokens):
+            if reuse:
+                scored = _score_with_prefixes(model, reader, batch, options.batch_tokens)
+            else:
+                flat = [row for group in batch for row in group]
+                scored = _score_plainly(model, reader, flat, options.batch_tokens)
+            yield from (one for one in scored if wanted is None or one[0] in wanted)
+
+
+def _batches(
+    chunk: list[list[int]], reader: RowReader, rows: Sequence[Row], batch_tokens: int
+) -> Iterator[list[list[_Encoded]]]:
+    """Lists of encoded groups; the longest prompts of each list's groups would fit into one
+    batch.
+    """
+    batch: list[list[_Encoded]] = []
+    longest = 0
+    for indices in chunk:
+        group = _encoded_group(indices, reader, rows)
+        length = max(len(row.ids) for row in group)
+        longest = max(longest, length)
+        if batch and longest * (len(batch) + 1) > batch_tokens:
+            yield batch
+            batch, longest = [], length
+        batch.append(group)
+    if batch:
+        yield batch
+
+
+def _encoded_group(indices: list[int], reader: RowReader, rows: Sequence[Row]) -> list[_Encoded]:
+    image = reader.image(rows[indices[0]])
+    n_image_tokens = reader.chat.count_image_tokens(image)
+    group = []
+    for index in indices:
+        prompt, ids = reader.prompt(rows[index])
+        group.append(
+            _Encoded(index, prompt, image, reader.chat.expand_image_token(ids, n_image_tokens))
+        )
+    return group
+
+
+def _score_plainly(
+    model: Any, reader: RowReader, rows: list[_Encoded], batch_tokens: int
+) -> Iterator[Scored]:
+    """Left-padded batches of whole prompts."""
+    size = max(1, batch_tokens // max(len(row.ids) for row in rows))
+    for start in range(0, len(rows), size):
+        part = rows[start : start + size]
+        batch = reader.chat.encode([row.prompt for row in part], [row.image for row in part])
+        logits = _answer_logits(model, reader, **to_model(batch, model), use_cache=False)
+        yield from zip((row.index for row in part), logits.tolist(), strict=True)
+
+
+def _score_with_prefixes(
+    model: Any, reader: RowReader, groups: list[list[_Encoded]], batch_tokens: int
+) -> Iterator[Scored]:
+    """First the shared prefixes of all groups in one left-padded batch, then each row's own
+    text.
+    """
+    shared: list[tuple[list[_Encoded], int]] = []  # (group, length of its prefix)
+    alone: list[_Encoded] = []
+    for group in groups:
+        length = common_prefix_length([row.ids for row in group])
+        if len(group) > 1 and reader.chat.image_token_id not in group[0].ids[length:]:
+            shared.append((group, length))
+        else:
+            alone += group
+    if alone:
+        yield from _score_plainly(model, reader, alone, batch_tokens)
+    if not shared:
+        return
+    prefix, cache = _prefill_prefixes(model, reader.chat, shared)
+    mask, prefix_lengths = prefix["attention_mask"], torch.tensor([n for _, n in shared])
+    prefix_lengths = prefix_lengths.to(model.device)
+    waiting = [
+        (place, row.index, row.ids[n:]) for place, (group, n) in enumerate(shared) for row in group
+    ]
+    waiting.sort(key=lambda entry: len(entry[2]))
+    while waiting:
+        size = max(1, batch_tokens // (mask.shape[1] + len(waiting[-1][2])))
+        part, waiting = waiting[-size:], waiting[:-size]
+        places = torch.tensor([place for place, _, _ in part], device=model.device)
+        own_ids, own_mask = pad_with_mask(
+            [own for _, _, own in part], reader.chat.tokenizer.pad_token_id
+        )
+        own_ids, own_mask = own_ids.to(model.device), own_mask.to(model.device)
+        logits = _answer_logits(
+            model,
+            reader,
+            input_ids=own_ids,
+            attention_mask=torch.cat([mask[places], own_mask], dim=1),
+            position_ids=(own_mask.cumsum(1) - 1).clamp(min=0) + prefix_lengths[places, None],
+            past_key_values=select_cache_rows(cache, places),
+        )
+        yield from zip((index for _, index, _ in part), logits.tolist(), strict=True)
+
+
+def _prefill_prefixes(
+    model: Any, chat: ChatProcessor, shared: list[tuple[list[_Encoded], int]]
+) -> tuple[Any, Any]:
+    """(batch, cache) of the prefixes, one row per group."""
+    firsts = [group[0] for group, _ in shared]
+    batch = chat.encode([row.prompt for row in firsts], [row.image for row in firsts])
+    batch["input_ids"], batch["attention_mask"] = pad_with_mask(
+        [group[0].ids[:n] for group, n in shared], chat.tokenizer.pad_token_id
+    )
+    batch = to_model(batch, model)
+    batch["position_ids"] = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    return batch, model(**batch, logits_to_keep=1, use_cache=True).past_key_values
+
+
+def _answer_logits(model: Any, reader: RowReader, **inputs: Any) -> torch.Tensor:
+    """float32 (rows, answers): logits of the answers at the last position.
+
+    The last hidden state is multiplied by the answers' rows of the LM head in float32: in bfloat16
+    a logit near 20 has a resolution of an eighth, and many candidates would tie.
+    """
+    token_ids = reader.answer_tokens.first_ids
+    kept: list[torch.Tensor] = []
+
+    def keep(layer: Any, hidden: Any, logits: torch.Tensor) -> None:
+        # Inside the pass, where weights that are sharded over GPUs are whole.
+        if logits.dtype == torch.float32:
+            kept.append(logits[:, -1, token_ids])
+            return
+        with torch.autocast(
+            logits.device.type, enabled=False
+        ):  # training computes in 16 bit around it
+            kept.append(hidden[0][:, -1].float() @ layer.weight[token_ids].float().T)
+
+    hook = model.get_output_embeddings().register_forward_hook(keep)
+    try:
+        model(**inputs, logits_to_keep=1)
+    finally:
+        hook.remove()
+    return kept[0]
+

@@ -1,0 +1,1 @@
+"""Files between stages, options, run records."""

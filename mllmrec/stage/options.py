@@ -1,0 +1,242 @@
+"""Options of a stage: a flat dataclass, a YAML file with one section per stage, the command line.
+
+Order: default in the dataclass < section `common` < the stage's own section < command line.
+pydantic checks types, choices and ranges, whichever source a value comes from.
+
+    SECTION = "train"
+
+    @dataclass                      # pydantic.dataclasses.dataclass
+    class Options(CommonOptions):
+        epochs: int = option(10, "epochs over train.jsonl (paper: 10)", ge=1)
+
+    options = parse_options(Options, SECTION, argv, __doc__)
+
+A config may build on others: `base: systems/mllm_msr.yaml` (or a list), relative to the file; its
+own values win. Which sections exist is read off the `SECTION = "..."` lines of the stage scripts,
+so a further system adds its sections by having scripts.
+"""
+
+import argparse
+import difflib
+import functools
+import os
+import re
+import sys
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args, get_origin
+
+import yaml
+from pydantic import Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from mllmrec.stage.errors import InputError
+
+DEFAULT_CONFIG = "configs/microlens.yaml"
+CONFIG_VARIABLE = "MLLM_MSR_CONFIG"  # environment variable: another default for --config
+ROOT = Path(__file__).parents[2]
+STAGE_FOLDERS = ("data_processing", "Inference", "MLLM-MSR", "MLLM4Rec")
+NOT_SECTIONS = ("dataset", "base")  # top-level keys that are no sections
+
+T = TypeVar("T", bound="CommonOptions")
+
+
+def option(default: Any, text: str, **limits: Any) -> Any:
+    """A field of an options class: its default, its help text, and pydantic limits such as
+    `ge=1`.
+    """
+    if isinstance(default, list):
+        return Field(default_factory=lambda: list(default), description=text, **limits)
+    return Field(default=default, description=text, **limits)
+
+
+@dataclass
+class CommonOptions:
+    """Options of every stage. The options class of a stage adds its own."""
+
+    config: str = option("", f"YAML file (default: ${CONFIG_VARIABLE}, else {DEFAULT_CONFIG})")
+    data_dir: str = option("data/microlens", "folder of items.jsonl and users.jsonl")
+    output_dir: str = option("outputs/microlens", "folder of outputs, one subfolder per system")
+    system: str = option("mllm_msr", "subfolder of output_dir for the outputs of this system")
+    domain: str = option("video", "wording of the prompts: video or product")
+    seed: int = option(42, "seed of every random generator (released code: 42)")
+    limit: int = option(0, "only the first N rows, 0 = all; a later run without it resumes")
+    overwrite: bool = option(False, "delete what an earlier run with other settings wrote")
+
+    @property
+    def system_dir(self) -> Path:
+        """Folder of this system's outputs: {output_dir}/{system}."""
+        return Path(self.output_dir) / self.system
+
+
+def parse_options(
+    options_class: type[T],
+    section: str,
+    argv: list[str] | None = None,
+    description: str | None = None,
+) -> T:
+    """Options of one stage, checked.
+
+    argv: command-line words, default sys.argv[1:]; description: the docstring that --help prints.
+    Raises InputError for an unreadable config, an unknown key or option, or a value of the wrong
+    type or outside its range.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    parser = _parser(options_class, description)
+    if "-h" in argv or "--help" in argv:
+        parser.print_help()
+        sys.exit(0)
+    try:
+        parsed, unknown = parser.parse_known_args(argv)
+    except (argparse.ArgumentError, SystemExit) as error:
+        raise InputError(f"{error}; --help lists all options") from None
+    known = [field.name for field in fields(options_class)]
+    if unknown:
+        word = unknown[0].lstrip("-").split("=")[0]
+        raise InputError(f"unknown option {unknown[0]!r}{nearest(word, known, '--')}")
+    given = vars(parsed)
+    given["config"] = given.get("config") or os.environ.get(CONFIG_VARIABLE) or DEFAULT_CONFIG
+    from_config = _section_values(Path(given["config"]), section, known)
+    try:
+        return TypeAdapter(options_class).validate_python(from_config | given)
+    except ValidationError as error:
+        raise InputError(_message(error, given, section)) from None
+
+
+def print_options(options: CommonOptions, title: str) -> None:
+    """Print the stage's title and the options that differ from their defaults, on one line."""
+    default = asdict(type(options)())
+    changed = {
+        name: value
+        for name, value in asdict(options).items()
+        if value != default[name] and name != "config"
+    }
+    listed = " ".join(f"{name}={_shortened(value)}" for name, value in changed.items())
+    print(f"{title} (config {options.config}{'; ' if listed else ''}{listed})")
+
+
+def load_config(path: Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """A config and what it builds on, as one dict of sections.
+
+    Raises InputError if a file cannot be read, or has a section that no stage has.
+    """
+    own = _read_yaml(path)
+    bases = own.pop("base", None) or []
+    merged: dict[str, Any] = {}
+    for base in [bases] if isinstance(bases, str) else bases:
+        base_path = path.parent / base
+        if base_path in _seen or base_path == path:
+            raise InputError(f"{path}: `base: {base}` leads back to the file itself; remove it")
+        _merge(merged, load_config(base_path, (*_seen, path)))
+    _merge(merged, own)
+    return merged
+
+
+@functools.cache
+def known_sections() -> tuple[str, ...]:
+    """Names of the config sections: `common`, and what the stage scripts declare as SECTION."""
+    found = {"common"}
+    for folder in STAGE_FOLDERS:
+        for path in (ROOT / folder).rglob("*.py"):
+            found.update(re.findall(r'^SECTION = "(\w+)"', path.read_text("utf-8"), re.M))
+    return tuple(sorted(found))
+
+
+def nearest(word: str, known: list[str] | tuple[str, ...], prefix: str = "") -> str:
+    """The end of an error message: the known name nearest to `word`, else all of them."""
+    close = difflib.get_close_matches(str(word), [k for k in known if k != "overwrite"], 1, 0.5)
+    return (
+        f"; did you mean {prefix}{close[0]}?"
+        if close
+        else f"; known are: {', '.join(sorted(known))}"
+    )
+
+
+def _parser(options_class: type[CommonOptions], description: str | None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=(description or "").replace("%", "%%"),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        exit_on_error=False,
+    )
+    for name, info in options_class.__pydantic_fields__.items():  # type: ignore[attr-defined]
+        kind, default = info.annotation, info.get_default(call_default_factory=True)
+        choices = f" {{{', '.join(get_args(kind))}}}" if get_origin(kind) is Literal else ""
+        text = f"{info.description}{choices} (default: {_shortened(default) or 'none'})"
+        words: dict[str, Any] = {"help": text.replace("%", "%%"), "default": argparse.SUPPRESS}
+        if get_origin(kind) is list:
+            words["nargs"] = "*"
+        elif kind is bool:
+            words |= {"nargs": "?", "const": "true"}
+        parser.add_argument(f"--{name}", metavar=_metavar(kind), **words)
+    return parser
+
+
+def _metavar(kind: Any) -> str:
+    return {int: "N", float: "X", bool: "true|false"}.get(kind, "TEXT")
+
+
+def _section_values(path: Path, section: str, known: list[str]) -> dict[str, Any]:
+    """The config's values for one stage, as strings, so that one place converts and checks them."""
+    config = load_config(path)
+    shared = [field.name for field in fields(CommonOptions)]
+    values: dict[str, Any] = {}
+    for name, allowed in (("common", shared), (section, known)):
+        for key, value in (config.get(name) or {}).items():
+            if key not in allowed or key == "config":
+                where = f"{path}: unknown option {key!r} in section {name!r}"
+                raise InputError(where + nearest(key, allowed))
+            if isinstance(value, dict):
+                raise InputError(
+                    f"{path}: option {key!r} in section {name!r} must be one value or a list"
+                )
+            if value is not None and key in known:
+                values[key] = [str(v) for v in value] if isinstance(value, list) else str(value)
+    return values
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except FileNotFoundError:
+        raise InputError(f"there is no config {path}; the shipped ones are in configs/") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(loaded, dict):
+        raise InputError(f"{path} must hold one section per stage, each with 'option: value' lines")
+    for name, value in loaded.items():
+        if name in NOT_SECTIONS:
+            continue
+        if name not in known_sections():
+            raise InputError(f"{path}: unknown section {name!r}{nearest(name, known_sections())}")
+        if not isinstance(value, dict | None):
+            raise InputError(
+                f"{path}: section {name!r} must hold 'option: value' lines, one per option"
+            )
+    return loaded
+
+
+def _merge(target: dict[str, Any], source: dict[str, Any]) -> None:
+    for name, value in source.items():
+        if isinstance(value, dict) and isinstance(target.get(name), dict):
+            target[name] = target[name] | value
+        else:
+            target[name] = value
+
+
+def _message(error: ValidationError, given: dict[str, Any], section: str) -> str:
+    first = error.errors()[0]
+    name = str(first["loc"][0])
+    where = f"--{name}" if name in given else f"{given['config']}: {name} (section {section!r})"
+    return f"{where}: {first['msg']}, not {first['input']!r}; --help lists all options"
+
+
+def _shortened(value: Any) -> str:
+    text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+if __name__ == "__main__":  # for shell scripts: the data set that a config names
+    from mllmrec.stage.errors import run_main
+
+    run_main(lambda: print(load_config(Path(sys.argv[1])).get("dataset", "")))

@@ -1,0 +1,275 @@
+"""X.run.json beside an output X: options, input digests, code, machine, seconds and counts.
+
+A `Job` says what decides the content of an output. Stages compare the job of today with the record
+of the output that is there: equal jobs have nothing to do, other jobs are not mixed.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from mllmrec.stage.errors import InputError
+from mllmrec.stage.jsonl import PathLike, write_json
+from mllmrec.stage.options import CommonOptions
+
+PACKAGES = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "peft",
+    "accelerate",
+    "datasets",
+    "bitsandbytes",
+    "pandas",
+    "numpy",
+    "scikit-learn",
+    "pillow",
+)
+HASH_LIMIT = 1 << 30  # bytes; of a larger file only parts are read
+# Options that say where and how much, not what: another value of these gives the same rows.
+LOCATION_OPTIONS = {
+    "config",
+    "data_dir",
+    "output_dir",
+    "raw_dir",
+    "system",
+    "limit",
+    "overwrite",
+}
+Digests = dict[str, str]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a stage is asked to write.
+
+    options: of the stage, for the record; settings: those that decide the content; inputs: digests
+    of what is read; limit: number of rows that are wanted, 0 = all.
+    """
+
+    options: CommonOptions
+    settings: dict[str, Any]
+    inputs: Digests
+    limit: int = 0
+
+    @classmethod
+    def of(
+        cls,
+        options: CommonOptions,
+        inputs: Digests,
+        ignore: Iterable[str] = (),
+        **more: Any,
+    ) -> "Job":
+        """ignore: options that change speed, not content; more: what else decides the content."""
+        left_out = LOCATION_OPTIONS | set(ignore)
+        if options.__dict__.get("prompt_format") == "":
+            left_out.add("prompt_format")
+        chosen = {k: v for k, v in asdict(options).items() if k not in left_out}
+        return cls(options, json.loads(json.dumps(chosen | more)), inputs, options.limit)
+
+    def is_up_to_date(self, outputs: Sequence[PathLike]) -> bool:
+        """True, with a message, if all `outputs` exist and the first one's record is of this job.
+
+        For stages that are cheap: they simply run again when this is False.
+        """
+        record = read_record(outputs[0])
+        same = (
+            record is not None
+            and record["settings"] == self.settings
+            and record["inputs"] == self.inputs
+        )
+        if self.options.overwrite or not same or not all(Path(path).exists() for path in outputs):
+            return False
+        report_up_to_date(outputs[0])
+        return True
+
+    def check_same(self, output: PathLike, earlier: Iterable[Mapping[str, Any] | None]) -> None:
+        """Raise InputError if one of the `earlier` records or states (None: none) is of another
+        job.
+        """
+        for record in filter(None, earlier):
+            for what, new in (("settings", self.settings), ("inputs", self.inputs)):
+                difference = first_difference(record[what], new)
+                if difference:
+                    raise InputError(
+                        f"{output} was made with other {what} ({difference}); choose another "
+                        "--output_dir, or delete it with --overwrite true"
+                    )
+
+
+def report_up_to_date(output: PathLike) -> None:
+    """Print that there is nothing to do."""
+    print(f"{output} is up to date, nothing to do")
+
+
+def record_path(output: PathLike) -> Path:
+    """outputs/x/scores.jsonl -> outputs/x/scores.run.json; a folder adapter/ ->
+    adapter/run.json.
+    """
+    output = Path(output)
+    return output / "run.json" if output.suffix == "" else output.with_suffix(".run.json")
+
+
+def file_digests(*paths: PathLike) -> Digests:
+    """dict name -> digest of the files that a stage reads; of a model folder, its config and
+    weights.
+
+    A model that is named but is not a local folder (a hub id) is left to the settings.
+    """
+    digests = {}
+    for path in map(Path, paths):
+        if path.is_dir():
+            for file in sorted([*path.glob("*.safetensors"), *path.glob("*.json")]):
+                if file.name != "run.json":
+                    digests[f"{path.name}/{file.name}"] = _digest(file)
+        elif path.exists():
+            digests[path.name] = _digest(path)
+    return digests
+
+
+def named_digests(paths: Mapping[str, PathLike]) -> Digests:
+    """dict name -> digest, for files whose own names do not distinguish them."""
+    return {name: _digest(Path(path)) for name, path in paths.items()}
+
+
+def read_record(output: PathLike) -> dict[str, Any] | None:
+    """The run record beside `output`, or None if there is none."""
+    path = record_path(output)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        raise InputError(
+            f"{path} is not valid JSON; delete it together with {output} and run the stage again"
+        ) from None
+
+
+def first_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
+    """One readable difference between two flat dicts, or None: "temperature was 0.6, is 0.0"."""
+    for key in sorted(old.keys() | new.keys()):
+        if old.get(key) != new.get(key):
+            return f"{key} was {_shortened(old.get(key))}, is {_shortened(new.get(key))}"
+    return None
+
+
+def write_state(path: PathLike, job: Job, **more: Any) -> None:
+    """Write what an unfinished job is, so that a resumed run can compare; more: further
+    settings.
+    """
+    write_json(path, {"settings": job.settings | more, "inputs": job.inputs})
+
+
+def read_state(path: Path) -> dict[str, Any] | None:
+    """What `write_state` wrote, or None."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def world_size() -> int:
+    """Number of processes that share the work, as `accelerate launch` sets it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def process_rank() -> int:
+    """Number of this process among them."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def write_record(
+    output: PathLike, job: Job, seconds: float, rows: Mapping[str, int], **more: Any
+) -> None:
+    """Write the run record of `output`.
+
+    seconds: wall time of the work, imports excluded; rows: counts, e.g. in / out / rejected.
+    """
+    record = {
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "arguments": asdict(job.options),
+        "config": job.options.config,
+        "settings": job.settings,
+        "inputs": job.inputs,
+        "rows": dict(rows),
+        "seconds": round(seconds, 2),
+        **more,
+        **machine(),
+        "processes": world_size(),
+    }
+    write_json(record_path(output), record)
+
+
+def machine() -> dict[str, Any]:
+    """What a figure depends on besides the options: date, commit, versions, platform, device."""
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "git_commit": _git_commit(),
+        "python": platform.python_version(),
+        "packages": _versions(),
+        "platform": platform.platform(),
+        "device": _device(),
+    }
+
+
+def _digest(path: Path) -> str:
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        if size <= HASH_LIMIT:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        digest = hashlib.sha256(str(size).encode())
+        # A part of each 64th: all of 15 GB would take a minute at every start.
+        for position in range(0, size, size // 64):
+            file.seek(position)
+            digest.update(file.read(1 << 20))
+        return digest.hexdigest()
+
+
+def _shortened(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else f"{text[:12]}..."
+
+
+def _git_commit() -> str | None:
+    """Commit of this checkout, with + behind it if files were changed; None outside a checkout."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(
+            ["git", *words],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=20,
+        ).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "HEAD") + ("+" if changed else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _versions() -> dict[str, str]:
+    versions = {}
+    for name in PACKAGES:
+        with suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    return versions
+
+
+def _device() -> str:
+    """Name of the accelerator, else of the processor; torch is asked only if a stage imported
+    it.
+    """
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}"
+    return f"CPU, {os.cpu_count()} cores"
