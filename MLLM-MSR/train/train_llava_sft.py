@@ -22,7 +22,7 @@ import os
 import time
 import warnings
 from dataclasses import replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from pydantic.dataclasses import dataclass
 
@@ -88,13 +88,16 @@ class Options(RankerOptions, LoraOptions):
     tensorboard: bool = option(False, "also log for TensorBoard, into tensorboard/")
 
 
-def training_arguments(options, device, dtype, with_validation):
+def training_arguments(options, with_validation):
     """transformers' TrainingArguments; epochs end with a validation and a checkpoint."""
     import torch
     from transformers import TrainingArguments
 
     from mllmrec.models.compat import one_device_per_process
+    from mllmrec.models.loading import pick_device, pick_dtype
 
+    device = pick_device()
+    dtype = pick_dtype(options.dtype, device)
     several_on_cpu = device.type == "cpu" and world_size() > 1
     arguments = TrainingArguments(
         output_dir=str(options.system_dir / "checkpoints"),
@@ -141,11 +144,18 @@ def without_too_long(rows, reader, path):
     return kept, too_long, sum(user_id not in too_long for user_id in shortened)
 
 
-def supervised_fine_tuning(model, reader, rows, validation, lengths, arguments, options):
-    """The trainer of the paper's supervised fine-tuning: LoRA on the language model, AdamW
-    (equation 2).
+class TrainingRows(NamedTuple):
+    """Rows with answers. lengths: tokens of each training row, for group_by length, else None."""
 
-    rows, validation: lines with answers; lengths: tokens of each row, for group_by length.
+    train: list[dict]
+    validation: list[dict]
+    lengths: list[int] | None = None
+
+
+def supervised_fine_tuning(model, reader, rows, arguments, options):
+    """The trainer of the paper's supervised fine-tuning: LoRA, AdamW, loss of equation 2.
+
+    model: with LoRA on its language model; reader: RowReader; rows: TrainingRows.
     """
     from transformers import EarlyStoppingCallback
 
@@ -156,19 +166,19 @@ def supervised_fine_tuning(model, reader, rows, validation, lengths, arguments, 
 
     step = arguments.world_size * options.batch_size * options.accumulation
     settings = EpochSettings(step, options.batch_size, options.group_by, options.seed)
-    sampler = EpochSampler(rows, lengths, settings)
+    sampler = EpochSampler(rows.train, rows.lengths, settings)
     callbacks = [
         LogFileCallback(options.system_dir),
         CheckpointCallback(options.checkpoint_steps),
         SetEpochCallback(sampler),
     ]
-    if options.patience and validation:
+    if options.patience and rows.validation:
         callbacks.append(EarlyStoppingCallback(options.patience))
     return RankingTrainer(
         model=model,
         args=arguments,
-        train_dataset=rows,
-        eval_dataset=validation,
+        train_dataset=rows.train,
+        eval_dataset=rows.validation,
         callbacks=callbacks,
         data_collator=Collator(reader, options.loss, share_prefix=options.group_by == "item"),
         sampler=sampler,
@@ -192,45 +202,56 @@ def check_options(options):
         )
 
 
+def load_model(options):
+    """(model with LoRA, ChatProcessor), checked against the options.
+
+    With group_by item, attention must take a mask of its own for each row: SDPA.
+    """
+    import torch
+
+    from mllmrec.models.loading import pick_device, pick_dtype
+    from mllmrec.models.lora import add_lora, decoder_layer_class
+    from mllmrec.ranking.reader import load_ranker
+    from mllmrec.ranking.trainer import check_plain_positions, check_shared_prefix
+
+    device = pick_device()
+    if pick_dtype(options.dtype, device) == torch.float16 and device.type == "cpu":
+        raise InputError("a CPU does not train in float16; pass --dtype float32")
+    shared = options.group_by == "item"
+    if shared:
+        check_shared_prefix(options.loss, options.batch_size, options)
+        options = replace(options, attention="sdpa")
+    model, chat = load_ranker(options)
+    if shared:
+        check_plain_positions(model)
+    # Else PEFT looks for layers that a vision tower may not have.
+    os.environ.setdefault("FSDP_TRANSFORMER_CLS_TO_WRAP", decoder_layer_class(model))
+    return add_lora(model, options), chat
+
+
 def train(rows, validation, sizes, job, options):
     """Train, validate after every epoch, save the best adapter with its record.
 
     sizes: image path -> (width, height), see `check_training_rows`.
     """
-    import torch
     from transformers import set_seed
 
     from mllmrec.models.compat import stopped_after
-    from mllmrec.models.loading import pick_device, pick_dtype
-    from mllmrec.models.lora import add_lora, decoder_layer_class
-    from mllmrec.ranking.reader import RowReader, load_ranker
-    from mllmrec.ranking.trainer import check_plain_positions, check_shared_prefix
+    from mllmrec.ranking.reader import RowReader
 
     started, folder = time.monotonic(), options.system_dir
     warnings.filterwarnings("ignore", category=FutureWarning)  # renamings inside transformers, peft
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / "tensorboard")
     set_seed(options.seed)
-    device = pick_device()
-    dtype = pick_dtype(options.dtype, device)
-    if dtype == torch.float16 and device.type == "cpu":
-        raise InputError("a CPU does not train in float16; pass --dtype float32")
-    if options.group_by == "item":
-        check_shared_prefix(options.loss, options.batch_size, options)
-        options = replace(options, attention="sdpa")
-    model, chat = load_ranker(options)
-    if options.group_by == "item":
-        check_plain_positions(model)
-    # Else PEFT looks for layers that a vision tower may not have.
-    os.environ.setdefault("FSDP_TRANSFORMER_CLS_TO_WRAP", decoder_layer_class(model))
+    model, chat = load_model(options)
     reader = RowReader(chat, folder, options.max_text_tokens)
     rows, rejected, shortened = without_too_long(rows, reader, folder / "train.jsonl")
     validation, more, _ = without_too_long(validation, reader, folder / "validation.jsonl")
     rejected |= more  # no user is in both files
     lengths = reader.lengths(rows, sizes) if options.group_by == "length" else None
-    arguments = training_arguments(options, device, dtype, bool(validation))
-    trainer = supervised_fine_tuning(
-        add_lora(model, options), reader, rows, validation, lengths, arguments, options
-    )
+    arguments = training_arguments(options, bool(validation))
+    training_rows = TrainingRows(rows, validation, lengths)
+    trainer = supervised_fine_tuning(model, reader, training_rows, arguments, options)
     checkpoints, main_process = folder / "checkpoints", trainer.is_world_process_zero()
     last = last_complete_checkpoint(checkpoints, may_delete=main_process)
     if main_process:

@@ -163,11 +163,7 @@ class GenerationEngine:
                 sampling.GumbelMaxSampler(streams, prompt_length),
             ]
         ids = self.model.generate(**batch, logits_processor=LogitsProcessorList(processors))
-        # A model that generates from embeddings (BLIP-2 before its prompt is in the ids) may
-        # return the
-        # new tokens only.
-        new = ids[:, prompt_length:] if ids.shape[1] > prompt_length else ids
-        return [self.chat.decode(row) for row in new]
+        return [self.chat.decode(row) for row in ids[:, prompt_length:]]
 
     def _encode(self, requests: list[_Request]) -> Any:
         if requests[0].prompt.inputs is not None:

@@ -8,6 +8,7 @@ position is read (generation, scoring) and on the right for training.
 
 import re
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -84,10 +85,12 @@ class ChatProcessor:
         """Token ids of a rendered prompt, an image as one token."""
         return self.tokenizer(text, add_special_tokens=self._adds_bos(text)).input_ids
 
-    @property
+    @cached_property
     def image_token_id(self) -> int | None:
         """Id of the token that stands for an image; None for a text model."""
-        return self.processor.image_token_id if self.takes_images else None
+        if not self.takes_images:
+            return None
+        return self.tokenizer.convert_tokens_to_ids(str(self.processor.image_token))
 
     def expand_image_token(self, ids: list[int], n_image_tokens: int) -> list[int]:
         """Token ids as the model gets them: the one image token repeated; 0: no image, nothing

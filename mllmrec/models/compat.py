@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
-from transformers import PreTrainedModel, Trainer, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.models.auto.processing_auto import (
     PROCESSOR_MAPPING_NAMES,
@@ -48,11 +48,6 @@ def has_plain_positions(model: torch.nn.Module) -> bool:
     Such models have a method `get_rope_index`; checked with transformers 5.17 and 5.23.
     """
     return not any(hasattr(module, "get_rope_index") for module in model.modules())
-
-
-def uses_flash_attention(model: PreTrainedModel) -> bool:
-    """True if the model was loaded with FlashAttention; checked with transformers 5.17 and 5.23."""
-    return "flash" in (model.config._attn_implementation or "")
 
 
 class PreallocatedLayer(DynamicLayer):

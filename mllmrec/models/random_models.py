@@ -48,7 +48,7 @@ USER_ASSISTANT = (
     "{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
 )
 # size -> (vision tower, language model, tile size in pixels, pinpoints)
-LLAVA_SIZES = {
+LLAVA_SIZES: dict[str, tuple[dict[str, Any], dict[str, Any], int, list[list[int]]]] = {
     "tiny": (
         {
             "hidden_size": 32,
@@ -106,7 +106,7 @@ LLAVA_SIZES = {
         [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]],
     ),
 }
-LLAMA_SIZES = {
+LLAMA_SIZES: dict[str, dict[str, Any]] = {
     "tiny": {
         "hidden_size": 64,
         "intermediate_size": 128,
@@ -163,31 +163,32 @@ def random_llava(
         "vision_feature_layer": -2,
         "vision_feature_select_strategy": "default",
     }
-    processor.patch_size, processor.image_processor.size = (
-        vision["patch_size"],
-        {"shortest_edge": tile},
-    )
+    processor.patch_size = vision["patch_size"]
+    processor.image_processor.size = {"shortest_edge": tile}
     processor.image_processor.crop_size = {"height": tile, "width": tile}
-    if kind == "next":
-        config, model_class = (
-            LlavaNextConfig(image_grid_pinpoints=pinpoints, **shared),
-            LlavaNextForConditionalGeneration,
-        )
-        processor.image_processor.image_grid_pinpoints = pinpoints
-    else:
-        from transformers import CLIPImageProcessorPil, LlavaProcessor
+    if kind == "1.5":
+        processor = _llava_1_5_processor(tokenizer, tile, vision["patch_size"])
+        return _build(
+            LlavaForConditionalGeneration, LlavaConfig(**shared), seed, dtype, device
+        ), processor
+    processor.image_processor.image_grid_pinpoints = pinpoints
+    config = LlavaNextConfig(image_grid_pinpoints=pinpoints, **shared)
+    return _build(LlavaNextForConditionalGeneration, config, seed, dtype, device), processor
 
-        config, model_class = LlavaConfig(**shared), LlavaForConditionalGeneration
-        square = {"height": tile, "width": tile}
-        processor = LlavaProcessor(
-            image_processor=CLIPImageProcessorPil(size={"shortest_edge": tile}, crop_size=square),
-            tokenizer=tokenizer,
-            patch_size=vision["patch_size"],
-            vision_feature_select_strategy="default",
-            num_additional_image_tokens=1,
-            chat_template=USER_ASSISTANT,
-        )
-    return _build(model_class, config, seed, dtype, device), processor
+
+def _llava_1_5_processor(tokenizer: Any, tile: int, patch_size: int) -> Any:
+    """A processor that scales and crops every image to one square of `tile` pixels."""
+    from transformers import CLIPImageProcessorPil, LlavaProcessor
+
+    square = {"height": tile, "width": tile}
+    return LlavaProcessor(
+        image_processor=CLIPImageProcessorPil(size={"shortest_edge": tile}, crop_size=square),
+        tokenizer=tokenizer,
+        patch_size=patch_size,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=USER_ASSISTANT,
+    )
 
 
 def random_qwen_vl(seed: int = 0) -> tuple[Any, Any]:
@@ -272,7 +273,7 @@ def random_llama(
     return _build(LlamaForCausalLM, config, seed, dtype, device), tokenizer
 
 
-def special_ids(tokenizer: Any) -> dict[str, int]:
+def special_ids(tokenizer: Any) -> dict[str, Any]:
     """The ids that a model's configuration repeats from its tokenizer."""
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
     return {name: getattr(tokenizer, name) for name in names}

@@ -87,6 +87,30 @@ def candidate_row(
     }
 
 
+def list_row(
+    user_id: str,
+    item_ids: Sequence[str],
+    question: str,
+    label: int | None,
+    answers: Sequence[str] | None = None,
+) -> Row:
+    """One line about a list of candidates.
+
+    question: names the candidates in the order of `item_ids`, each with its answer (a letter); label:
+    place of the target, None if the list lacks it; answers: given for training, the answers of the set.
+    """
+    messages = [user_turn(question)]
+    if answers is not None and label is not None:
+        messages.append(assistant_turn(answers[label]))
+    return {
+        "user_id": user_id,
+        "item_ids": list(item_ids),
+        "label": label,
+        "images": [],
+        "messages": messages,
+    }
+
+
 def replace_preference(row: Row, preference: str) -> Row:
     """A row with another preference in its question; answers are left out."""
     turn, (start, end) = row["messages"][0], row["preference_span"]

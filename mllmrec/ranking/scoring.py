@@ -239,4 +239,3 @@ def _answer_logits(model: Any, reader: RowReader, **inputs: Any) -> torch.Tensor
     finally:
         hook.remove()
     return kept[0]
-
