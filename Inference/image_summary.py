@@ -79,8 +79,7 @@ def main(argv=None):
     )
     if not output.is_up_to_date():
         # Imported here, so that --help and a missing input are answered at once.
-        from mllmrec.generation.engine import read_ahead, run_dialogues
-        from mllmrec.generation.loading import load_engine
+        from mllmrec.generation.engine import load_engine, read_ahead, run_dialogues
         from mllmrec.generation.prompt_writer import ImagePrompts, PromptWriter
 
         engine, limit = load_engine(options.model, options, multimodal=True)

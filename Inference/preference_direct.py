@@ -58,8 +58,7 @@ def main(argv=None):
     output = open_preferences(histories, options)
     if not output.is_up_to_date():
         # Imported here, so that --help and a missing input are answered at once.
-        from mllmrec.generation.engine import run_dialogues
-        from mllmrec.generation.loading import load_engine
+        from mllmrec.generation.engine import load_engine, run_dialogues
         from mllmrec.generation.prompt_writer import PromptWriter
 
         engine, limit = load_engine(options.model, options, multimodal=False)

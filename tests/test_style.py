@@ -10,7 +10,7 @@ LIBRARY = sorted((ROOT / "mllmrec").rglob("*.py"))
 FOLDERS = ("mllmrec", "data_processing", "Inference", "MLLM-MSR", "MLLM4Rec", "scripts")
 CODE = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 MOST_LINES, MOST_PARAMETERS = 60, 6
-# Story words, and words for which the field has another one (docs/terms of the contributors' guide).
+# Words for which the field has another one (CONTRIBUTING.md).
 WORDS = re.compile(
     r"\b(eyes|films?|pictures?|set aside|torn|stood already|goes on where|chance draws|told|dealt|"
     r"deals?|under way|under work|read in portions|reads? in portions|twins?|finds no partner|"

@@ -1,4 +1,4 @@
-"""Rows without images and other answer sets: a text-only model through the same trainer and scorer."""
+"""Rows without images, other answer sets: a text model through the same trainer and scorer."""
 
 import itertools
 from types import SimpleNamespace
@@ -48,7 +48,7 @@ def letter_row(user, titles, answers=None):
 
 @pytest.fixture(scope="module")
 def text_run(small_run, tmp_path_factory):
-    """Stages 4 to 6 with a text model on titles: preferences are the titles of the history (TALLRec)."""
+    """Stages 4 to 6 with a text model, on titles and preferences only."""
     folder = tmp_path_factory.mktemp("text")
     where = ["--output_dir", str(folder), "--system", "text"]
     preferences = small_run.system / "user_preferences.jsonl"
@@ -57,7 +57,9 @@ def text_run(small_run, tmp_path_factory):
     for stage in ("MLLM-MSR/train/dataset_create.py", "MLLM-MSR/test/multi_col_dataset.py"):
         small_run.run(stage, *words)
     base = ["--model", str(TINY / "llama"), *where]
-    small_run.run(TRAIN, *base, "--group_by", "item", "--batch_size", "4", "--learning_rate", "5e-3")
+    small_run.run(
+        TRAIN, *base, "--group_by", "item", "--batch_size", "4", "--learning_rate", "5e-3"
+    )
     small_run.run(SCORE, *base, "--hide", "nothing", "--variant", "text_sft")
     return SimpleNamespace(folder=folder / "text")
 
@@ -66,7 +68,9 @@ def test_a_text_model_trains_and_scores_through_the_same_stages(text_run, small_
     rows, scores = read_rows(text_run.folder / "test.jsonl"), text_run.folder / "text_sft"
     scored = read_rows(scores / "scores.jsonl")
     assert all(row["images"] == [] for row in rows)
-    assert not any(part["type"] == "image" for row in rows for part in row["messages"][0]["content"])
+    assert not any(
+        part["type"] == "image" for row in rows for part in row["messages"][0]["content"]
+    )
     assert [(row["user_id"], row["item_id"]) for row in rows] == [
         (row["user_id"], row["item_id"]) for row in scored
     ]
@@ -83,7 +87,9 @@ def test_a_text_model_trains_and_scores_through_the_same_stages(text_run, small_
 
 
 def test_rows_with_images_are_refused_by_a_text_model(small_run):
-    with pytest.raises(InputError, match="have images, but the model takes none; name a multimodal"):
+    with pytest.raises(
+        InputError, match="have images, but the model takes none; name a multimodal"
+    ):
         words = ("--model", str(TINY / "llama"), "--adapter", "none", "--variant", "no_images")
         small_run.run(SCORE, *words)
 
@@ -109,7 +115,7 @@ def test_an_answer_set_whose_answers_start_alike_is_refused(llama):
 
 
 def test_the_same_users_are_trained_and_scored_with_letters(text_run, titles, tmp_path):
-    """The trainer learns which letter is right (here always the same one), and scores rank by it."""
+    """The trainer learns which letter is right (always the same one), and scores rank by it."""
     users, names = titles
     stage = load_script(TRAIN)
     options = stage.Options(
@@ -265,7 +271,7 @@ def test_only_rows_that_are_scored_are_rendered_and_decoded(small_run, monkeypat
 
 
 def test_a_model_without_chat_template_takes_a_prompt_format(small_run, text_run, tmp_path):
-    """A base Llama: stage 3 writes, stage 6 scores; without the format it is refused with the remedy."""
+    """A base Llama in stages 3 and 6; without the format it is refused with the remedy."""
     model, tokenizer = random_llama("tiny")
     tokenizer.chat_template = None
     name = saved((model, tokenizer), tmp_path / "model")
@@ -287,7 +293,7 @@ def test_a_model_without_chat_template_takes_a_prompt_format(small_run, text_run
     assert tokens.texts == (f" No{tokenizer.eos_token}", f" Yes{tokenizer.eos_token}")
     rendered = chat.render([user_turn("a {text} in braces {image}")])
     assert rendered == "Request: a {text} in braces {image} Response:"
-    with pytest.raises(InputError, match="lacks the place {text}"):
+    with pytest.raises(InputError, match=r"lacks the place \{text\}"):
         ChatProcessor(tokenizer, prompt_format="Request:")
 
 
@@ -300,12 +306,14 @@ def test_a_blip_2_processor_describes_images_through_a_prompt_format(small_run, 
     assert len(together) == 6
     assert len({row["summary"] for row in together}) > 1, "the image is attended to"
     more = ("--batch_tokens", "1", "--system", "single")
-    small_run.run("Inference/image_summary.py", *words, *prompt_format, "--max_new_tokens", "5", *more)
+    small_run.run(
+        "Inference/image_summary.py", *words, *prompt_format, "--max_new_tokens", "5", *more
+    )
     assert read_rows(tmp_path / "single" / "image_summaries.jsonl") == together
 
 
 def random_blip2(folder):
-    """Folder of a random tiny Blip2ForConditionalGeneration with its processor, without chat template."""
+    """Folder of a random tiny Blip2ForConditionalGeneration; it has no chat template."""
     from transformers import (
         AutoTokenizer,
         Blip2Config,
@@ -331,7 +339,12 @@ def random_blip2(folder):
     }
     config = Blip2Config(
         vision_config={**size, "intermediate_size": 64, "image_size": 32, "patch_size": 8},
-        qformer_config={**size, "intermediate_size": 64, "encoder_hidden_size": 32, "vocab_size": 32},
+        qformer_config={
+            **size,
+            "intermediate_size": 64,
+            "encoder_hidden_size": 32,
+            "vocab_size": 32,
+        },
         text_config=text,
         num_query_tokens=4,
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),

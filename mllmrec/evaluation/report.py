@@ -12,6 +12,7 @@ from typing import Any
 
 from jinja2 import Environment
 
+from mllmrec.data.candidates import users_of_split
 from mllmrec.data.images import ImageError, open_image
 from mllmrec.evaluation import plots
 from mllmrec.evaluation.metrics import SHOWN
@@ -70,10 +71,15 @@ def user_examples(files: RunFiles, n_users: int) -> list[dict[str, Any]]:
     """
     if not files.scores:
         return []
-    users = read_by_id(files.data_dir / "users.jsonl", "user_id")
+    test_users = users_of_split(read_rows(files.data_dir / "users.jsonl"), "test")
+    users = {user["user_id"]: user for user in test_users}
     items_path = files.data_dir / "items.jsonl"
     items = read_by_id(items_path, "item_id")
-    preferences = read_by_id(files.system_dir / "user_preferences.jsonl", "user_id")
+    preferences = {
+        row["user_id"]: row
+        for row in read_rows(files.system_dir / "user_preferences.jsonl")
+        if row.get("split", "test") == "test"  # leave-one-out: one line per user and split
+    }
     lists: dict[str, list[Row]] = {}
     for row in read_rows(next(iter(files.scores.values()))):
         lists.setdefault(row["user_id"], []).append(row)

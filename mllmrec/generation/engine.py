@@ -19,6 +19,8 @@ from transformers import GenerationConfig, LogitsProcessorList
 from mllmrec.generation import prefill, sampling
 from mllmrec.models.chat import Arrays, ChatProcessor, to_model
 from mllmrec.models.compat import empty_device_cache, is_out_of_memory
+from mllmrec.models.loading import load_multimodal, load_text, max_prompt_tokens
+from mllmrec.models.options import GenerationStageOptions
 from mllmrec.stage.errors import InputError
 
 CPU_BATCH_TOKENS = 32768
@@ -169,6 +171,23 @@ class GenerationEngine:
         if requests[0].prompt.inputs is not None:
             return self.chat.collate_arrays([r.prompt.inputs for r in requests if r.prompt.inputs])
         return self.chat.encode([request.prompt.text for request in requests])
+
+
+def load_engine(
+    name: str, options: GenerationStageOptions, multimodal: bool
+) -> tuple[GenerationEngine, int]:
+    """(engine, how many tokens a prompt may have) for the model `name`."""
+    model, processor = (load_multimodal if multimodal else load_text)(name, options)
+    limit = max_prompt_tokens(model, options.max_new_tokens)
+    chat = ChatProcessor(processor, prompt_format=options.prompt_format)
+    generation = GenerationOptions(
+        max_new_tokens=options.max_new_tokens,
+        batch_tokens=options.batch_tokens,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        seed=options.seed,
+    )
+    return GenerationEngine(model, chat, generation), limit
 
 
 def run_dialogues(

@@ -96,8 +96,8 @@ def list_row(
 ) -> Row:
     """One line about a list of candidates.
 
-    question: names the candidates in the order of `item_ids`, each with its answer (a letter); label:
-    place of the target, None if the list lacks it; answers: given for training, the answers of the set.
+    question: names the candidates in the order of `item_ids`, each with its answer (a letter);
+    label: place of the target, None if the list lacks it; answers: of the set, given for training.
     """
     messages = [user_turn(question)]
     if answers is not None and label is not None:
