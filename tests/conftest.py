@@ -1,6 +1,5 @@
-"""What several test files need: the stage scripts as modules, and one small run of all stages."""
+"""What several test files need: one small run of all stages, unusual images, the real data."""
 
-import importlib.util
 import os
 import struct
 import zlib
@@ -11,6 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mllmrec.stage.scripts import load_script
+
+# One thread per pytest-xdist worker: the models are tiny, and more threads than cores wait for each other.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may look for a model elsewhere
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -22,7 +26,7 @@ PLACES = (ROOT / "data" / "raw" / "microlens", ROOT.parent / "shared" / "data" /
 REAL = next((place for place in PLACES if (place / "MicroLens-50k_pairs.tsv").exists()), None)
 skip_without_real_data = pytest.mark.skipif(
     REAL is None,
-    reason="MicroLens-50k_pairs.tsv and _titles.csv are not in data/raw/microlens (README, «Real data»)",
+    reason="MicroLens-50k_pairs.tsv and _titles.csv are not in data/raw/microlens (README)",
 )
 STAGES = (
     "data_processing/sample.py",
@@ -36,14 +40,6 @@ STAGES = (
     "MLLM-MSR/test/compute_metrics.py",
     "MLLM-MSR/test/report.py",
 )
-
-
-def script(path):
-    """A stage script as a module; `MLLM-MSR` cannot be imported by name."""
-    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def saved(model_and_processor, folder):
@@ -69,38 +65,41 @@ def small_config(folder):
 
 @pytest.fixture(scope="session")
 def small_run(tmp_path_factory):
-    """All stages once, in this process, on a small world: folder, config, and run(stage, *options) to run one again."""
+    """All stages once, in this process, on a small world.
+
+    folder, system (its subfolder mllm_msr), config, and run(stage, *options) to run a stage again.
+    """
     folder = tmp_path_factory.mktemp("small_run")
     config = small_config(folder)
     before = Path.cwd()
     os.chdir(ROOT)
 
     def run(stage, *options):
-        script(stage).main(["--config", str(config), *options])
+        load_script(stage).main(["--config", str(config), *options])
 
     for stage in STAGES[:6]:
         run(stage)
     run(STAGES[6], "--adapter", "none", "--hide", "nothing")
     for stage in STAGES[6:]:
         run(stage)
-    yield SimpleNamespace(folder=folder, config=config, run=run)
+    yield SimpleNamespace(folder=folder, system=folder / "mllm_msr", config=config, run=run)
     os.chdir(before)
 
 
-def pictures_from_the_wild(folder):
-    """Writes pictures that break naive code; returns (names that can be opened, names that cannot)."""
+def unusual_images(folder):
+    """Write images that break naive code; return (names that can be opened, names that cannot)."""
     folder.mkdir()
     noise = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
-    picture, exif = Image.fromarray(noise), Image.Exif()
-    exif[0x0112] = 6  # turned by a quarter
-    picture.save(folder / "plain.jpg")
-    picture.convert("CMYK").save(folder / "cmyk.jpg")
+    image, exif = Image.fromarray(noise), Image.Exif()
+    exif[0x0112] = 6  # rotated by a quarter
+    image.save(folder / "plain.jpg")
+    image.convert("CMYK").save(folder / "cmyk.jpg")
     Image.fromarray(noise[..., 0].astype(np.uint16) * 257).save(folder / "16bit.png")
-    picture.convert("P").save(folder / "palette.png", transparency=7)
-    picture.save(folder / "turned.jpg", exif=exif)
-    picture.save(folder / "moving.gif", save_all=True, append_images=[picture.rotate(90)])
-    picture.resize((1, 1)).save(folder / "1x1.png")
-    picture.resize((20000, 10)).save(folder / "20000x10.png")
+    image.convert("P").save(folder / "palette.png", transparency=7)
+    image.save(folder / "rotated.jpg", exif=exif)
+    image.save(folder / "animated.gif", save_all=True, append_images=[image.rotate(90)])
+    image.resize((1, 1)).save(folder / "1x1.png")
+    image.resize((20000, 10)).save(folder / "20000x10.png")
     good = [path.name for path in sorted(folder.iterdir())]
     (folder / "empty.jpg").write_bytes(b"")
     (folder / "half.jpg").write_bytes((folder / "plain.jpg").read_bytes()[:900])

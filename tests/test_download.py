@@ -7,26 +7,27 @@ import json
 import socket
 import threading
 import time
+from contextlib import closing
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 from urllib.parse import parse_qs, quote, urlsplit
 
 import pytest
 import tenacity
-from conftest import script
 from PIL import Image
 
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import read_by_id, write_rows
+from mllmrec.stage.scripts import load_script as script
 
 PRIVATE = ("--allow_private", "true")
 DRIPS = 100  # of 0.1 s each: a test without a deadline still ends
 
 
 @functools.cache
-def image_bytes(width=20, height=10, form="JPEG"):
+def image_bytes(width=20, height=10, form="JPEG", mode="RGB"):
     buffer = io.BytesIO()
-    Image.new("RGB", (width, height), (200, 30, 30)).save(buffer, form)
+    Image.new(mode, (width, height)).save(buffer, form)
     return buffer.getvalue()
 
 
@@ -80,7 +81,7 @@ class Server(BaseHTTPRequestHandler):
         elif name == "wide":
             self.answer(200, image_bytes(10_000, 30))
         elif name == "bomb":
-            self.answer(200, image_bytes(20_000, 10_000, "PNG"))
+            self.answer(200, image_bytes(20_000, 10_000, "PNG", "1"))
         elif name == "compressed":
             self.answer(200, gzip.compress(bytes(5_000_000)), Content_Encoding="gzip")
         elif name == "announced":
@@ -126,6 +127,7 @@ def server():
     threading.Thread(target=running.serve_forever, args=(0.05,), daemon=True).start()
     yield f"http://127.0.0.1:{running.server_port}/"
     running.shutdown()
+    running.server_close()
 
 
 @pytest.fixture
@@ -171,7 +173,7 @@ SUCCESSES = ("good", "png", "wide", "redirects_left_5", "busy_once")
 
 
 def test_each_failure_is_reported_and_the_other_images_are_downloaded(server, download, tmp_path):
-    image_bytes(20_000, 10_000, "PNG")  # made before the time limits count
+    image_bytes(20_000, 10_000, "PNG", "1")  # made before the time limits count
     rows, reasons = download({name: server + name for name in (*SUCCESSES, *FAILURES)}, *PRIVATE)
     assert set(rows) == set(SUCCESSES)
     files = {path.name for path in (tmp_path / "images").iterdir()}
@@ -212,7 +214,7 @@ def test_a_name_with_several_non_public_addresses_is_not_contacted(server, downl
     addresses = [(socket.AF_INET6, ("::1", port, 0, 0)), (socket.AF_INET, ("127.0.0.1", port))]
     found = [(family, socket.SOCK_STREAM, 6, "", address) for family, address in addresses]
     lookups = []
-    monkeypatch.setattr("socket.getaddrinfo", lambda host, *_, **__: lookups.append(host) or found)
+    monkeypatch.setattr("socket.getaddrinfo", lambda host, *_: lookups.append(host) or found)
     _, reasons = download({"x": f"http://two.example:{port}/good"})
     assert lookups == ["two.example"], "one try: a permanent failure"
     assert Server.asked == []
@@ -332,7 +334,7 @@ def test_waits_between_tries(server, stage, tmp_path, monkeypatch, header, attem
 
     compute = stage.seconds_until_retry
     monkeypatch.setattr(stage, "seconds_until_retry", no_wait)
-    [(_, row, reason)] = stage.download_all([("x", server + "x")], tmp_path, options)
+    [(_, row, reason)] = list(stage.download_all([("x", server + "x")], tmp_path, options))
     assert (row, reason) == (None, "the server answered 503, 2 times")
     assert least <= min(waits[0]) <= max(waits[0]) <= least + 1
     assert len(set(waits[0])) > 1 or (header, least) == ("", 60)
@@ -379,24 +381,38 @@ def test_downloads_run_at_the_same_time(server, download):
     assert time.monotonic() - started < 9, "twelve time-outs of 1.5 s"
 
 
+def test_name_lookups_run_at_the_same_time(server, download, monkeypatch):
+    """A lookup occupies a thread, and by default asyncio has at most 32 of them."""
+    all_are_looked_up = threading.Barrier(40)
+
+    def lookup(_, port, *__):
+        all_are_looked_up.wait(timeout=5)
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port))]
+
+    monkeypatch.setattr("socket.getaddrinfo", lookup)
+    port = server.rsplit(":", 1)[1]
+    urls = {f"h{n}": f"http://h{n}.example:{port}good" for n in range(40)}
+    rows, _ = download(urls, *PRIVATE, "--workers", "40")
+    assert set(rows) == set(urls)
+
+
 def test_at_most_workers_downloads_are_in_flight(server, stage, tmp_path):
     options = stage.Options(allow_private=True, workers=3)
     started = []
     row_ids = ((f"x{n}", server + "counted") for n in range(12) if not started.append(n))
-    results = stage.download_all(row_ids, tmp_path, options)
-    next(results)
-    assert len(started) == 3, "not all URLs become tasks at once"
-    assert sum(row is not None for _, row, _ in results) == 11
+    with closing(stage.download_all(row_ids, tmp_path, options)) as results:
+        next(results)
+        assert len(started) == 3, "not all URLs become tasks at once"
+        assert sum(row is not None for _, row, _ in results) == 11
     assert Server.most_in_flight == 3
 
 
 def test_closing_the_results_cancels_what_is_in_flight(server, stage, tmp_path, caplog):
-    options = stage.Options(allow_private=True, workers=4)
+    options = stage.Options(allow_private=True, workers=4, retries=1)
     row_ids = [("good", server + "good"), *((f"s{n}", server + "silent") for n in range(8))]
-    results = stage.download_all(row_ids, tmp_path, options)
-    assert next(results)[0] == ("good", server + "good")
-    started = time.monotonic()
-    results.close()
+    with closing(stage.download_all(row_ids, tmp_path, options)) as results:
+        assert next(results)[0] == ("good", server + "good")
+        started = time.monotonic()
     assert time.monotonic() - started < 1, "the server sleeps for 3 s"
     assert Server.asked.count("silent") <= 4
     assert caplog.records == [], "asyncio logs tasks that are left over"

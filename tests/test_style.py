@@ -18,10 +18,9 @@ WORDS = re.compile(
     r"state of chance|nobody knows|every so many)\b",
     re.IGNORECASE,
 )
-# Prompts may speak of a picture, and a model's checkpoints depend on their wording.
+# Prompts may speak of a picture; results depend on their wording.
 ALLOWED = {
     "mllmrec/prompts/mllm_msr.py": ("The picture is the",),
-    "mllmrec/ranking/options.py": (),
 }
 
 

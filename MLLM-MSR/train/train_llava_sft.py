@@ -73,7 +73,7 @@ class Options(RankerOptions, LoraOptions):
         "answer: on the answer only; sequence: on all text (paper, equation 2, and released code)",
     )
     patience: int = option(
-        0, "stop after so many epochs without a better validation AUC, 0 = never", ge=0
+        0, "stop after this many epochs without a better validation AUC, 0 = never", ge=0
     )
     validation_users: int = option(
         0, "users whose candidate lists are scored after each epoch, 0 = all", ge=0
@@ -81,10 +81,10 @@ class Options(RankerOptions, LoraOptions):
     score_batch_tokens: int = option(16384, "tokens in a batch of the validation", ge=1)
     workers: int = option(0, "processes that read images ahead of the model", ge=0)
     checkpoint_steps: int = option(
-        200, "a checkpoint every so many steps, besides the one after each epoch", ge=0
+        200, "steps between checkpoints, besides the one after each epoch", ge=0
     )
     save_total: int = option(2, "checkpoints kept; the best is one of them", ge=1)
-    logging_steps: int = option(10, "the log has the mean loss of every so many steps", ge=1)
+    logging_steps: int = option(10, "steps between the means of the loss in the log", ge=1)
     tensorboard: bool = option(False, "also log for TensorBoard, into tensorboard/")
 
 
@@ -325,7 +325,7 @@ def main(argv=None):
         rows = rows[: options.limit or None]
         validation = first_users(validation, options.validation_users)
         sizes = check_training_rows(rows, paths[0]) | check_training_rows(validation, paths[1])
-        if validation:  # told here if lists cannot be ranked
+        if validation:  # lists that cannot be ranked are refused here
             CandidateLists.of([{**row, "score": 0.0} for row in validation], paths[1])
         train(rows, validation, sizes, job, options)
     print(f"next: bash scripts/06_score.sh {options.config}")
