@@ -1,8 +1,7 @@
 """Stage 3 without the recurrence: the whole history in one prompt (paper, ablation study).
 
 In and out are those of `preference_recurrent.py`, with one block that holds the whole history. Give
-it an
---output_dir of its own, and --summaries to read the existing summaries:
+it an --output_dir of its own, and --summaries to read the existing summaries:
 
     python Inference/preference_direct.py --config configs/microlens.yaml \\
         --output_dir outputs/microlens_direct \\

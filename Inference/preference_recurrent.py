@@ -3,8 +3,8 @@
 (Paper, "Recurrent User Preference Inference".)
 
 In:  {data_dir}/users.jsonl, {data_dir}/items.jsonl, {output_dir}/{system}/image_summaries.jsonl
-Out: {output_dir}/{system}/user_preferences.jsonl   user_id, preference, blocks: [{items,
-preference}, ...]
+Out: {output_dir}/{system}/user_preferences.jsonl   user_id, preference,
+                                                    blocks: [{items, preference}, ...]
 
     python Inference/preference_recurrent.py --config configs/microlens.yaml
 

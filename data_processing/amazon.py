@@ -1,19 +1,17 @@
-"""Stage 1 for Amazon Reviews 2023: a category's reviews and product pages become users.jsonl,
-items.jsonl.
+"""Stage 1 for Amazon Reviews 2023: a category's reviews and product pages.
 
 In, all in {raw_dir}, as published, gzipped or not:
      <category>.jsonl[.gz]       reviews: user_id, parent_asin, timestamp (milliseconds), ...; or
-     <category>.csv[.gz]         the 0core and 5core tables: header
-     user_id,parent_asin,rating,timestamp meta_<category>.jsonl[.gz]  product pages: parent_asin,
-     title, description, features, images, ...
-Out: see `split.py`; the rules of the split are in `mllmrec/data/split.py`; and
-     {data_dir}/image_urls.jsonl  item_id, url: what `download_images.py` fetches into
-     {data_dir}/images/
+     <category>.csv[.gz]         the 0core and 5core tables, with the header
+                                 user_id,parent_asin,rating,timestamp
+     meta_<category>.jsonl[.gz]  product pages: parent_asin, title, description, features, images
+Out: users.jsonl, items.jsonl, stats.json: see `split.py`; the rules are in `mllmrec/data/split.py`
+     {data_dir}/image_urls.jsonl  item_id, url: what `download_images.py` downloads into images/
 
     python data_processing/amazon.py --config configs/amazon_baby.yaml --raw_dir data/raw/amazon
 
 An item has an image if its page names one and `download_images.py` has not rejected it
-(images.rejected.jsonl): run again after the download, and items whose image could not be fetched
+(images.rejected.jsonl): run again after the download, and items whose image could not be downloaded
 are removed before the k-core. The pages are streamed, once for which items have an image and once
 for the texts of the core, so memory grows with the log and not with the pages. CPU.
 """

@@ -1,5 +1,4 @@
-"""Stage 1 for MicroLens-50k and -100k: the published files become users.jsonl, items.jsonl,
-stats.json.
+"""Stage 1 for MicroLens-50k and -100k, from the published files.
 
 In, all in {raw_dir}, as published:
      MicroLens-50k_pairs.csv     header user,item,timestamp (milliseconds); or

@@ -1,17 +1,14 @@
-"""Stage 1 for your own data: interactions.csv and catalogue.jsonl become users.jsonl and
-items.jsonl.
+"""Stage 1 for your own data: interactions.csv and catalogue.jsonl become the files of the stages.
 
 In:  {raw_dir}/interactions.csv  header user,item,timestamp
      {raw_dir}/catalogue.jsonl   item_id, title, image (path relative to the file, or null)
 Out: {data_dir}/items.jsonl      item_id, title, image (path relative to the file, or null)
      {data_dir}/users.jsonl      user_id, history (item ids, oldest first, without the target),
-     target,
-                                 negatives, split, fold
+                                 target, negatives, split, fold
      {data_dir}/stats.json       the rows of the paper's Table 2
      {data_dir}/interactions.rejected.jsonl   file, line, row, reason
 
-    python data_processing/split.py --config configs/microlens.yaml --raw_dir my_data --data_dir
-    data/mine
+    python data_processing/split.py --config configs/microlens.yaml --raw_dir DIR --data_dir DIR
 
 The rules of the split are in `mllmrec/data/split.py`. CPU, seconds.
 """

@@ -6,5 +6,5 @@
 source "$(dirname "$0")/common.sh"
 common_overrides "$@"
 "$PYTHON" MLLM-MSR/baselines/popularity.py --config "$CONFIG" ${COMMON[@]+"${COMMON[@]}"}
-launch MLLM-MSR/test/test_with_llava_sft.py --config "$CONFIG" "$@" --adapter none --hide nothing --variant zero_shot
+launch MLLM-MSR/test/test_with_llava_sft.py --config "$CONFIG" "$@" --adapter none --hide nothing
 launch MLLM-MSR/test/test_with_llava_sft.py --config "$CONFIG" "$@"

@@ -1,4 +1,4 @@
-"""Published entry point of stage 2: runs `Inference/image_summary.py` with configs/microlens.yaml.
+"""Published entry point of stage 2: runs `Inference/image_summary.py`.
 
 python Inference/microlens/image_summary.py [--option value ...]
 """

@@ -1,7 +1,8 @@
-"""Published entry point of stage 3 (spelled so by its authors): runs
-`Inference/preference_recurrent.py` with configs/microlens.yaml.
+"""Published entry point of stage 3 (spelled so by its authors).
 
-python Inference/microlens/preferece_inference_recurrent.py [--option value ...]
+Runs `Inference/preference_recurrent.py`.
+
+    python Inference/microlens/preferece_inference_recurrent.py [--option value ...]
 """
 
 import runpy

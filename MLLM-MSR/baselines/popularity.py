@@ -1,9 +1,8 @@
 """Baseline without a model: a candidate's score is its number of interactions.
 
 In:  {data_dir}/users.jsonl
-Out: {output_dir}/{system}/popularity/scores.jsonl   score = interactions in all histories and in
-the
-                                                     training users' targets
+Out: {output_dir}/baselines/popularity/scores.jsonl   score = interactions in all histories and in
+                                                      the training users' targets
 
     python MLLM-MSR/baselines/popularity.py --config configs/microlens.yaml
 

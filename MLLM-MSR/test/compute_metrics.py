@@ -2,13 +2,11 @@
 
 In:  {output_dir}/*/*/scores.jsonl  one folder per system and scored variant: mllm_msr/sft, ...
 Out: {output_dir}/metrics.json      variant -> auc (pooled over all rows, as in the paper),
-auc_per_user,
-                                    hr@k, mrr@k, ndcg@k for k = 3, 5, 10, users, candidates, and
-                                    NAME_ci95 for each metric
+                                    auc_per_user, hr@k, mrr@k, ndcg@k for k = 3, 5, 10, users,
+                                    candidates, and NAME_ci95 for each metric
 
     python MLLM-MSR/test/compute_metrics.py --config configs/microlens.yaml
-    python MLLM-MSR/test/compute_metrics.py --output_dir outputs/all --runs outputs/seed1
-    outputs/seed2
+    python MLLM-MSR/test/compute_metrics.py --output_dir outputs/all --runs outputs/1 outputs/2
 
 HR@k is also Recall@k. Ties count as a random order would on average. Intervals: 95%, bootstrap over
 users; over several runs (folds or seeds) Student's t over the runs. CPU, seconds.

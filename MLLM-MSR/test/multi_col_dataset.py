@@ -1,11 +1,11 @@
-"""Stage 4, test half: every test user's whole candidate list becomes rows (paper, "Evaluation
-Protocols").
+"""Stage 4, test half: every test user's whole candidate list becomes rows.
+
+(Paper, "Evaluation Protocols".)
 
 In:  {data_dir}/users.jsonl, {data_dir}/items.jsonl, {output_dir}/{system}/user_preferences.jsonl
 Out: {output_dir}/{system}/test.jsonl   user_id, item_id, label (0/1), images: [path], messages:
-user (image
-                                        and text), preference_span: where in the text the preference
-                                        stands
+                                        user (image and text), preference_span: where in the text
+                                        the preference is
      test.rejected.jsonl                user_id, reason: users whose list would be incomplete
 
     python MLLM-MSR/test/multi_col_dataset.py --config configs/microlens.yaml

@@ -1,11 +1,12 @@
-"""Stage 6: every test row is scored by one forward pass, p = p(yes) / (p(yes) + p(no)) (equation
-1).
+"""Stage 6: every test row is scored by one forward pass, p = p(yes) / (p(yes) + p(no)).
+
+(Paper, equation 1.)
 
 In:  {output_dir}/{system}/test.jsonl, adapter/
-Out: {output_dir}/{system}/{variant}/scores.jsonl   user_id, item_id, label, score, logits: {No,
-Yes}
+Out: {output_dir}/{system}/{variant}/scores.jsonl   user_id, item_id, label, score,
+                                                    logits: {No, Yes}
      scores.rejected.jsonl                          all rows of users with a question that is too
-     long
+                                                    long
 
     python MLLM-MSR/test/test_with_llava_sft.py --config configs/microlens.yaml
     python MLLM-MSR/test/test_with_llava_sft.py --config configs/microlens.yaml --adapter none
@@ -27,7 +28,7 @@ from mllmrec.ranking.options import RankerOptions
 from mllmrec.ranking.rows import first_users, replace_preference
 from mllmrec.stage.errors import InputError, run_main
 from mllmrec.stage.jsonl import read_rows
-from mllmrec.stage.options import option, parse_options, print_options
+from mllmrec.stage.options import CommonOptions, option, parse_options, print_options
 from mllmrec.stage.output import ResumableOutput
 from mllmrec.stage.record import Job, file_digests
 
@@ -42,8 +43,8 @@ class Options(RankerOptions):
     )
     variant: str = option(
         "",
-        "name of the row in metrics.json; default: sft, or zero_shot without adapter, followed by "
-        "_no_image or _no_preference",
+        "name of the row in metrics.json; default: sft, or zero_shot without adapter, after the "
+        "name of a --system other than mllm_msr, followed by _no_image or _no_preference",
     )
     hide: list[Literal["nothing", "image", "preference"]] = option(
         ["nothing"], "what the model does not get, one variant each: nothing, image, preference"
@@ -57,6 +58,8 @@ class Options(RankerOptions):
 def variant_name(options, hidden):
     """Folder of the scores, and name of the row in metrics.json."""
     name = options.variant or ("zero_shot" if options.adapter == "none" else "sft")
+    if not options.variant and options.system != CommonOptions().system:
+        name = f"{options.system}_{name}"  # a row of the table names one variant of one system
     return name if hidden == "nothing" else f"{name}_no_{hidden}"
 
 

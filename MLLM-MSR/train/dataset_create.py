@@ -4,10 +4,11 @@
 
 In:  {data_dir}/users.jsonl, {data_dir}/items.jsonl, {output_dir}/{system}/user_preferences.jsonl
 Out: {output_dir}/{system}/train.jsonl, validation.jsonl
-     user_id, item_id, label (0/1), images: [path], messages: user (image and text) and assistant
-     (Yes/No), preference_span: where in the text the preference stands, the only part that is ever
-     shortened *.rejected.jsonl   user_id, reason: users whose preference or whose candidate's image
-     is missing
+                         user_id, item_id, label (0/1), images: [path], messages: user (image and
+                         text) and assistant (Yes/No), preference_span: where in the text the
+                         preference is, the only part that is ever shortened
+     *.rejected.jsonl    user_id, reason: users whose preference or whose candidate's image is
+                         missing
 
     python MLLM-MSR/train/dataset_create.py --config configs/microlens.yaml
 

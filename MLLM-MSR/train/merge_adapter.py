@@ -1,15 +1,13 @@
-"""The adapter of stage 5, merged into its base model: one model folder that needs neither PEFT nor
-this code.
+"""The adapter of stage 5, merged into its base model: a model folder that needs no PEFT.
 
 In:  {output_dir}/{system}/adapter/
-Out: {output_dir}/{system}/merged/   weights, processor and run.json; score it with --model and
---adapter none
+Out: {output_dir}/{system}/merged/   weights, processor and run.json; score it with
+                                     `--model {output_dir}/{system}/merged --adapter none`
 
     python MLLM-MSR/train/merge_adapter.py --config configs/microlens.yaml
 
 As much memory as the model's weights take (7B: 15 GB in 16 bit). dtype: that of the training,
-unless
---dtype is set.
+unless --dtype is set.
 """
 
 import time

@@ -3,13 +3,12 @@
 (Paper, "Supervised Fine-Tuning".)
 
 In:  {output_dir}/{system}/train.jsonl, validation.jsonl
-Out: {output_dir}/{system}/adapter/                LoRA weights that plain PEFT loads, processor,
-run.json
-     {output_dir}/{system}/training_log.jsonl      step, epoch, loss, learning rate, validation AUC
-     and HR@5 {output_dir}/{system}/training_curve.png      the same as a plot
-     {output_dir}/{system}/checkpoints/            what the same command resumes from
-     {output_dir}/{system}/training.rejected.jsonl users with a question that is too long without
-     preference
+Out, all in {output_dir}/{system}/:
+     adapter/                  LoRA weights that plain PEFT loads, processor, run.json
+     training_log.jsonl        step, epoch, loss, learning rate, validation AUC and HR@5
+     training_curve.png        the same as a plot
+     checkpoints/              what the same command resumes from
+     training.rejected.jsonl   users with a question that is too long even without a preference
 
     python MLLM-MSR/train/train_llava_sft.py --config configs/microlens.yaml
 

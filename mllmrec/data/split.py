@@ -4,13 +4,11 @@ Rules, in this order:
 1. items without an image are removed, if `require_image`: no candidate list can have a hole later;
 2. of a user's repeated interactions with one item the earliest is kept;
 3. users with fewer than `user_core` and items with fewer than `item_core` interactions are removed,
-until
-   none is left to remove;
+   until none is left to remove;
 4. a user's items are put in time order, ties in the order of the raw file; the last is the target;
 5. split by user: `seed` decides which users are for training, validation and test. Leave-one-out:
-each
-   user's last item is the test target, the second last the validation target, the third last the
-   target of the training line, each after the history before it;
+   each user's last item is the test target, the second last the validation target, the third last
+   the target of the training line, each after the history before it;
 6. negatives are drawn uniformly, without replacement, from the remaining items that the user never
    touched anywhere in the log - also in the parts that steps 2 and 3 removed.
 """
@@ -69,7 +67,8 @@ class SplitOptions(CommonOptions):
     )
     history: Literal["chronological", "released"] = option(
         "chronological",
-        "released: the user's six most popular items, as the released notebook does",
+        "released: the six most popular items of the history, most popular first (the released "
+        "code chooses among all items of the user: README, Deviations)",
     )
     max_history: int = option(0, "keep only the last N items of a history, 0 = all (paper)", ge=0)
     train_fraction: float = option(0.8, "fraction of users (paper: 80/10/10)", gt=0, lt=1)

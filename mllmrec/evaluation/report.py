@@ -75,11 +75,7 @@ def user_examples(files: RunFiles, n_users: int) -> list[dict[str, Any]]:
     users = {user["user_id"]: user for user in test_users}
     items_path = files.data_dir / "items.jsonl"
     items = read_by_id(items_path, "item_id")
-    preferences = {
-        row["user_id"]: row
-        for row in read_rows(files.system_dir / "user_preferences.jsonl")
-        if row.get("split", "test") == "test"  # leave-one-out: one line per user and split
-    }
+    preferences = _read_preferences(files.system_dir / "user_preferences.jsonl")
     lists: dict[str, list[Row]] = {}
     for row in read_rows(next(iter(files.scores.values()))):
         lists.setdefault(row["user_id"], []).append(row)
@@ -91,13 +87,16 @@ def user_examples(files: RunFiles, n_users: int) -> list[dict[str, Any]]:
 
     examples = []
     for user_id in list(lists)[:n_users]:
-        preference = preferences[user_id]
+        history = users[user_id]["history"]
+        # A system without preferences: the history as one block.
+        whole = {"blocks": [{"items": history, "preference": ""}]}
+        preference = preferences.get(user_id, whole)
         ranked = sorted(lists[user_id], key=lambda row: -row["score"])
         left_out = preference.get("items_left_out", 0)
         examples.append(
             {
                 "user_id": user_id,
-                "left_out": users[user_id]["history"][:left_out],
+                "left_out": history[:left_out],
                 "blocks": [
                     {**block, "items": [shown(i) for i in block["items"]]}
                     for block in preference["blocks"]
@@ -109,6 +108,13 @@ def user_examples(files: RunFiles, n_users: int) -> list[dict[str, Any]]:
             }
         )
     return examples
+
+
+def _read_preferences(path: Path) -> dict[str, Row]:
+    """user_id -> line of user_preferences.jsonl for the test; empty if there is no file."""
+    rows = read_rows(path) if path.exists() else []
+    # Leave-one-out: one line per user and split.
+    return {row["user_id"]: row for row in rows if row.get("split", "test") == "test"}
 
 
 def render_page(**values: Any) -> str:

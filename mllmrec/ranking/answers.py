@@ -6,7 +6,6 @@ answer per candidate (letters A to T), so their label is the place of the target
 """
 
 from dataclasses import dataclass
-from functools import cache
 
 from mllmrec.models.chat import ChatProcessor
 from mllmrec.models.padding import common_prefix_length
@@ -47,7 +46,6 @@ class AnswerTokens:
         return [ids[0] for ids in self.ids]
 
 
-@cache
 def answer_tokens(chat: ChatProcessor, answers: AnswerSet = YES_NO) -> AnswerTokens:
     """The tokens of an answer set for one model, derived from rendered text with and without the
     answer.

@@ -1,6 +1,7 @@
 """Rows as the model gets them: one reader for training and for scoring."""
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ class RowReader:
         self.gray_images, self.answers = gray_images, answers
         self.shortened = 0
 
-    @property
+    @cached_property
     def answer_tokens(self) -> AnswerTokens:
         """The tokens of the answers for this model."""
         return answer_tokens(self.chat, self.answers)

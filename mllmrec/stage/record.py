@@ -72,8 +72,6 @@ class Job:
     ) -> "Job":
         """ignore: options that change speed, not content; more: what else decides the content."""
         left_out = LOCATION_OPTIONS | set(ignore)
-        if options.__dict__.get("prompt_format") == "":
-            left_out.add("prompt_format")
         chosen = {k: v for k, v in asdict(options).items() if k not in left_out}
         return cls(options, json.loads(json.dumps(chosen | more)), inputs, options.limit)
 
