@@ -60,7 +60,7 @@ class CommonOptions:
     system: str = option("mllm_msr", "subfolder of output_dir for the outputs of this system")
     domain: str = option("video", "wording of the prompts: video or product")
     seed: int = option(42, "seed of every random generator (released code: 42)")
-    limit: int = option(0, "only the first N rows, 0 = all; a later run without it resumes")
+    limit: int = option(0, "only the first N rows, 0 = all; a later run without it resumes", ge=0)
     overwrite: bool = option(False, "delete what an earlier run with other settings wrote")
 
     @property
@@ -125,7 +125,7 @@ def load_config(path: Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     merged: dict[str, Any] = {}
     for base in [bases] if isinstance(bases, str) else bases:
         base_path = path.parent / base
-        if base_path in _seen or base_path == path:
+        if base_path.resolve() in [seen.resolve() for seen in (*_seen, path)]:
             raise InputError(f"{path}: `base: {base}` leads back to the file itself; remove it")
         _merge(merged, load_config(base_path, (*_seen, path)))
     _merge(merged, own)
@@ -154,7 +154,7 @@ def nearest(word: str, known: list[str] | tuple[str, ...], prefix: str = "") -> 
 
 def _parser(options_class: type[CommonOptions], description: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description=(description or "").replace("%", "%%"),
+        description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
         exit_on_error=False,
@@ -185,7 +185,7 @@ def _section_values(path: Path, section: str, known: list[str]) -> dict[str, Any
         for key, value in (config.get(name) or {}).items():
             if key not in allowed or key == "config":
                 where = f"{path}: unknown option {key!r} in section {name!r}"
-                raise InputError(where + nearest(key, allowed))
+                raise InputError(where + nearest(key, [k for k in allowed if k != "config"]))
             if isinstance(value, dict):
                 raise InputError(
                     f"{path}: option {key!r} in section {name!r} must be one value or a list"
@@ -220,7 +220,7 @@ def _merge(target: dict[str, Any], source: dict[str, Any]) -> None:
     for name, value in source.items():
         if isinstance(value, dict) and isinstance(target.get(name), dict):
             target[name] = target[name] | value
-        else:
+        elif value is not None or name not in target:  # an empty section changes nothing
             target[name] = value
 
 

@@ -1,21 +1,24 @@
-"""Stage 5 against the published procedure: samples a second and peak memory at the same effective batch.
+"""Stage 5 compared with the published procedure: speed and peak memory at equal steps.
 
     bash scripts/benchmark.sh train --size 100m
 
-Published (our own re-implementation): one pair in a pass, the loss on every token of the text, pairs in random order; fp16 on
-a GPU, float32 on a CPU, which does not train in fp16. Ours: the loss on the answer, and pairs of one item in a pass, whose
-picture is read once (`group_by: item`), or, with `--ours length`, pairs of like length in a pass. Same random weights, same
-pairs, the same number of pairs in a step; each turn is a process of its own, so that its peak memory is its own; medians.
+Published (our own re-implementation): one row in a micro-batch, the loss on every token of the
+text, rows in random order; fp16 on a GPU, float32 on a CPU, which cannot train in fp16. Ours: the
+loss on the answer, and several rows of one item in a micro-batch, whose image is computed once
+(`group_by: item`), or, with `--ours length`, rows of similar length. Both have the same random
+weights, rows and number of rows in an optimizer step. Each repeat is a process of its own, so that
+its peak memory is its own; medians.
 
-How many pairs share an item is drawn as in the training pairs of MicroLens-50k, 40,658 pairs over 10,818 items: dealt out in
-fours, 22% of an item's lots have one pair, 22% two, 17% three and 39% four.
-On a GPU also the model-FLOPs utilisation: 4 x parameters of the language model x tokens that pass through it (forward, and
-backward through frozen weights) a second, over what a large bf16 product of matrices reaches on the spot.
+How many rows share an item follows the training rows of MicroLens-50k, 40,658 rows of 10,818 items:
+cut into groups of at most four, 22% of the groups have one row, 22% two, 17% three and 39% four.
+
+On a GPU the model-FLOPs utilisation is measured, too: 4 x parameters of the language model x tokens
+per second (forward, and backward through frozen weights), divided by what a large bf16 matrix
+product reaches in the same run.
 
 Out: outputs/benchmark/train.json.
 """
 
-import argparse
 import itertools
 import json
 import resource
@@ -25,224 +28,227 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
-from bench_tools import item_with_cover, synchronize, taste, timed
-
-from data_processing.errors import run
-from data_processing.jsonl import write_json
-from data_processing.pairs import PairArgs, pair_row
-from data_processing.run_record import machine
-from Inference.chat import Chat, on_device
-from Inference.models import DTYPES, pick_device, pick_dtype
-from Inference.pair_reader import PairReader
-from Inference.random_models import LLAVA_SIZES, random_llava
-from Inference.recommender import add_lora
-from Inference.trainer import Collator, Order
-
-OUTPUT = Path("outputs/benchmark/train.json")
-MICROLENS_LOTS = (0.22, 0.22, 0.17, 0.39)
-LORA = SimpleNamespace(
-    lora_r=8,
-    lora_alpha=32,
-    lora_dropout=0.1,
-    lora_layers=[],
-    quantization="none",
-    gradient_checkpointing=False,
+from tools import (
+    count_parameters,
+    new_parser,
+    parse,
+    preference,
+    print_row,
+    question_row,
+    save_cover,
+    synchronize,
+    timed,
+    write_report,
 )
 
+from mllmrec.models.chat import ChatProcessor, to_model
+from mllmrec.models.loading import DTYPES, pick_device, pick_dtype
+from mllmrec.models.lora import add_lora
+from mllmrec.models.options import LoraOptions
+from mllmrec.models.random_models import LLAVA_SIZES, random_llava
+from mllmrec.ranking.collator import Collator
+from mllmrec.ranking.reader import RowReader
+from mllmrec.ranking.sampler import EpochSampler, EpochSettings
+from mllmrec.stage.errors import run_main
 
-def make_pairs(folder, n_pairs):
-    """Lines of train.jsonl over items with a cover of noise."""
-    chance, rows = np.random.default_rng(0), []
-    for number in itertools.count():
-        item = item_with_cover(number, folder)
-        for _ in range(chance.choice((1, 2, 3, 4), p=MICROLENS_LOTS)):
-            rows.append(
-                pair_row(
-                    f"u{len(rows)}",
-                    item,
-                    len(rows) % 2,
-                    f"{number}.png",
-                    taste(len(rows)),
-                    PairArgs(),
-                    with_answer=True,
-                )
-            )
-            if len(rows) == n_pairs:
+GROUP_FRACTIONS = (0.22, 0.22, 0.17, 0.39)  # of groups of one to four rows, MicroLens-50k
+GROUP_BY = {"published": "none", "length": "length", "item": "item"}
+
+
+def make_rows(folder, n_rows):
+    """Rows of train.jsonl about items with covers of noise."""
+    rng, rows = np.random.default_rng(0), []
+    for item in itertools.count():
+        save_cover(item, folder)
+        for _ in range(rng.choice((1, 2, 3, 4), p=GROUP_FRACTIONS)):
+            number = len(rows)
+            rows.append(question_row(f"u{number}", item, preference(number), label=number % 2))
+            if len(rows) == n_rows:
                 return rows
 
 
-def one_turn(how, args):
-    """Trains on all pairs once in this process; returns dict of seconds, tokens and peak memory.
+class Training:
+    """A model, its rows and the loop that trains it by one procedure.
 
-    What a run does once, such as fetching its memory, is not timed: the largest pass is made before.
+    procedure: published, length or item; folder: for the covers.
     """
-    device = pick_device()
-    dtype = pick_dtype(args.dtype, device)
-    if how == "published" and device.type == "cuda":
-        dtype = torch.float16
-    model, processor = random_llava(args.size, dtype=dtype, device=device)
-    with tempfile.TemporaryDirectory() as folder:
-        rows = make_pairs(folder, args.step * args.steps)
-        chat = Chat(processor)
-        reader = PairReader(chat, folder)
-        sizes = {Path(folder) / row["images"][0]: reader.image(row).size for row in rows}
-        lengths = reader.lengths(rows, sizes)
-        model = add_lora(model, LORA).train()
+
+    def __init__(self, procedure, args, folder):
+        published, device = procedure == "published", pick_device()
+        self.dtype = pick_dtype(args.dtype, device)
+        if published and device.type == "cuda":
+            self.dtype = torch.float16
+        model, processor = random_llava(args.size, dtype=self.dtype, device=device)
+        self.rows, self.step = make_rows(folder, args.step * args.steps), args.step
+        reader = RowReader(ChatProcessor(processor), folder)
+        sizes = {Path(folder) / row["images"][0]: reader.image(row).size for row in self.rows}
+        self.lengths = reader.lengths(self.rows, sizes)
+        self.pad_token_id = reader.chat.tokenizer.pad_token_id
+        self.model = add_lora(model, LoraOptions()).train()
         if args.gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        weights = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(weights, lr=2e-5)
-        group_by = {"published": "none", "length": "length", "item": "item"}[how]
-        in_pass = 1 if how == "published" else args.batch
-        collator = Collator(
-            reader, "sequence" if how == "published" else "answer", share=how == "item"
-        )
-        order = list(Order(rows, lengths, args.step, in_pass, group_by, seed=0))
-        steps = in_parts(order, args.step)
-        scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        self.weights = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.weights, lr=2e-5)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
+        self.micro_batch = 1 if published else args.batch
+        loss = "sequence" if published else "answer"
+        self.collator = Collator(reader, loss, share_prefix=procedure == "item")
+        settings = EpochSettings(args.step, self.micro_batch, GROUP_BY[procedure], seed=0)
+        order = list(EpochSampler(self.rows, self.lengths, settings))
+        self.steps = in_parts(order, args.step)
 
-        def one_pass(numbers, pairs_in_step):
-            batch = collator([rows[n] for n in numbers])
-            tokens = (batch["input_ids"] != chat.tokenizer.pad_token_id).sum().item()
-            batch = on_device(batch, model)
-            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                loss = model(**batch).loss * len(numbers) / pairs_in_step
-            scaler.scale(loss).backward()
-            return tokens
+    def run(self):
+        """(seconds, tokens) of one epoch.
 
-        def pictures_and_length(numbers):
-            return len({rows[n]["item_id"] for n in numbers}), max(lengths[n] for n in numbers)
-
-        one_pass(
-            max(
-                (part for step in steps for part in in_parts(step, in_pass)),
-                key=pictures_and_length,
-            ),
-            args.step,
-        )
-        optimizer.zero_grad()
+        What happens once, such as the allocation of memory, is not timed: the largest micro-batch
+        is computed before.
+        """
+        micro_batches = [part for step in self.steps for part in in_parts(step, self.micro_batch)]
+        self._backward(max(micro_batches, key=self._images_and_length), self.step)
+        self.optimizer.zero_grad()
         synchronize()
-        started, tokens = time.perf_counter(), 0
-        for step in steps:
-            tokens += sum(one_pass(part, len(step)) for part in in_parts(step, in_pass))
-            scaler.unscale_(optimizer)
-            torch.nn.utils.clip_grad_norm_(weights, 1.0)
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad()
+        started = time.perf_counter()
+        tokens = sum(self._optimizer_step(step) for step in self.steps)
         synchronize()
-        seconds = time.perf_counter() - started
-    on_gpu = device.type == "cuda"
-    peak = (
-        torch.cuda.max_memory_allocated()
-        if on_gpu
-        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    )
-    found = {
+        return time.perf_counter() - started, tokens
+
+    def _images_and_length(self, indices):
+        """What makes a micro-batch large: its number of images, then its longest row."""
+        return len({self.rows[i]["item_id"] for i in indices}), max(
+            self.lengths[i] for i in indices
+        )
+
+    def _optimizer_step(self, indices):
+        tokens = sum(
+            self._backward(part, len(indices)) for part in in_parts(indices, self.micro_batch)
+        )
+        self.scaler.unscale_(self.optimizer)
+        torch.nn.utils.clip_grad_norm_(self.weights, 1.0)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        return tokens
+
+    def _backward(self, indices, rows_in_step):
+        """Add the gradients of one micro-batch; return its number of tokens."""
+        batch = self.collator([self.rows[index] for index in indices])
+        tokens = (batch["input_ids"] != self.pad_token_id).sum().item()
+        batch, device = to_model(batch, self.model), self.model.device
+        with torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32):
+            loss = self.model(**batch).loss * len(indices) / rows_in_step
+        self.scaler.scale(loss).backward()
+        return tokens
+
+
+def in_parts(indices, size):
+    return [indices[start : start + size] for start in range(0, len(indices), size)]
+
+
+def measure(procedure, args):
+    """Train one epoch in this process; return dict of seconds, tokens, peak memory and sizes."""
+    with tempfile.TemporaryDirectory() as folder:
+        training = Training(procedure, args, folder)
+        seconds, tokens = training.run()
+    model = training.model
+    on_gpu = model.device.type == "cuda"
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    result = {
         "seconds": seconds,
         "tokens": tokens,
-        "peak_gb": peak / 1e9,
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "peak_gb": (torch.cuda.max_memory_allocated() if on_gpu else peak) / 1e9,
+        "parameters": count_parameters(model),
+        "mean_length": sum(training.lengths) / len(training.lengths),
     }
-    found["mean_length"] = sum(lengths) / len(lengths)
     if on_gpu:
-        language = sum(p.numel() for p in model.get_decoder().layers.parameters())
-        found["mfu"] = 4 * language * tokens / seconds / matmul_flops(device)
-    return found
-
-
-def in_parts(numbers, size):
-    return [numbers[start : start + size] for start in range(0, len(numbers), size)]
+        language_model = count_parameters(model.get_decoder().layers)
+        result["mfu"] = 4 * language_model * tokens / seconds / matmul_flops(model.device)
+    return result
 
 
 def matmul_flops(device):
-    """Operations a second of a large product of bf16 matrices."""
+    """Operations per second of a large product of bf16 matrices."""
     a = torch.randn(8192, 8192, dtype=torch.bfloat16, device=device)
     times = [timed(lambda: a @ a)[0] for _ in range(10)]
     return 2 * 8192**3 / min(times)
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--size", default="100m", choices=LLAVA_SIZES, help="of the random-weight LLaVA-NeXT"
-    )
-    parser.add_argument(
-        "--dtype",
-        default="auto",
-        choices=("auto", *DTYPES),
-        help="of ours; published: fp16 on a GPU",
-    )
-    parser.add_argument(
-        "--step", type=int, default=8, help="pairs in a step, on both sides (paper: 1 x 8)"
-    )
-    parser.add_argument("--batch", type=int, default=4, help="pairs in a pass of ours")
-    parser.add_argument("--steps", type=int, default=3, help="steps that are timed")
-    parser.add_argument(
-        "--ours",
-        nargs="+",
-        default=["item"],
-        choices=("length", "item"),
-        help="group_by of ours, one case for each",
-    )
-    parser.add_argument("--gradient_checkpointing", action="store_true")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument(
-        "--turn",
-        choices=("published", "length", "item"),
-        help="one turn in this process, as JSON; for the script itself",
-    )
-    args = parser.parse_args(sys.argv[1:] if argv is None else argv)
-    if args.turn:
-        print(json.dumps(one_turn(args.turn, args)))
-        return
+def measure_in_processes(args):
+    """{procedure: results of `measure`, one per repeat}; procedures alternate."""
     words = [
         f"--{name}={value}"
         for name, value in vars(args).items()
-        if name not in ("turn", "ours", "gradient_checkpointing")
+        if name not in ("measure", "ours", "gradient_checkpointing")
     ]
     words += ["--gradient_checkpointing"] if args.gradient_checkpointing else []
-    found = {"published": []} | {how: [] for how in args.ours}
+    results = {procedure: [] for procedure in ("published", *args.ours)}
     for _ in range(args.repeats):
-        for how, turns in found.items():
-            done = subprocess.run(
-                [sys.executable, __file__, *words, "--turn", how],
-                stdout=subprocess.PIPE,
-                text=True,
-                check=True,
-            )
-            turns.append(json.loads(done.stdout.splitlines()[-1]))
-            print(
-                f"{how}: {args.step * args.steps / turns[-1]['seconds']:.3f} pairs/s, {turns[-1]['peak_gb']:.1f} GB",
-                flush=True,
-            )
-    median = {
-        how: statistics.median(turn["seconds"] for turn in turns) for how, turns in found.items()
+        for procedure, measured in results.items():
+            command = [sys.executable, __file__, *words, "--measure", procedure]
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            measured.append(json.loads(done.stdout.splitlines()[-1]))
+            rate = args.step * args.steps / measured[-1]["seconds"]
+            print(f"{procedure}: {rate:.3f} rows/s, {measured[-1]['peak_gb']:.1f} GB", flush=True)
+    return results
+
+
+def report_row(procedure, results, args):
+    """One row of the report: a procedure of ours compared with the published one."""
+    baseline, ours = results["published"], results[procedure]
+    n_rows = args.step * args.steps
+    baseline_s, ours_s = (median_of(measured, "seconds") for measured in (baseline, ours))
+    row = {
+        "case": f"ours, group_by {procedure}, {args.batch} rows in a micro-batch",
+        "baseline_s": round(baseline_s, 2),
+        "ours_s": round(ours_s, 2),
+        "ratio": round(baseline_s / ours_s, 2),
+        "baseline_rows_per_s": round(n_rows / baseline_s, 3),
+        "ours_rows_per_s": round(n_rows / ours_s, 3),
+        "baseline_peak_gb": round(max(result["peak_gb"] for result in baseline), 2),
+        "ours_peak_gb": round(max(result["peak_gb"] for result in ours), 2),
     }
-    pairs, rows = args.step * args.steps, []
-    for how in args.ours:
-        row = {
-            "case": f"ours, group_by {how}, {args.batch} pairs in a pass", "baseline_s": round(median["published"], 2),
-            "ours_s": round(median[how], 2), "ratio": round(median["published"] / median[how], 2),
-            "baseline_pairs_per_s": round(pairs / median["published"], 3), "ours_pairs_per_s": round(pairs / median[how], 3),
-            "baseline_peak_gb": round(max(t["peak_gb"] for t in found["published"]), 2),
-            "ours_peak_gb": round(max(t["peak_gb"] for t in found[how]), 2),
-        }  # fmt: skip
-        for name, key in (("baseline", "published"), ("ours", how)):
-            if "mfu" in found[key][0]:
-                row[f"{name}_mfu"] = round(statistics.median(turn["mfu"] for turn in found[key]), 3)
-        rows.append(row)
-        print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
-    about = {key: found["published"][0][key] for key in ("parameters", "mean_length")}
-    write_json(OUTPUT, {"rows": rows, "options": vars(args), **about, **machine()})
-    print(f"wrote {OUTPUT}")
+    for name, measured in (("baseline", baseline), ("ours", ours)):
+        if "mfu" in measured[0]:
+            row[f"{name}_mfu"] = round(median_of(measured, "mfu"), 3)
+    print_row(row)
+    return row
+
+
+def median_of(results, key):
+    return statistics.median(result[key] for result in results)
+
+
+def parse_arguments(argv):
+    parser = new_parser(__doc__)
+    text = "of the random-weight LLaVA-NeXT"
+    parser.add_argument("--size", default="100m", choices=LLAVA_SIZES, help=text)
+    text = "of ours; published: fp16 on a GPU"
+    parser.add_argument("--dtype", default="auto", choices=("auto", *DTYPES), help=text)
+    text = "rows in an optimizer step of either procedure (paper: 1 x 8)"
+    parser.add_argument("--step", type=int, default=8, help=text)
+    parser.add_argument("--batch", type=int, default=4, help="rows in a micro-batch of ours")
+    parser.add_argument("--steps", type=int, default=3, help="optimizer steps that are timed")
+    text, choices = "group_by of ours, one case for each", ("length", "item")
+    parser.add_argument("--ours", nargs="+", default=["item"], choices=choices, help=text)
+    parser.add_argument("--gradient_checkpointing", action="store_true")
+    parser.add_argument("--repeats", type=int, default=3)
+    text = "measure one procedure in this process, print JSON; the script calls itself with it"
+    parser.add_argument("--measure", choices=GROUP_BY, help=text)
+    return parse(parser, argv)
+
+
+def main(argv=None):
+    args = parse_arguments(argv)
+    if args.measure:
+        print(json.dumps(measure(args.measure, args)))
+        return
+    results = measure_in_processes(args)
+    rows = [report_row(procedure, results, args) for procedure in args.ours]
+    sizes = {key: results["published"][0][key] for key in ("parameters", "mean_length")}
+    write_report("train", rows, options=vars(args), **sizes)
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

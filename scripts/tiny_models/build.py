@@ -1,8 +1,9 @@
-"""Empty tiny models of the real classes, with tokenizer, processor and chat template, ready to be trained.
+"""Untrained tiny models of the real classes, with tokenizer, processor and chat template.
 
-`new_llava()`: LlavaNextForConditionalGeneration (CLIP tower, Mistral, anyres tiles) with LlavaNextProcessor and a
-template in the `[INST] … [/INST]` form. `new_llama()`: LlamaForCausalLM with a Llama-3-form template. Both use a
-byte-level BPE, so a title in any language goes through. The same stage scripts run these and the 7B/8B checkpoints.
+`new_llava()`: LlavaNextForConditionalGeneration (CLIP tower, Mistral, anyres tiles) with
+LlavaNextProcessor and a template in the `[INST] … [/INST]` form. `new_llama()`: LlamaForCausalLM
+with a template in Llama-3's form. Both use a byte-level BPE, so that a title in any language can be
+encoded. The same stage scripts run these and the 7B/8B checkpoints.
 """
 
 import torch
@@ -19,80 +20,83 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from data_processing import prompts, sample_world
+from mllmrec.data import sample_world as world
+from mllmrec.models.random_models import special_ids
+from mllmrec.prompts import mllm_msr as prompts
+from mllmrec.prompts.templates import DOMAINS
 
+VOCABULARY_SIZE = 900
 MAX_POSITIONS = 2048
-# Matching one word against another is not learned at this width with the usual 0.02.
+# With the usual 0.02 a model of this width does not learn to compare two words.
 INITIALIZER_RANGE = 0.08
 
 LLAVA_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['role'] == 'user' %}{{ '[INST] ' }}"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
-    "{% for part in message['content'] if part['type'] == 'image' %}{{ '<image>\\n' }}{% endfor %}"
-    "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}{% endif %}{{ ' [/INST]' }}"
+    "{% for part in message['content'] if part['type'] == 'image' %}"
+    "{{ '<image>\\n' }}{% endfor %}"
+    "{% for part in message['content'] if part['type'] == 'text' %}"
+    "{{ part['text'] }}{% endfor %}{% endif %}{{ ' [/INST]' }}"
     "{% else %}{{ ' ' }}"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
-    "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}{% endif %}{{ eos_token }}"
+    "{% for part in message['content'] if part['type'] == 'text' %}"
+    "{{ part['text'] }}{% endfor %}{% endif %}{{ eos_token }}"
     "{% endif %}{% endfor %}"
 )
 LLAMA_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
-    "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' + message['content'] | trim + '<|eot_id|>' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"
+    "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' + "
+    "message['content'] | trim + '<|eot_id|>' }}"
+    "{% endfor %}{% if add_generation_prompt %}"
+    "{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"
 )
 
 
 def tokenizer_text():
-    """What the byte-level BPE is trained on: the world's sentences, and the words (not the sentences) of all prompts."""
-    fields = (
+    """What the byte-level BPE is trained on.
+
+    The sentences of the sample world, and the words (not the sentences) of all prompts.
+    """
+    templates = (
         prompts.IMAGE,
         prompts.TITLE,
         prompts.FUSION,
         prompts.PREFERENCE_FIRST,
         prompts.PREFERENCE_NEXT,
+        prompts.BLOCK_LINE,
+        prompts.RECOMMEND,
     )
-    words = sorted(
-        {
-            w
-            for text in (*fields, prompts.BLOCK_LINE, prompts.RECOMMEND)
-            for w in text.split()
-            if "{" not in w
-        }
-    )
-    words += sorted({word for domain in prompts.DOMAINS.values() for word in domain.values()})
-    values = [
-        value for attribute in sample_world.ATTRIBUTES for value in sample_world.VALUES[attribute]
-    ]
-    words += [
-        *values,
-        *sample_world.ADJECTIVES,
-        *sample_world.NOUNS,
-        "Cover:",
-        "Photo:",
-        "[INST]",
-        "[/INST]",
-    ]
+    words = sorted({word for text in templates for word in text.split() if "{" not in word})
+    words += sorted({word for domain in DOMAINS.values() for word in domain.values()})
+    values = [value for attribute in world.ATTRIBUTES for value in world.VALUES[attribute]]
+    words += [*values, *world.ADJECTIVES, *world.NOUNS, "Cover:", "Photo:", "[INST]", "[/INST]"]
     item = {"colour": "red", "shape": "star", "topic": "music"}
     sentences = [
-        sample_world.caption(item), sample_world.title_note(item), sample_world.fused_caption(item),
-        sample_world.preference_text(item), "Does this fit: Yes No None One Two Three any of these two or more how many",
-    ]  # fmt: skip
+        world.caption(item),
+        world.title_note(item),
+        world.fused_caption(item),
+        world.preference_text(item),
+        "Does this fit: Yes No None One Two Three any of these two or more how many",
+    ]
     return (
         [" " + word for word in words for _ in range(20)]
         + sentences * 40
-        + [f"{v}:" for v in values] * 20
+        + [f"{value}:" for value in values] * 20
         + ["\nThe"] * 20
     )
 
 
-def new_tokenizer(bos, eos, pad, extra, vocabulary=900):
-    """A byte-level BPE tokenizer that puts `bos` in front, as the real ones do."""
+def new_tokenizer(bos, eos, pad, extra):
+    """A byte-level BPE tokenizer that puts `bos` in front, as those of the real models do.
+
+    extra: further special tokens.
+    """
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary,
+        vocab_size=VOCABULARY_SIZE,
         special_tokens=[bos, eos, pad, *extra],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
@@ -111,40 +115,25 @@ def new_tokenizer(bos, eos, pad, extra, vocabulary=900):
     )
 
 
-def special_ids(tokenizer):
-    """The ids that a model's configuration repeats from its tokenizer."""
-    return {
-        name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")
-    }
-
-
 def new_llava(seed):
-    """(model, processor): 64-pixel tiles of 16 patches, one tile beside the overview, so a cover is 32 tokens."""
+    """(model, processor) of a LLaVA-NeXT with tiles of 64 pixels, 16 patches each.
+
+    An image is the whole image and one tile, so a cover takes 32 tokens.
+    """
     torch.manual_seed(seed)
     tokenizer = new_tokenizer("<s>", "</s>", "<pad>", ["<unk>", "<image>"])
     tokenizer.add_special_tokens({"unk_token": "<unk>"})
     pinpoints = [[64, 64]]
-    vision = CLIPVisionConfig(
-        hidden_size=96, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4, image_size=64, patch_size=16,
-        projection_dim=96, initializer_range=INITIALIZER_RANGE,
-    )  # fmt: skip
-    text = MistralConfig(
-        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=MAX_POSITIONS, sliding_window=None,
-        initializer_range=INITIALIZER_RANGE, **special_ids(tokenizer),
-    )  # fmt: skip
     config = LlavaNextConfig(
-        vision_config=vision,
-        text_config=text,
+        vision_config=_vision_config(),
+        text_config=_mistral_config(tokenizer),
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
         image_grid_pinpoints=pinpoints,
         vision_feature_layer=-1,
         vision_feature_select_strategy="default",
         image_seq_length=16,
     )
-    model = LlavaNextForConditionalGeneration(config)
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model = _with_special_ids(LlavaNextForConditionalGeneration(config), tokenizer)
     image_processor = LlavaNextImageProcessorPil(
         size={"shortest_edge": 64},
         crop_size={"height": 64, "width": 64},
@@ -155,28 +144,62 @@ def new_llava(seed):
         tokenizer=tokenizer,
         patch_size=16,
         vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,  # the CLS token, which the strategy "default" takes away again
+        num_additional_image_tokens=1,  # the CLS token, which the strategy "default" removes again
         chat_template=LLAVA_TEMPLATE,
     )
     return model, processor
 
 
-def new_llama(seed):
-    """(model, tokenizer)"""
-    torch.manual_seed(seed)
-    tokenizer = new_tokenizer(
-        "<|begin_of_text|>",
-        "<|eot_id|>",
-        "<|end_of_text|>",
-        ["<|start_header_id|>", "<|end_header_id|>"],
+def _vision_config():
+    return CLIPVisionConfig(
+        hidden_size=96,
+        intermediate_size=256,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        image_size=64,
+        patch_size=16,
+        projection_dim=96,
+        initializer_range=INITIALIZER_RANGE,
     )
+
+
+def _mistral_config(tokenizer):
+    return MistralConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=MAX_POSITIONS,
+        sliding_window=None,
+        initializer_range=INITIALIZER_RANGE,
+        **special_ids(tokenizer),
+    )
+
+
+def new_llama(seed):
+    """(model, tokenizer) of a Llama with Llama 3's special tokens."""
+    torch.manual_seed(seed)
+    extra = ["<|start_header_id|>", "<|end_header_id|>"]
+    tokenizer = new_tokenizer("<|begin_of_text|>", "<|eot_id|>", "<|end_of_text|>", extra)
     tokenizer.chat_template = LLAMA_TEMPLATE
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=MAX_POSITIONS, initializer_range=INITIALIZER_RANGE,
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=MAX_POSITIONS,
+        initializer_range=INITIALIZER_RANGE,
         **special_ids(tokenizer),
-    )  # fmt: skip
-    model = LlamaForCausalLM(config)
+    )
+    return _with_special_ids(LlamaForCausalLM(config), tokenizer), tokenizer
+
+
+def _with_special_ids(model, tokenizer):
+    """`model`, with the ids that end and pad a generated text in its generation config."""
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
-    return model, tokenizer
+    return model

@@ -1,33 +1,34 @@
-"""Trains the sample's tiny Llama from nothing: it learns to write and to rewrite a user's preference.
+"""Trains the tiny Llama of the sample from scratch: to write and to update a user's preference.
 
-In: nothing but `data_processing/sample_world.py`. Out: a model folder (fp16 safetensors, tokenizer, chat template).
+In: nothing but `mllmrec/data/sample_world.py`. Out: a model folder (fp16 safetensors, tokenizer,
+chat template).
 
-    python Inference/tiny_models/train_llama.py --output Inference/tiny_models/llama
+    python scripts/tiny_models/train_llama.py --output Inference/tiny_models/llama
 
-It sees the prompts of stage 3 with histories of simulated users, blocks of one to three items (a few prompts with a
-whole history, for the direct ablation), and learns what the block rule of the sample's world answers. The preference
-before a block is the rule's for a random earlier life, so the model must read it, not guess it.
-One CPU core, about 12 minutes.
+The training prompts are those of stage 3 with histories of simulated users, in blocks of one to
+three items (a few with a whole history, for the direct ablation); the answers are what the block
+rule of the sample world gives. The preference before a later block is random, so the model has to
+read it from the prompt. One CPU core, about 12 minutes.
 """
 
 import numpy as np
 import torch
+from build import new_llama
+from train_llava import train, train_and_save
 
-from data_processing import prompts
-from data_processing import sample_world as world
-from Inference.chat import Chat, answer_turn, user_turn
-from Inference.tiny_models.build import new_llama
-from Inference.tiny_models.train_llava import train, train_and_save
+from mllmrec.data import sample_world as world
+from mllmrec.models.chat import ChatProcessor
+from mllmrec.prompts import mllm_msr as prompts
+from mllmrec.prompts.templates import assistant_turn, fill, user_turn
 
 STEPS, BATCH, DIRECT_BATCH = 1500, 32, 8
-SHARE_FIRST = 0.25  # of the prompts; the others are later blocks
-SHARE_DIRECT = (
-    0.05  # of the batches hold whole histories; they are long, so they do not mix with the others
-)
+FIRST_FRACTION = 0.25  # of the prompts: for a first block; the others are for later blocks
+# Of the batches: of whole histories. Those are long, so they are not mixed with the others.
+DIRECT_FRACTION = 0.05
 
 
 def random_block(n_items, rng):
-    """Items as a user takes them: each attribute keeps to a favourite two times out of three."""
+    """Items as one user chooses them: two thirds of the values are set to the favourite ones."""
     favourite = world.random_item(rng)
     block = [world.random_item(rng) for _ in range(n_items)]
     for item in block:
@@ -39,61 +40,61 @@ def random_block(n_items, rng):
 
 
 def random_summary(item, rng):
-    """What stage 2 may have written: image only, or fused."""
+    """What stage 2 may have written: of the image only, or fused."""
     return world.caption(item) if rng.random() < 0.7 else world.fused_caption(item)
 
 
+def random_block_size(rng, direct):
+    """Number of items in a prompt; direct: of a whole history."""
+    if direct:
+        return int(rng.integers(4, 16))
+    return int(rng.choice([1, 2, 3], p=[0.15, 0.15, 0.7]))
+
+
 def random_turns(rng, direct):
-    """(user turn, answer turn) of one random prompt of stage 3; direct: over a whole history."""
+    """(user turn, assistant turn) of a random prompt of stage 3; direct: with a whole history."""
     previous = None
-    if not direct and rng.random() > SHARE_FIRST:
+    if not direct and rng.random() > FIRST_FRACTION:
         previous = {
             attribute: str(rng.choice(world.VALUES[attribute])) for attribute in world.ATTRIBUTES
         }
-    block = random_block(
-        int(rng.integers(4, 16)) if direct else int(rng.choice([1, 2, 3], p=[0.15, 0.15, 0.7])), rng
-    )
-    if previous:  # often it agrees with the block, as it does in a life
+    block = random_block(random_block_size(rng, direct), rng)
+    if previous:  # it often agrees with the block, as it does for a real user
         for attribute in world.ATTRIBUTES:
             if rng.random() < 0.5:
                 previous[attribute] = block[int(rng.integers(len(block)))][attribute]
-    lines = prompts.block_text(
-        [(item["title"], random_summary(item, rng)) for item in block], "video"
-    )
+    items = [(item["title"], random_summary(item, rng)) for item in block]
+    texts = {"block": prompts.block_text(items, "video")}
+    template = prompts.PREFERENCE_FIRST
     if previous:
-        text = prompts.fill(
-            prompts.PREFERENCE_NEXT,
-            "video",
-            preference=world.preference_text(previous),
-            block=lines,
-        )
+        texts["preference"] = world.preference_text(previous)
+        template = prompts.PREFERENCE_NEXT
+    if direct:
+        wanted = world.rolled_preferences(block)[-1]
     else:
-        text = prompts.fill(prompts.PREFERENCE_FIRST, "video", block=lines)
-    wanted = (
-        world.rolled_preferences(block)[-1] if direct else world.update_preference(previous, block)
-    )
-    return user_turn(text), answer_turn(world.preference_text(wanted))
+        wanted = world.update_preference(previous, block)
+    prompt = fill(template, "video", **texts)
+    return user_turn(prompt), assistant_turn(world.preference_text(wanted))
 
 
 def random_batch(chat, rng):
     """Random prompts with their answers; labels on the answers, -100 elsewhere."""
-    direct = rng.random() < SHARE_DIRECT
-    pairs = [random_turns(rng, direct) for _ in range(DIRECT_BATCH if direct else BATCH)]
-    prompts_only = [chat.render([user]) for user, _ in pairs]
-    texts = [chat.render([user, answer], answer_follows=False) for user, answer in pairs]
+    direct = rng.random() < DIRECT_FRACTION
+    turns = [random_turns(rng, direct) for _ in range(DIRECT_BATCH if direct else BATCH)]
+    texts = [chat.render(both, add_generation_prompt=False) for both in turns]
     batch = chat.encode(texts, side="right")
     batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
-    for row, prompt in enumerate(prompts_only):
-        batch["labels"][row, : chat.count(prompt)] = -100
+    for row, (user, _) in enumerate(turns):
+        batch["labels"][row, : chat.count(chat.render([user]))] = -100
     return batch
 
 
 def trained(seed=0):
-    """(model, tokenizer)"""
+    """(model, tokenizer) after the training."""
     torch.set_num_threads(1)  # so that the result does not depend on the number of cores
     rng = np.random.default_rng([seed, 2])
     model, tokenizer = new_llama(seed)
-    chat = Chat(tokenizer)
+    chat = ChatProcessor(tokenizer)
     train(model, model.parameters(), STEPS, lambda step: random_batch(chat, rng), "preference")
     return model, tokenizer
 
