@@ -45,6 +45,7 @@ class Options(RankerOptions):
         "",
         "name of the row in metrics.json; default: sft, or zero_shot without adapter, after the "
         "name of a --system other than mllm_msr, followed by _no_image or _no_preference",
+        pattern=r"^[\w-]*$",
     )
     hide: list[Literal["nothing", "image", "preference"]] = option(
         ["nothing"], "what the model does not get, one variant each: nothing, image, preference"

@@ -38,6 +38,8 @@ ROOT = Path(__file__).parents[2]
 STAGE_FOLDERS = ("data_processing", "Inference", "MLLM-MSR", "MLLM4Rec")
 NOT_SECTIONS = ("dataset", "base")  # top-level keys that are no sections
 
+NAME = r"^[\w-]+$"  # of a folder below output_dir: no path can leave it
+
 T = TypeVar("T", bound="CommonOptions")
 
 
@@ -57,9 +59,11 @@ class CommonOptions:
     config: str = option("", f"YAML file (default: ${CONFIG_VARIABLE}, else {DEFAULT_CONFIG})")
     data_dir: str = option("data/microlens", "folder of items.jsonl and users.jsonl")
     output_dir: str = option("outputs/microlens", "folder of outputs, one subfolder per system")
-    system: str = option("mllm_msr", "subfolder of output_dir for the outputs of this system")
+    system: str = option(
+        "mllm_msr", "subfolder of output_dir for the outputs of this system", pattern=NAME
+    )
     domain: str = option("video", "wording of the prompts: video or product")
-    seed: int = option(42, "seed of every random generator (released code: 42)")
+    seed: int = option(42, "seed of every random generator (released code: 42)", ge=0)
     limit: int = option(0, "only the first N rows, 0 = all; a later run without it resumes", ge=0)
     overwrite: bool = option(False, "delete what an earlier run with other settings wrote")
 
