@@ -2,6 +2,8 @@
 
 import os
 import struct
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +14,7 @@ from PIL import Image
 
 from mllmrec.stage.scripts import load_script
 
-# One thread per pytest-xdist worker: the models are tiny, and more threads than cores wait for each other.
+# One thread per pytest-xdist worker: more threads than cores would wait for each other.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may look for a model elsewhere
@@ -61,6 +63,18 @@ def small_config(folder):
     path = Path(folder) / "small.yaml"
     path.write_text(text)
     return path
+
+
+def call(*words, **environment):
+    """Run Python on `words` in a process of its own, from the root of the repository."""
+    return subprocess.run(
+        [sys.executable, *words],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
 
 
 @pytest.fixture(scope="session")

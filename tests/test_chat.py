@@ -10,15 +10,16 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers import AutoProcessor, AutoTokenizer
 
-from data_processing.errors import InputError
-from data_processing.pairs import question
-from data_processing.prompts import ANSWERS, cut, plain_text
-from Inference.chat import Chat, answer_turn, fit, user_turn
+from mllmrec.models.chat import ChatProcessor, shorten_to_fit
+from mllmrec.prompts.templates import assistant_turn, cut, plain_text, user_turn
+from mllmrec.ranking.answers import YES_NO, answer_tokens
+from mllmrec.ranking.rows import QuestionFormat
+from mllmrec.stage.errors import InputError
 
 
 @functools.cache  # not only a fixture: hypothesis calls its tests many times
 def llava_chat():
-    return Chat(AutoProcessor.from_pretrained(TINY / "llava"))
+    return ChatProcessor(AutoProcessor.from_pretrained(TINY / "llava"))
 
 
 @pytest.fixture
@@ -28,68 +29,69 @@ def llava():
 
 @pytest.fixture(scope="module")
 def llama():
-    return Chat(AutoTokenizer.from_pretrained(TINY / "llama"))
+    return ChatProcessor(AutoTokenizer.from_pretrained(TINY / "llama"))
 
 
-@pytest.mark.parametrize("label", ANSWERS)
+@pytest.mark.parametrize("label", [0, 1])
 def test_a_training_text_is_the_scoring_text_plus_the_answer_token_for_token(llava, llama, label):
     for chat in (llava, llama):
-        text, _ = question("A title", "The user appears to have a preference for jazz.", "video")
+        preference = "The user appears to have a preference for jazz."
+        text, _ = QuestionFormat().question("A title", preference)
+        tokens, answer = answer_tokens(chat), YES_NO.text(label)
         ask = [user_turn(text, images=int(chat.takes_images))]
         prompt = chat.ids(chat.render(ask))
-        whole = chat.ids(chat.render([*ask, answer_turn(ANSWERS[label])], answer_follows=False))
-        assert whole == prompt + chat.answer_ids[label]
-        assert chat.decode(chat.answer_ids[label]) == ANSWERS[label]
+        whole = chat.ids(chat.render([*ask, assistant_turn(answer)], add_generation_prompt=False))
+        assert whole == prompt + list(tokens.ids[label])
+        assert chat.decode(tokens.ids[label]) == answer == ("No", "Yes")[label]
 
 
-def test_behind_the_answer_stands_the_end_token_whatever_the_template_writes():
-    """A published template closes the assistant's turn with the four characters of a mistyped tag."""
-    chat = Chat(AutoProcessor.from_pretrained(TINY / "llava"))
+def test_the_end_token_follows_the_answer_whatever_the_template_writes():
+    """A published template ends the assistant's turn with the characters of a mistyped tag."""
+    chat = ChatProcessor(AutoProcessor.from_pretrained(TINY / "llava"))
     chat.processor.chat_template = chat.processor.chat_template.replace(
         "{{ eos_token }}", "{{ '<\\\\s> ' }}"
     )
-    assert chat.render([user_turn("Q", 1), answer_turn("Yes")], answer_follows=False).endswith(
-        " Yes<\\s> "
-    )
-    assert chat.answer_texts == {1: " Yes</s>", 0: " No</s>"}
-    assert [len(ids) for ids in chat.answer_ids.values()] == [2, 2]
-    assert chat.answer_ids[1][1] == chat.tokenizer.eos_token_id
+    assert chat.render(
+        [user_turn("Q", 1), assistant_turn("Yes")], add_generation_prompt=False
+    ).endswith(" Yes<\\s> ")
+    tokens = answer_tokens(chat)
+    assert tokens.texts == (" No</s>", " Yes</s>")
+    assert [len(ids) for ids in tokens.ids] == [2, 2]
+    assert tokens.ids[1][1] == chat.tokenizer.eos_token_id
 
 
 def test_the_answer_token_is_not_the_one_of_the_bare_word(llava):
     """` Yes` and `Yes` are different tokens; the first one follows `[/INST]`."""
     bare = llava.tokenizer("Yes", add_special_tokens=False).input_ids
     assert (
-        llava.answer_ids[1][0]
+        answer_tokens(llava).first_ids[1]
         == llava.tokenizer(" Yes", add_special_tokens=False).input_ids[0]
         != bare[0]
     )
 
 
 def test_there_is_one_bos_whoever_writes_it(llava, llama):
-    for chat in (
-        llava,
-        llama,
-    ):  # the Llama template writes it, the LLaVA template leaves it to the tokenizer
+    # The Llama template writes it, the LLaVA template leaves it to the tokenizer.
+    for chat in (llava, llama):
         ids = chat.ids(chat.render([user_turn("Hello", images=int(chat.takes_images))]))
         assert ids.count(chat.tokenizer.bos_token_id) == 1
         assert ids[0] == chat.tokenizer.bos_token_id
 
 
 def test_a_template_that_drops_the_answer_is_refused():
-    chat = Chat(AutoTokenizer.from_pretrained(TINY / "llama"))
+    chat = ChatProcessor(AutoTokenizer.from_pretrained(TINY / "llama"))
     chat.tokenizer.chat_template = (
         "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
     )
     with pytest.raises(InputError, match="does not put the answer behind the prompt"):
-        _ = chat.answer_ids
+        answer_tokens(chat)
 
 
 @given(st.text(max_size=60))
 def test_a_title_adds_no_image_and_ends_no_turn(title):
     chat = llava_chat()
     for data in (title, f"<image>{title}[/INST]", f"</s>{title}<pad>"):
-        text, _ = question(data, data, "video")
+        text, _ = QuestionFormat().question(data, data)
         ids = chat.ids(chat.render([user_turn(text, images=1)]))
         assert ids.count(chat.image_token_id) == 1
         assert chat.tokenizer.eos_token_id not in ids
@@ -101,9 +103,9 @@ def test_image_tokens_are_counted_as_the_processor_counts_them(llava, size):
     image = Image.new("RGB", size)
     prompt = llava.render([user_turn("What is it?", images=1)])
     batch = llava.encode([prompt], [image])
-    assert (batch["input_ids"] == llava.image_token_id).sum() == llava.image_tokens(image)
-    assert batch["input_ids"][0].tolist() == llava.expand(
-        llava.ids(prompt), llava.image_tokens(image)
+    assert (batch["input_ids"] == llava.image_token_id).sum() == llava.count_image_tokens(image)
+    assert batch["input_ids"][0].tolist() == llava.expand_image_token(
+        llava.ids(prompt), llava.count_image_tokens(image)
     )
 
 
@@ -118,9 +120,9 @@ def test_padding_is_on_the_side_that_is_asked_for(llama):
 
 
 @given(st.lists(st.text(alphabet="ab ", max_size=40), min_size=1, max_size=4), st.integers(0, 80))
-def test_fit_keeps_the_budget_and_cuts_the_longest_first(texts, budget):
+def test_shorten_to_fit_keeps_the_budget_and_cuts_the_longest_first(texts, budget):
     texts = [plain_text(text) for text in texts]
-    prompt, was_cut = fit(
+    prompt, was_cut = shorten_to_fit(
         " | ".join, texts, lambda prompt: len(prompt) <= budget + 3 * (len(texts) - 1)
     )
     kept = prompt.split(" | ")
@@ -136,8 +138,8 @@ def test_fit_keeps_the_budget_and_cuts_the_longest_first(texts, budget):
         )
 
 
-def test_fit_uses_what_there_is():
-    prompt, was_cut = fit(
+def test_shorten_to_fit_uses_what_there_is():
+    prompt, was_cut = shorten_to_fit(
         lambda texts: texts[0], ["one two three four"], lambda text: len(text) <= 9
     )
     assert (prompt, was_cut) == ("one two", True)

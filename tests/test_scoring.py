@@ -1,4 +1,4 @@
-"""Scores: one pass per pair, and what an item's prompts share computed once, are the same to 1e-5."""
+"""Scores: one forward pass per row, and shared prefixes computed once, are the same to 1e-5."""
 
 import numpy as np
 import pytest
@@ -6,29 +6,29 @@ import torch
 from conftest import TINY
 from PIL import Image
 
-from data_processing import sample_world as world
-from data_processing.errors import InputError
-from data_processing.pairs import pair_row
-from Inference.chat import Chat
-from Inference.models import load_multimodal
-from Inference.pair_reader import PairReader, TooLong
-from Inference.random_models import random_llava
-from Inference.recommender import attach_adapter
-from Inference.scoring import group_by_item, probability, score_pairs
+from mllmrec.data import sample_world as world
+from mllmrec.models.chat import ChatProcessor
+from mllmrec.models.loading import load_multimodal
+from mllmrec.models.lora import load_adapter
+from mllmrec.models.random_models import random_llava
+from mllmrec.ranking.answers import answer_tokens
+from mllmrec.ranking.reader import PromptTooLongError, RowReader
+from mllmrec.ranking.rows import Candidate, QuestionFormat, candidate_row, group_rows
+from mllmrec.ranking.scoring import ScoringOptions, probability, score_rows
+from mllmrec.stage.errors import InputError
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-class Options:
-    domain, recommend_prompt, max_title_characters = "video", None, 300
+def question_row(user_id, item, label, image, preference):
+    """A line of test.jsonl."""
+    candidate = Candidate(user_id, item["item_id"], item["title"], image, label)
+    return candidate_row(candidate, preference, QuestionFormat(), with_answer=False)
 
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory):
-    """(folder, rows): 10 items with covers of mixed shapes, 6 users, every other pair; texts of mixed lengths."""
-    from data_processing import prompts
-
-    Options.recommend_prompt = prompts.RECOMMEND
+    """(folder, rows): 10 items with covers of mixed shapes, 6 users; texts of mixed lengths."""
     folder = tmp_path_factory.mktemp("pairs")
     rng = np.random.default_rng(4)
     items = [{**world.random_item(rng), "item_id": str(n)} for n in range(10)]
@@ -42,18 +42,8 @@ def pairs(tmp_path_factory):
         ) + " And of other things, too." * (user % 3)
         for n, item in enumerate(items):
             if (user + n) % 2 or n == 3:
-                rows.append(
-                    pair_row(
-                        f"u{user}",
-                        item,
-                        int(n == 0),
-                        f"{n}.png",
-                        preference,
-                        Options,
-                        with_answer=False,
-                    )
-                )
-    rows.append(pair_row("u9", items[4], 0, "4.png", "Alone.", Options, with_answer=False))
+                rows.append(question_row(f"u{user}", item, int(n == 0), f"{n}.png", preference))
+    rows.append(question_row("u9", items[4], 0, "4.png", "Alone."))
     return folder, rows
 
 
@@ -63,19 +53,19 @@ def model():
 
 
 def scored(model, processor, folder, rows, **options):
-    reader = PairReader(
-        Chat(processor),
+    reader = RowReader(
+        ChatProcessor(processor),
         folder,
-        **{k: options.pop(k) for k in ("max_text_tokens", "grey") if k in options},
+        **{k: options.pop(k) for k in ("max_text_tokens", "gray_images") if k in options},
     )
-    found = {index: (yes, no) for index, yes, no in score_pairs(model, reader, rows, **options)}
-    assert sorted(found) == list(range(len(rows))), "every pair once"
-    return np.array([found[index] for index in range(len(rows))])
+    scores = dict(score_rows(model, reader, rows, ScoringOptions(**options)))
+    assert sorted(scores) == list(range(len(rows))), "every row once"
+    return np.array([scores[index] for index in range(len(rows))])
 
 
 def one_by_one(model, processor, folder, rows):
-    """The plainest way: each rendered prompt alone through the processor, logits of the last position."""
-    chat, found = Chat(processor), []
+    """Logits of the last position, each rendered prompt alone through the processor."""
+    token_ids, found = answer_tokens(ChatProcessor(processor)).first_ids, []
     for row in rows:
         text = processor.apply_chat_template(row["messages"], add_generation_prompt=True)
         batch = processor(
@@ -85,7 +75,7 @@ def one_by_one(model, processor, folder, rows):
         )
         with torch.no_grad():
             logits = model(**batch).logits[0, -1]
-        found.append([logits[chat.answer_ids[1][0]].item(), logits[chat.answer_ids[0][0]].item()])
+        found.append(logits[token_ids].tolist())
     return np.array(found)
 
 
@@ -100,7 +90,7 @@ def test_prefix_reuse_and_batches_change_no_score(model, pairs, batch_tokens):
 
 @pytest.mark.parametrize("kind", ["next", "1.5"])
 def test_prefix_reuse_changes_no_score_of_another_model(pairs, kind):
-    """Random weights, grouped-query attention, several tiles of different shapes (next) or one square picture (1.5)."""
+    """Random weights, grouped-query attention; several tiles (next) or one square image (1.5)."""
     model, processor = random_llava("tiny", kind)
     folder, rows = pairs
     wanted = one_by_one(model, processor, folder, rows)
@@ -112,7 +102,7 @@ def test_prefix_reuse_changes_no_score_of_another_model(pairs, kind):
 
 
 def test_logits_keep_their_digits_where_training_computes_in_16_bit(model, pairs):
-    """In bfloat16 a logit near 20 is known to an eighth, and the validation's candidates would tie."""
+    """In bfloat16 a logit near 20 has a resolution of an eighth: candidates would tie."""
     folder, rows = pairs
     with torch.autocast("cpu", torch.bfloat16):
         found = torch.from_numpy(scored(*model, folder, rows)).float()
@@ -133,7 +123,7 @@ def test_prefix_reuse_changes_no_score_with_an_adapter(pairs, tmp_path):
     folder, rows = pairs
     plain, processor = load_multimodal(str(TINY / "llava"))
     before = scored(plain, processor, folder, rows)
-    adapted = attach_adapter(plain, tmp_path, str(TINY / "llava"))
+    adapted = load_adapter(plain, tmp_path, str(TINY / "llava"))
     wanted = one_by_one(adapted, processor, folder, rows)
     assert np.abs(wanted - before).max() > 0.1, "the adapter does something"
     assert (
@@ -152,46 +142,42 @@ def test_the_prefix_of_an_item_is_computed_once(model, pairs, monkeypatch):
     )
     scored(*model, folder, rows)
     hook.remove()
-    assert sum(seen) == 2 * len(group_by_item(rows)) < 2 * len(rows), (
-        "overview and one tile of each item, not of each pair"
+    assert sum(seen) == 2 * len(group_rows(rows)) < 2 * len(rows), (
+        "overview and one tile of each item, not of each row"
     )
 
 
-def test_the_picture_is_seen(model, pairs):
+def test_the_image_is_attended_to(model, pairs):
     folder, rows = pairs
     assert (
-        np.abs(scored(*model, folder, rows) - scored(*model, folder, rows, grey=True)).max() > 0.1
+        np.abs(scored(*model, folder, rows) - scored(*model, folder, rows, gray_images=True)).max()
+        > 0.1
     )
 
 
 def test_a_long_preference_loses_its_tail_only(model, pairs):
     folder, _ = pairs
-    chat = Chat(model[1])
-    reader = PairReader(chat, folder, max_text_tokens=70)
-    row = pair_row(
-        "u",
-        {"item_id": "0", "title": "A title"},
-        0,
-        "0.png",
-        "word " * 300 + "tail",
-        Options,
-        with_answer=False,
+    chat = ChatProcessor(model[1])
+    reader = RowReader(chat, folder, max_text_tokens=70)
+    row = question_row(
+        "u", {"item_id": "0", "title": "A title"}, 0, "0.png", "word " * 300 + "tail"
     )
     prompt, ids = reader.prompt(row)
     assert len(ids) == chat.count(prompt) <= 70
     assert len(ids) > 60, "as much as fits is kept"
     assert reader.shortened == 1
-    whole, _ = PairReader(chat, folder).prompt(row)
+    whole, _ = RowReader(chat, folder).prompt(row)
     head, end = whole[: whole.index("word")], whole[whole.index("tail") + 4 :]
     assert prompt.startswith(head)
     assert prompt.endswith(end), "title, question and what closes the turn stay"
     with pytest.raises(
-        TooLong, match="longer than 9 tokens even without a preference; raise --max_text_tokens"
+        PromptTooLongError,
+        match="longer than 9 tokens even without a preference; raise --max_text_tokens",
     ):
-        PairReader(chat, folder, max_text_tokens=9).prompt(row)
+        RowReader(chat, folder, max_text_tokens=9).prompt(row)
 
 
-def test_a_missing_picture_is_named(model, pairs):
+def test_a_missing_image_is_named(model, pairs):
     folder, rows = pairs
     with pytest.raises(InputError, match=r"gone.png, item '0': the file is missing"):
         scored(*model, folder, [{**rows[0], "item_id": "0", "images": ["gone.png"]}])
@@ -206,31 +192,15 @@ def test_probability_is_equation_1():
 
 def test_a_user_whose_question_cannot_fit_is_found_beforehand(model, pairs):
     folder, rows = pairs
-    endless = pair_row(
-        "u7",
-        {"item_id": "0", "title": "word " * 60},
-        0,
-        "0.png",
-        "A taste.",
-        Options,
-        with_answer=False,
-    )
-    reader = PairReader(Chat(model[1]), folder, max_text_tokens=100)
-    assert set(reader.look_through([*rows, endless])[0]) == {"u7"}
+    endless = question_row("u7", {"item_id": "0", "title": "word " * 60}, 0, "0.png", "A taste.")
+    reader = RowReader(ChatProcessor(model[1]), folder, max_text_tokens=100)
+    assert set(reader.find_too_long([*rows, endless])[0]) == {"u7"}
     assert reader.shortened == 0, "looking ahead is not counted"
-    assert PairReader(Chat(model[1]), folder).look_through([endless]) == ({}, [])
+    assert RowReader(ChatProcessor(model[1]), folder).find_too_long([endless]) == ({}, [])
 
 
 def test_a_title_of_a_whole_page_is_cut_in_stage_4():
-    row = pair_row(
-        "u",
-        {"item_id": "0", "title": "word " * 600},
-        0,
-        "0.png",
-        "A taste.",
-        Options,
-        with_answer=False,
-    )
+    row = question_row("u", {"item_id": "0", "title": "word " * 600}, 0, "0.png", "A taste.")
     text = row["messages"][0]["content"][1]["text"]
     assert text.count("word") == 60
     start, end = row["preference_span"]
@@ -238,21 +208,22 @@ def test_a_title_of_a_whole_page_is_cut_in_stage_4():
 
 
 def test_in_bfloat16_candidates_do_not_tie(pairs):
-    """Logits of a bfloat16 output layer near 20 lie an eighth apart; the two that count are computed in float32."""
+    """Logits of a bfloat16 LM head near 20 are an eighth apart; ours are computed in float32."""
     model, processor = random_llava("tiny", dtype=torch.bfloat16)
     model.lm_head.weight.data *= 300
     folder, rows = pairs
     found = scored(model, processor, folder, rows)
     assert np.abs(found).max() > 16
     assert not (found * 256 == np.round(found * 256)).all(axis=1).any(), (
-        "no logit lies on bfloat16's grid"
+        "no logit is on the grid of bfloat16"
     )
 
 
-def test_a_template_that_does_not_start_with_the_picture_takes_the_plain_pass(pairs):
+def test_a_template_that_does_not_start_with_the_image_takes_the_plain_pass(pairs):
     model, processor = load_multimodal(str(TINY / "llava"))
-    text_part = "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}"
-    image_part = "{% for part in message['content'] if part['type'] == 'image' %}{{ '<image>\\n' }}{% endfor %}"
+    part = "{%% for part in message['content'] if part['type'] == '%s' %%}{{ %s }}{%% endfor %%}"
+    text_part = part % ("text", "part['text']")
+    image_part = part % ("image", "'<image>\\n'")
     assert image_part + text_part in processor.chat_template
     processor.chat_template = processor.chat_template.replace(
         image_part + text_part, text_part + image_part

@@ -1,4 +1,4 @@
-"""Fine-tuning: the loss is where it should be, LoRA is where it should be, and it learns from labels only."""
+"""Fine-tuning: the loss and LoRA are where they should be, and it learns from labels only."""
 
 import json
 import random
@@ -6,71 +6,65 @@ import shutil
 
 import pytest
 import torch
-from conftest import TINY, saved, script, small_config
+from conftest import TINY, saved, small_config
 
-from data_processing.errors import InputError
-from data_processing.jsonl import read_rows, write_rows
-from Inference.chat import Chat
-from Inference.models import load_multimodal
-from Inference.pair_reader import PairReader
-from Inference.random_models import random_llava, random_qwen_vl
-from Inference.recommender import (
-    RecommenderArgs,
-    add_lora,
-    check_adapter,
-    layer_class,
-    load_recommender,
-)
-from Inference.trainer import (
-    Collator,
-    EverySteps,
-    Order,
-    check_positions,
-    check_sharing,
-    mean_loss,
-    put_together,
-)
+from mllmrec.models.chat import ChatProcessor
+from mllmrec.models.loading import load_multimodal
+from mllmrec.models.lora import add_lora, check_adapter, decoder_layer_class
+from mllmrec.models.random_models import random_llava, random_qwen_vl
+from mllmrec.ranking.answers import answer_tokens
+from mllmrec.ranking.callbacks import CheckpointCallback, mean_loss
+from mllmrec.ranking.collator import Collator
+from mllmrec.ranking.options import RankerOptions
+from mllmrec.ranking.reader import RowReader, load_ranker
+from mllmrec.ranking.sampler import EpochSampler, EpochSettings, pack_into_batches
+from mllmrec.ranking.trainer import check_plain_positions, check_shared_prefix
+from mllmrec.stage.errors import InputError
+from mllmrec.stage.jsonl import read_rows, write_rows
+from mllmrec.stage.scripts import load_script
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 @pytest.fixture(scope="module")
 def stage():
-    return script("MLLM-MSR/train/train_llava_sft.py")
+    return load_script("MLLM-MSR/train/train_llava_sft.py")
 
 
 @pytest.fixture(scope="module")
 def pairs(small_run):
-    return small_run.folder, read_rows(small_run.folder / "train.jsonl")
+    return small_run.system, read_rows(small_run.system / "train.jsonl")
 
 
 @pytest.fixture
 def collators(pairs):
     _, processor = load_multimodal(str(TINY / "llava"))
-    reader = PairReader(Chat(processor), pairs[0])
+    reader = RowReader(ChatProcessor(processor), pairs[0])
     return Collator(reader, "answer"), Collator(reader, "sequence")
 
 
 MODELS = {
-    "next": lambda: load_multimodal(str(TINY / "llava")), "1.5": lambda: random_llava("tiny", kind="1.5"), "qwen2.5-vl": random_qwen_vl,
-}  # fmt: skip
+    "next": lambda: load_multimodal(str(TINY / "llava")),
+    "1.5": lambda: random_llava("tiny", kind="1.5"),
+    "qwen2.5-vl": random_qwen_vl,
+}
 
 
 @pytest.mark.parametrize("kind", MODELS)
 def test_the_training_text_is_the_scoring_text_plus_the_answer(kind, pairs):
-    chat = Chat(MODELS[kind]()[1])
-    collator = Collator(PairReader(chat, pairs[0]), "answer")
+    chat = ChatProcessor(MODELS[kind]()[1])
+    answers = answer_tokens(chat)
+    collator = Collator(RowReader(chat, pairs[0]), "answer")
     for row in pairs[1][:10]:
         scoring_text, ids = collator.reader.prompt(row)
-        assert collator.text(row) == scoring_text + chat.answer_texts[row["label"]]
-        assert chat.ids(collator.text(row)) == ids + chat.answer_ids[row["label"]], (
-            "token for token"
-        )
-        whole = chat.render(row["messages"], answer_follows=False)
+        assert collator.text(row) == scoring_text + answers.texts[row["label"]]
+        answer = list(answers.ids[row["label"]])
+        assert chat.ids(collator.text(row)) == ids + answer, "token for token"
+        whole = chat.render(row["messages"], add_generation_prompt=False)
         assert whole.startswith(collator.text(row).removesuffix(chat.tokenizer.eos_token))
         batch = collator([row])
-        asked = chat.expand(ids, chat.image_tokens(collator.reader.image(row)))
-        assert batch["input_ids"][0].tolist() == asked + chat.answer_ids[row["label"]]
+        asked = chat.expand_image_token(ids, chat.count_image_tokens(collator.reader.image(row)))
+        assert batch["input_ids"][0].tolist() == asked + answer
 
 
 def gradients(model, batch):
@@ -84,19 +78,19 @@ def gradients(model, batch):
 
 
 @pytest.mark.parametrize("kind", ["next", "1.5"])
-def test_a_shared_beginning_changes_neither_loss_nor_gradients(kind, stage, pairs):
-    """Pairs of one item with texts of different lengths, beside an item with one pair."""
+def test_a_shared_prefix_changes_neither_loss_nor_gradients(kind, stage, pairs):
+    """Rows of one item with texts of different lengths, beside an item with one row."""
     model, processor = MODELS[kind]()
-    model = add_lora(model, stage.Args(lora_dropout=0.0)).eval()
+    model = add_lora(model, stage.Options(lora_dropout=0.0)).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:  # they start as zeros, and so would half of the gradients
                 parameter.normal_(0, 0.05, generator=torch.Generator().manual_seed(len(name)))
-    reader = PairReader(Chat(processor), pairs[0])
+    reader = RowReader(ChatProcessor(processor), pairs[0])
     many = of_one_item(pairs[1])
     rows = [many[0], pairs[1][0], *many[1:4]]
     assert len({row["messages"][0]["content"][1]["text"] for row in rows}) == 5
-    shared = Collator(reader, "answer", share=True)(rows)
+    shared = Collator(reader, "answer", share_prefix=True)(rows)
     assert len(shared["input_ids"]) == 2, "two items"
     loss, found = gradients(model, shared)
     wanted_loss, wanted = gradients(model, Collator(reader, "answer")(rows))
@@ -107,7 +101,7 @@ def test_a_shared_beginning_changes_neither_loss_nor_gradients(kind, stage, pair
 
 
 def of_one_item(rows):
-    """Pairs that are offered the item of the second row, made from other users' pairs."""
+    """Rows about the item of the second row, made from other users' rows."""
     first, title = rows[1], rows[1]["messages"][0]["content"][1]["text"].partition("\n")[0]
     made = []
     for n, row in enumerate(rows[2:6]):
@@ -127,22 +121,22 @@ def of_one_item(rows):
     return made
 
 
-def test_sharing_is_refused_where_it_cannot_be(stage):
-    check_sharing(stage.Args(batch_size=8))
-    check_positions(random_llava("tiny")[0])
+def test_a_shared_prefix_is_refused_where_it_cannot_work(stage):
+    check_shared_prefix("answer", 8, RankerOptions())
+    check_plain_positions(random_llava("tiny")[0])
     with pytest.raises(InputError, match="--group_by item needs --loss answer"):
-        check_sharing(stage.Args(batch_size=8, loss="sequence"))
+        check_shared_prefix("sequence", 8, RankerOptions())
     with pytest.raises(
         InputError,
-        match="--group_by item shares nothing with one pair in a pass; set --batch_size to 2",
+        match="--group_by item shares nothing with one row in a batch; set --batch_size to 2",
     ):
-        check_sharing(stage.Args())
+        check_shared_prefix("answer", 1, RankerOptions())
     with pytest.raises(
         InputError, match=r"needs --attention sdpa, .* not eager"
     ):  # there a mask of True and False would be added
-        check_sharing(stage.Args(batch_size=8, attention="eager"))
-    with pytest.raises(InputError, match=r"needs a model with plain positions, not qwen2_5_vl"):
-        check_positions(random_qwen_vl()[0])
+        check_shared_prefix("answer", 8, RankerOptions(attention="eager"))
+    with pytest.raises(InputError, match=r"needs a model without M-RoPE, not qwen2_5_vl"):
+        check_plain_positions(random_qwen_vl()[0])
 
 
 @pytest.mark.parametrize("group_by", ["none", "length", "item"])
@@ -151,12 +145,12 @@ def test_an_epochs_order_is_a_permutation_that_seed_and_epoch_decide(group_by):
     lengths = [50 + (7 * n) % 31 for n in range(100)]
 
     def order(seed, epoch):
-        sampler = Order(rows, lengths, 8, 8, group_by, seed)
+        sampler = EpochSampler(rows, lengths, EpochSettings(8, 8, group_by, seed))
         sampler.set_epoch(epoch)
         return list(sampler)
 
     assert len(order(1, 0)) == 104, "whole steps"
-    assert sorted(order(1, 0)[:100]) == list(range(100)), "every pair once"
+    assert sorted(order(1, 0)[:100]) == list(range(100)), "every row once"
     assert order(1, 0)[100:] == order(1, 0)[:4], "and the first ones again"
     assert order(1, 0) == order(1, 0)
     assert len({tuple(order(seed, epoch)) for seed in (1, 2) for epoch in (0, 1)}) == 4
@@ -169,22 +163,27 @@ def test_an_epochs_order_is_a_permutation_that_seed_and_epoch_decide(group_by):
     assert (items < 4) == (group_by == "item")
 
 
-def test_chunks_are_put_together_to_whole_passes():
+def test_chunks_are_packed_into_full_micro_batches():
     chunks = [[1, 2, 3], [4, 5], [6], [7, 8, 9, 10], [11, 12], [13, 14, 15]]
-    assert put_together(chunks, 4) == [[1, 2, 3, 6], [7, 8, 9, 10], [4, 5, 11, 12], [13, 14, 15]]
-    assert put_together([[1], [2]], 1) == [[1], [2]]
+    assert pack_into_batches(chunks, 4) == [
+        [1, 2, 3, 6],
+        [7, 8, 9, 10],
+        [4, 5, 11, 12],
+        [13, 14, 15],
+    ]
+    assert pack_into_batches([[1], [2]], 1) == [[1], [2]]
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
 def test_a_step_of_qlora_trains_the_adapter_only(stage, pairs, quantization):
-    args = stage.Args(
+    args = stage.Options(
         model=str(TINY / "llava"), quantization=quantization, gradient_checkpointing=True
     )
-    model, chat = load_recommender(args)
+    model, chat = load_ranker(args)
     model = add_lora(model, args).train()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    loss = model(**Collator(PairReader(chat, pairs[0]), "answer")(pairs[1][:4])).loss
+    loss = model(**Collator(RowReader(chat, pairs[0]), "answer")(pairs[1][:4])).loss
     loss.backward()
     optimizer.step()
     changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
@@ -193,16 +192,15 @@ def test_a_step_of_qlora_trains_the_adapter_only(stage, pairs, quantization):
     assert all("lora_" in name and "language_model" in name for name in changed)
 
 
-def test_a_single_tile_is_the_picture_as_a_whole(pairs, tmp_path):
-    """Its tokens are the first ones of the full form, and the end of a row."""
+def test_a_single_tile_is_the_whole_image(pairs, tmp_path):
+    """Its tokens are the first ones of the full form, and the end-of-row token."""
     name = str(TINY / "llava")
     (whole, full_chat), (model, chat) = (
-        load_recommender(RecommenderArgs(model=name, image_tiles=tiles))
-        for tiles in ("full", "single")
+        load_ranker(RankerOptions(model=name, image_tiles=tiles)) for tiles in ("full", "single")
     )
-    image = PairReader(chat, pairs[0]).image(pairs[1][0])
-    assert (chat.image_tokens(image), full_chat.image_tokens(image)) == (17, 36)
-    reader = PairReader(chat, pairs[0])
+    image = RowReader(chat, pairs[0]).image(pairs[1][0])
+    assert (chat.count_image_tokens(image), full_chat.count_image_tokens(image)) == (17, 36)
+    reader = RowReader(chat, pairs[0])
     batch = Collator(reader, "answer")(pairs[1][:3])
     assert (batch["input_ids"] == chat.image_token_id).sum(1).tolist() == [17, 17, 17]
     assert batch["pixel_values"].shape[1] == 1
@@ -211,7 +209,7 @@ def test_a_single_tile_is_the_picture_as_a_whole(pairs, tmp_path):
         seen = model.model.get_image_features(
             batch["pixel_values"], batch["image_sizes"]
         ).pooler_output[0]
-        full = Collator(PairReader(full_chat, pairs[0]), "answer")(pairs[1][:3])
+        full = Collator(RowReader(full_chat, pairs[0]), "answer")(pairs[1][:3])
         everything = whole.model.get_image_features(
             full["pixel_values"], full["image_sizes"]
         ).pooler_output[0]
@@ -220,11 +218,11 @@ def test_a_single_tile_is_the_picture_as_a_whole(pairs, tmp_path):
     with pytest.raises(
         InputError, match=r"--image_tiles single is for LLaVA-NeXT; the model .* has no tiles"
     ):
-        load_recommender(RecommenderArgs(model=str(tmp_path), image_tiles="single"))
+        load_ranker(RankerOptions(model=str(tmp_path), image_tiles="single"))
 
 
 def test_the_answer_loss_is_the_full_loss_at_the_answer(collators, pairs):
-    """Logits for the answer's positions only give the loss that full logits with all other labels masked give."""
+    """Logits at the answer's positions give the loss of full logits with other labels masked."""
     model, _ = load_multimodal(str(TINY / "llava"))
     collator, rows = collators[0], of_mixed_lengths(pairs[1])
     batch = collator(rows)
@@ -238,7 +236,7 @@ def test_the_answer_loss_is_the_full_loss_at_the_answer(collators, pairs):
     for n, (row, length) in enumerate(
         zip(rows, full["attention_mask"].sum(1).tolist(), strict=True)
     ):
-        answer = collator.chat.answer_ids[row["label"]]
+        answer = collator.answer_ids(row)
         full["labels"][n, length - len(answer) : length] = torch.tensor(answer)
     with torch.no_grad():
         short, long = model(**batch), model(**full)
@@ -307,9 +305,14 @@ def tiny_qwen_25_vl():
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     text = {
-        "vocab_size": 99, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
-        "num_key_value_heads": 2, "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]},
-    }  # fmt: skip
+        "vocab_size": 99,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]},
+    }
     vision = {
         "depth": 2,
         "hidden_size": 32,
@@ -328,7 +331,7 @@ def tiny_qwen_25_vl():
     ids=["next", "1.5", "qwen"],
 )
 def test_lora_is_on_the_language_model_and_nowhere_else(stage, make):
-    model = add_lora(make(), stage.Args())
+    model = add_lora(make(), stage.Options())
     trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     assert trainable
     assert all("language_model" in name and "lora_" in name for name in trainable)
@@ -342,18 +345,18 @@ def test_lora_is_on_the_language_model_and_nowhere_else(stage, make):
 
 
 def test_lora_layers_can_be_chosen_and_unknown_ones_are_refused(stage):
-    model = add_lora(tiny_llava_15(), stage.Args(lora_layers=["q_proj", "v_proj"]))
+    model = add_lora(tiny_llava_15(), stage.Options(lora_layers=["q_proj", "v_proj"]))
     trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     assert {name.split(".lora_")[0].rsplit(".", 1)[1] for name in trainable} == {"q_proj", "v_proj"}
     with pytest.raises(InputError, match="no linear layers called 'query'; it has down_proj"):
-        add_lora(tiny_llava_15(), stage.Args(lora_layers=["query"]))
+        add_lora(tiny_llava_15(), stage.Options(lora_layers=["query"]))
 
 
 @pytest.fixture(scope="module")
 def learned(tmp_path_factory):
-    """A world of 400 users with preferences by the rule (what a perfect stage 3 writes): metrics of three trainings."""
-    from data_processing import sample_world as world
-    from data_processing.metrics import evaluate
+    """Metrics of three trainings in a world with preferences by the rule, as a perfect stage 3."""
+    from mllmrec.data import sample_world as world
+    from mllmrec.evaluation.metrics import evaluate
 
     folder = tmp_path_factory.mktemp("learned")
     config = small_config(folder)
@@ -368,7 +371,7 @@ def learned(tmp_path_factory):
         )
     )
     options = ["--config", str(config)]
-    script("data_processing/sample.py").main(options)
+    load_script("data_processing/sample.py").main(options)
     items = world_items(folder)
     rows = []
     for user in read_rows(folder / "users.jsonl"):
@@ -380,38 +383,38 @@ def learned(tmp_path_factory):
                 "blocks": [],
             }
         )
-    write_rows(folder / "user_preferences.jsonl", rows)
-    script("MLLM-MSR/train/dataset_create.py").main(options)
-    script("MLLM-MSR/test/multi_col_dataset.py").main([*options, "--limit", "160"])
+    system = folder / "mllm_msr"
+    write_rows(system / "user_preferences.jsonl", rows)
+    load_script("MLLM-MSR/train/dataset_create.py").main(options)
+    load_script("MLLM-MSR/test/multi_col_dataset.py").main([*options, "--limit", "160"])
     train, score = (
-        script("MLLM-MSR/train/train_llava_sft.py"),
-        script("MLLM-MSR/test/test_with_llava_sft.py"),
+        load_script("MLLM-MSR/train/train_llava_sft.py"),
+        load_script("MLLM-MSR/test/test_with_llava_sft.py"),
     )
     options += ["--hide", "nothing"]
     score.main([*options, "--adapter", "none"])
     train.main(options[:2])
     score.main(options)
-    shuffled = read_rows(folder / "train.jsonl")
+    shuffled = read_rows(system / "train.jsonl")
     labels = [row["label"] for row in shuffled]
     random.Random(0).shuffle(labels)
     for row, label in zip(shuffled, labels, strict=True):
         row["label"] = label
         row["messages"][1]["content"][0]["text"] = ["No", "Yes"][label]
-    write_rows(folder / "train.jsonl", shuffled)
-    (folder / "adapter").rename(folder / "adapter_of_true_labels")
+    write_rows(system / "train.jsonl", shuffled)
+    (system / "adapter").rename(system / "adapter_of_true_labels")
     train.main([*options[:2], "--overwrite", "true"])
     score.main([*options, "--variant", "shuffled"])
     return {
-        name: evaluate(read_rows(folder / name / "scores.jsonl"), resamples=1)
+        name: evaluate(read_rows(system / name / "scores.jsonl"), resamples=1)
         for name in ("zero_shot", "sft", "shuffled")
     }
 
 
 def world_items(folder):
     """dict item_id -> colour, shape, topic, as the world of `folder` was drawn."""
-    from data_processing import sample
-
-    items, _, _ = sample.build_world(sample.Args(seed=42, n_items=200, n_users=700))
+    sample = load_script("data_processing/sample.py")
+    items, _, _ = sample.build_world(sample.Options(seed=42, n_items=200, n_users=700))
     return {f"i{n:03d}": item for n, item in enumerate(items)}
 
 
@@ -429,20 +432,19 @@ def test_shuffled_labels_give_no_gain(learned):
 
 
 def test_other_settings_are_not_mixed_into_an_adapter(small_run):
-    before = (small_run.folder / "adapter" / "adapter_model.safetensors").read_bytes()
-    with pytest.raises(
-        InputError, match=r"was trained with other settings \(lora_r was 16, is 4\)"
-    ):
+    before = (small_run.system / "adapter" / "adapter_model.safetensors").read_bytes()
+    with pytest.raises(InputError, match=r"was made with other settings \(lora_r was 16, is 4\)"):
         small_run.run("MLLM-MSR/train/train_llava_sft.py", "--lora_r", "4")
-    assert (small_run.folder / "adapter" / "adapter_model.safetensors").read_bytes() == before
+    assert (small_run.system / "adapter" / "adapter_model.safetensors").read_bytes() == before
 
 
 def test_an_empty_training_file_is_refused_before_the_model_is_loaded(
     small_run, tmp_path, monkeypatch
 ):
+    (tmp_path / "mllm_msr").mkdir()
     for name in ("train", "validation"):
-        (tmp_path / f"{name}.jsonl").write_text("")
-    monkeypatch.setattr("Inference.models.load_multimodal", None)
+        (tmp_path / "mllm_msr" / f"{name}.jsonl").write_text("")
+    monkeypatch.setattr("mllmrec.models.loading._load_model", None)
     with pytest.raises(
         InputError, match=r"train.jsonl is empty; make it again with scripts/04_datasets.sh"
     ):
@@ -450,7 +452,7 @@ def test_an_empty_training_file_is_refused_before_the_model_is_loaded(
 
 
 def test_the_adapter_of_another_base_is_refused(small_run, tmp_path, monkeypatch):
-    adapter = small_run.folder / "adapter"
+    adapter = small_run.system / "adapter"
     check_adapter(adapter, str(TINY / "llava"), "full")
     with pytest.raises(
         InputError, match=r"was trained with --image_tiles full, not single; score with the same"
@@ -471,7 +473,7 @@ def test_the_adapter_of_another_base_is_refused(small_run, tmp_path, monkeypatch
     saved(random_llava("tiny"), other)
     with pytest.raises(
         InputError,
-        match=r"which is another model than .*llava \(hidden_size was 128, is 64\); pass the matching",
+        match=r"another model than .*llava \(hidden_size was 128, is 64\); pass the matching",
     ):
         check_adapter(adapter, str(other))
     hub = tmp_path / "hub"
@@ -485,11 +487,11 @@ def test_the_adapter_of_another_base_is_refused(small_run, tmp_path, monkeypatch
     }
     (hub / "run.json").write_text(json.dumps(record))
     with monkeypatch.context() as patch:
-        patch.setattr("Inference.recommender.fingerprint", lambda name: record["base"])
+        patch.setattr("mllmrec.models.lora.model_identity", lambda name: record["base"])
         check_adapter(hub, "one/model")
         with pytest.raises(
             InputError,
-            match=r"which is another model than other/model \(the name was one/model, is other/model\)",
+            match=r"another model than other/model \(the name was one/model, is other/model\)",
         ):
             check_adapter(hub, "other/model")
     weights = bytearray((moved / "model.safetensors").read_bytes())
@@ -501,13 +503,13 @@ def test_the_adapter_of_another_base_is_refused(small_run, tmp_path, monkeypatch
         check_adapter(adapter, str(moved))
 
 
-def test_fsdp_is_told_layers_that_every_model_has(stage, monkeypatch):
-    """PEFT takes the names from the environment; without them it looks for a part that LLaVA's vision tower lacks."""
+def test_fsdp_wraps_layers_that_every_model_has(stage, monkeypatch):
+    """PEFT takes the names from the environment, else from a list that LLaVA does not match."""
     from peft.utils.other import fsdp_auto_wrap_policy
 
     for make in MODELS.values():
-        model = add_lora(make()[0], stage.Args())
-        monkeypatch.setenv("FSDP_TRANSFORMER_CLS_TO_WRAP", layer_class(model))
+        model = add_lora(make()[0], stage.Options())
+        monkeypatch.setenv("FSDP_TRANSFORMER_CLS_TO_WRAP", decoder_layer_class(model))
         assert fsdp_auto_wrap_policy(model)
 
 
@@ -515,11 +517,11 @@ def test_with_several_gpus_in_sight_a_process_uses_one(stage, tmp_path, monkeypa
     monkeypatch.setattr(
         "transformers.TrainingArguments.n_gpu", property(lambda self: getattr(self, "_n_gpu", 4))
     )
-    options = stage.training_arguments(stage.Args(), tmp_path, "cpu", torch.float32, True)
+    options = stage.training_arguments(stage.Options(output_dir=str(tmp_path)), True)
     assert options.n_gpu <= 1
 
 
-def test_no_checkpoint_stands_between_an_epochs_last_step_and_its_validation():
+def test_no_checkpoint_is_saved_between_an_epochs_last_step_and_its_validation():
     from types import SimpleNamespace
 
     from transformers import TrainerControl, TrainerState
@@ -527,7 +529,7 @@ def test_no_checkpoint_stands_between_an_epochs_last_step_and_its_validation():
     saves, logs = [], []
     for step in range(1, 21):
         control = TrainerControl()
-        EverySteps(5).on_step_end(
+        CheckpointCallback(5).on_step_end(
             SimpleNamespace(num_train_epochs=2.0),
             TrainerState(global_step=step, max_steps=20),
             control,
@@ -548,9 +550,23 @@ def test_the_mean_loss_counts_every_step_once():
 
 
 def test_the_options_of_the_config_reach_the_trainer(stage, tmp_path):
-    args = stage.Args(epochs=3, learning_rate=1e-4, batch_size=2, accumulation=4, warmup_ratio=0.1, schedule="cosine", clip=0.5, seed=7,
-                      gradient_checkpointing=True, workers=3, save_total=5, logging_steps=6)  # fmt: skip
-    options = stage.training_arguments(args, tmp_path, "cpu", torch.bfloat16, True)
+    args = stage.Options(
+        output_dir=str(tmp_path),
+        dtype="bfloat16",
+        epochs=3,
+        learning_rate=1e-4,
+        batch_size=2,
+        accumulation=4,
+        warmup_ratio=0.1,
+        schedule="cosine",
+        clip=0.5,
+        seed=7,
+        gradient_checkpointing=True,
+        workers=3,
+        save_total=5,
+        logging_steps=6,
+    )
+    options = stage.training_arguments(args, True)
     assert (options.num_train_epochs, options.learning_rate, options.seed) == (3, 1e-4, 7)
     assert (options.per_device_train_batch_size, options.gradient_accumulation_steps) == (2, 4)
     assert (options.get_warmup_steps(100), options.lr_scheduler_type, options.max_grad_norm) == (
@@ -564,9 +580,11 @@ def test_the_options_of_the_config_reach_the_trainer(stage, tmp_path):
         5,
         6,
     )
-    assert stage.training_arguments(args, tmp_path, "cpu", torch.float16, True).fp16
+    assert options.output_dir == str(tmp_path / "mllm_msr" / "checkpoints")
+    args.dtype = "float16"
+    assert stage.training_arguments(args, True).fp16
 
 
-def test_a_text_model_is_refused_as_a_recommender():
-    with pytest.raises(InputError, match=r"\(llama\) takes no pictures; name a multimodal --model"):
+def test_a_text_model_is_refused_where_images_are_needed():
+    with pytest.raises(InputError, match=r"\(llama\) takes no images; name a multimodal --model"):
         load_multimodal(str(TINY / "llama"))

@@ -1,25 +1,25 @@
-"""Stage 5 as its users run it: going on after a death, several processes, early stopping, logs, bad input, merging."""
+"""Stage 5 as a command: resume, several processes, early stopping, logs, bad input, merging."""
 
 import shutil
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, saved, script
+from conftest import TINY, call, saved
 from peft import PeftModel
 from peft.utils import load_peft_weights
-from test_pipeline import call
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
-from data_processing.errors import InputError
-from data_processing.jsonl import read_rows, write_rows
-from data_processing.run_record import read_record
-from Inference.random_models import random_llava, random_qwen_vl
+from mllmrec.models.random_models import random_llava, random_qwen_vl
+from mllmrec.stage.errors import InputError
+from mllmrec.stage.jsonl import read_rows, write_rows
+from mllmrec.stage.record import read_record
+from mllmrec.stage.scripts import load_script
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 STAGE = "MLLM-MSR/train/train_llava_sft.py"
-# Dies at the start of pass number argv[1], as kill -9 would have it.
+# Kills itself at the start of micro-batch number argv[1], with SIGKILL.
 KILLED = """
 import os, runpy, signal, sys
 from transformers import Trainer
@@ -37,10 +37,12 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def prepared(small_run, folder):
-    """A folder with the pairs of the small run, and the command that trains there."""
-    folder.mkdir(exist_ok=True)
-    for name in ("train.jsonl", "validation.jsonl", "covers"):
-        (folder / name).symlink_to(small_run.folder / name)
+    """The command that trains in `folder`, on the rows of the small run."""
+    system = folder / "mllm_msr"
+    system.mkdir(parents=True)
+    (folder / "covers").symlink_to(small_run.folder / "covers")
+    for name in ("train.jsonl", "validation.jsonl"):
+        (system / name).symlink_to(small_run.system / name)
     return [
         STAGE,
         "--config",
@@ -53,11 +55,15 @@ def prepared(small_run, folder):
 
 
 def losses(folder):
-    return [row["loss"] for row in read_rows(folder / "training_log.jsonl") if "loss" in row]
+    return [
+        row["loss"]
+        for row in read_rows(folder / "mllm_msr" / "training_log.jsonl")
+        if "loss" in row
+    ]
 
 
 def weights(folder):
-    return load_peft_weights(str(folder / "adapter"))
+    return load_peft_weights(str(folder / "mllm_msr" / "adapter"))
 
 
 def assert_same_training(one, other, loss, weight):
@@ -70,13 +76,13 @@ def assert_same_training(one, other, loss, weight):
 
 
 @pytest.mark.parametrize(
-    ("group_by", "batch_size", "deaths"),
+    ("group_by", "batch_size", "kills"),
     [("none", 2, (9, 16)), pytest.param("item", 4, (5, 8), marks=pytest.mark.slow)],
 )
-def test_a_killed_training_goes_on_as_if_nothing_had_happened(
-    small_run, tmp_path, group_by, batch_size, deaths
+def test_a_killed_training_resumes_to_the_same_losses_and_weights(
+    small_run, tmp_path, group_by, batch_size, kills
 ):
-    """Killed in the middle of the first and of the second epoch, with dropout; losses to 1e-6 and weights to 1e-5."""
+    """Killed in mid-epoch twice, with dropout: losses to 1e-6, weights to 1e-5."""
     more = [
         "--epochs",
         "2",
@@ -88,18 +94,23 @@ def test_a_killed_training_goes_on_as_if_nothing_had_happened(
         "3",
     ]
     more += ["--logging_steps", "2", "--lora_dropout", "0.1", "--group_by", group_by]
-    script(STAGE).main([*prepared(small_run, tmp_path / "undisturbed")[1:], *more])
+    load_script(STAGE).main([*prepared(small_run, tmp_path / "undisturbed")[1:], *more])
     command = prepared(small_run, tmp_path / "killed")
-    for passes in deaths:
-        assert call("-c", KILLED, str(passes), *command, *more).returncode == -9
-        assert not (tmp_path / "killed" / "adapter").exists()
+    for micro_batches in kills:
+        assert call("-c", KILLED, str(micro_batches), *command, *more).returncode == -9
+        assert not (tmp_path / "killed" / "mllm_msr" / "adapter").exists()
     done = call(*command, *more)
     assert done.returncode == 0, done.stderr
     assert_same_training(tmp_path / "undisturbed", tmp_path / "killed", 1e-6, 1e-5)
-    logs = [read_rows(tmp_path / name / "training_log.jsonl") for name in ("undisturbed", "killed")]
+    logs = [
+        read_rows(tmp_path / name / "mllm_msr" / "training_log.jsonl")
+        for name in ("undisturbed", "killed")
+    ]
     assert [row["step"] for row in logs[0]] == [row["step"] for row in logs[1]]
     assert [row.get("eval_auc") for row in logs[0]] == [row.get("eval_auc") for row in logs[1]]
-    records = [read_record(tmp_path / name / "adapter") for name in ("undisturbed", "killed")]
+    records = [
+        read_record(tmp_path / name / "mllm_msr" / "adapter") for name in ("undisturbed", "killed")
+    ]
     assert records[0]["loss"] == pytest.approx(records[1]["loss"], abs=1e-6)
 
 
@@ -107,7 +118,7 @@ def test_two_processes_train_like_one_with_twice_the_accumulation(small_run, tmp
     """Also when they are killed in the middle of the second epoch and started again."""
     more = ["--batch_size", "2", "--lora_dropout", "0", "--epochs", "2", "--logging_steps", "1"]
     one, two = prepared(small_run, tmp_path / "one"), prepared(small_run, tmp_path / "two")
-    script(STAGE).main([*one[1:], *more, "--accumulation", "4"])
+    load_script(STAGE).main([*one[1:], *more, "--accumulation", "4"])
     launch = [
         "-m",
         "accelerate.commands.launch",
@@ -118,23 +129,25 @@ def test_two_processes_train_like_one_with_twice_the_accumulation(small_run, tmp
     ]
     (tmp_path / "killed.py").write_text(KILLED)
     two_more = [*two, *more, "--accumulation", "2", "--checkpoint_steps", "1"]
-    epoch = read_record(tmp_path / "one" / "adapter")["steps"] // 2
+    epoch = read_record(tmp_path / "one" / "mllm_msr" / "adapter")["steps"] // 2
     assert (
         call(
             *launch, str(tmp_path / "killed.py"), str(2 * epoch + 5), *two_more, OMP_NUM_THREADS="1"
         ).returncode
         != 0
     )
-    assert (tmp_path / "two" / "checkpoints" / f"checkpoint-{epoch + 2}").exists()
+    assert (tmp_path / "two" / "mllm_msr" / "checkpoints" / f"checkpoint-{epoch + 2}").exists()
     done = call(*launch, *two_more, OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stderr
     assert_same_training(tmp_path / "one", tmp_path / "two", 1e-4, 1e-3)
-    records = [read_record(tmp_path / name / "adapter") for name in ("one", "two")]
-    assert records[0]["steps"] == records[1]["steps"], "as many steps, each over as many pairs"
+    records = [read_record(tmp_path / name / "mllm_msr" / "adapter") for name in ("one", "two")]
+    assert records[0]["steps"] == records[1]["steps"], "as many steps, each over as many rows"
     assert [record["processes"] for record in records] == [1, 2]
-    logs = [read_rows(tmp_path / name / "training_log.jsonl") for name in ("one", "two")]
+    logs = [
+        read_rows(tmp_path / name / "mllm_msr" / "training_log.jsonl") for name in ("one", "two")
+    ]
     seen = [max(row.get("num_input_tokens_seen", 0) for row in log) for log in logs]
-    assert seen[0] == seen[1] > 0, "the same pairs were seen"
+    assert seen[0] == seen[1] > 0, "the same rows were trained on"
     aucs = [[row["eval_auc"] for row in log if "eval_auc" in row] for log in logs]
     assert aucs[0] == pytest.approx(aucs[1], abs=0.02)
     assert len(aucs[0]) == 2
@@ -143,20 +156,22 @@ def test_two_processes_train_like_one_with_twice_the_accumulation(small_run, tmp
 def test_a_training_that_does_not_get_better_stops_early(small_run, tmp_path, capsys):
     command = prepared(small_run, tmp_path / "run")
     more = ["--epochs", "6", "--learning_rate", "0", "--patience", "2", "--tensorboard", "true"]
-    script(STAGE).main([*command[1:], *more])
-    log = read_rows(tmp_path / "run" / "training_log.jsonl")
+    load_script(STAGE).main([*command[1:], *more])
+    log = read_rows(tmp_path / "run" / "mllm_msr" / "training_log.jsonl")
     assert len([row for row in log if "eval_auc" in row]) == 3, (
         "the first one, and two that were no better"
     )
     assert all({"eval_auc", "eval_hr@5"} <= row.keys() for row in log if "eval_auc" in row)
-    assert (tmp_path / "run" / "training_curve.png").read_bytes().startswith(b"\x89PNG")
-    assert list((tmp_path / "run" / "tensorboard").rglob("events.out.tfevents.*"))
+    assert (
+        (tmp_path / "run" / "mllm_msr" / "training_curve.png").read_bytes().startswith(b"\x89PNG")
+    )
+    assert list((tmp_path / "run" / "mllm_msr" / "tensorboard").rglob("events.out.tfevents.*"))
     before = weights(tmp_path / "run")
     shutil.rmtree(
-        tmp_path / "run" / "adapter"
-    )  # a death after the last checkpoint: nothing is trained again
-    script(STAGE).main([*command[1:], *more])
-    again = read_rows(tmp_path / "run" / "training_log.jsonl")
+        tmp_path / "run" / "mllm_msr" / "adapter"
+    )  # killed after the last checkpoint: nothing is trained again
+    load_script(STAGE).main([*command[1:], *more])
+    again = read_rows(tmp_path / "run" / "mllm_msr" / "training_log.jsonl")
     assert [row for row in again if "train_runtime" not in row] == [
         row for row in log if "train_runtime" not in row
     ]
@@ -167,14 +182,20 @@ def test_a_training_that_does_not_get_better_stops_early(small_run, tmp_path, ca
 
 def test_the_best_adapter_is_kept_not_the_last(small_run, tmp_path, monkeypatch):
     aucs = iter([0.6, 0.9, 0.7, 0.8])
-    monkeypatch.setattr("Inference.trainer.pooled_auc", lambda *_: next(aucs))
+    monkeypatch.setattr("mllmrec.ranking.trainer.pooled_auc", lambda *_: next(aucs))
     command = prepared(small_run, tmp_path / "run")
-    script(STAGE).main([*command[1:], "--epochs", "4"])
-    record = read_record(tmp_path / "run" / "adapter")
+    load_script(STAGE).main([*command[1:], "--epochs", "4"])
+    record = read_record(tmp_path / "run" / "mllm_msr" / "adapter")
     assert record["best_validation_auc"] == 0.9
     best, last = (
         load_peft_weights(
-            str(tmp_path / "run" / "checkpoints" / f"checkpoint-{record['steps'] * n // 4}")
+            str(
+                tmp_path
+                / "run"
+                / "mllm_msr"
+                / "checkpoints"
+                / f"checkpoint-{record['steps'] * n // 4}"
+            )
         )
         for n in (2, 4)
     )
@@ -194,7 +215,7 @@ def test_the_best_adapter_is_kept_not_the_last(small_run, tmp_path, monkeypatch)
         (None, ("--quantization", "nf4", "--gradient_checkpointing", "true")),
         (None, ("--image_tiles", "single", "--group_by", "length")),
     ],
-    ids=["qwen2.5-vl, sequence", "llava-1.5, bfloat16", "QLoRA", "one tile"],
+    ids=["qwen2.5-vl, sequence", "llava-1.5, bfloat16", "QLoRA", "single tile"],
 )
 def test_every_kind_of_training_ends_with_an_adapter_that_plain_peft_loads(
     small_run, tmp_path, make, options
@@ -203,7 +224,7 @@ def test_every_kind_of_training_ends_with_an_adapter_that_plain_peft_loads(
         prepared(small_run, tmp_path / "run"),
         saved(make(), tmp_path / "model") if make else str(TINY / "llava"),
     )
-    script(STAGE).main(
+    load_script(STAGE).main(
         [
             *command[1:],
             "--model",
@@ -217,7 +238,7 @@ def test_every_kind_of_training_ends_with_an_adapter_that_plain_peft_loads(
             *options,
         ]
     )
-    adapter = tmp_path / "run" / "adapter"
+    adapter = tmp_path / "run" / "mllm_msr" / "adapter"
     assert PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(base), adapter)
     assert any(
         tensor.abs().max() > 0
@@ -225,37 +246,40 @@ def test_every_kind_of_training_ends_with_an_adapter_that_plain_peft_loads(
         if "lora_B" in name
     ), "it was trained"
     assert AutoTokenizer.from_pretrained(adapter).chat_template
-    log = read_rows(tmp_path / "run" / "training_log.jsonl")
+    log = read_rows(tmp_path / "run" / "mllm_msr" / "training_log.jsonl")
     assert all(np.isfinite(row["loss"]) for row in log if "loss" in row)
     assert len([row for row in log if "eval_auc" in row]) == 1
 
 
-def test_what_is_cut_is_the_preference_and_who_cannot_fit_is_set_aside_and_both_are_counted(
+def test_preferences_are_shortened_and_users_that_cannot_fit_rejected_and_both_counted(
     small_run, tmp_path, capsys
 ):
     command = prepared(small_run, tmp_path / "run")
-    rows = read_rows(tmp_path / "run" / "train.jsonl")
-    (tmp_path / "run" / "train.jsonl").unlink()
+    rows = read_rows(tmp_path / "run" / "mllm_msr" / "train.jsonl")
+    (tmp_path / "run" / "mllm_msr" / "train.jsonl").unlink()
     for row in rows[:3]:
         turn, (_, end) = row["messages"][0], row["preference_span"]
         text = turn["content"][1]["text"]
         turn["content"][1]["text"] = text[:end] + " word" * 500 + text[end:]
         row["preference_span"][1] = end + 2500
     rows[6]["messages"][0]["content"][1]["text"] += " word" * 600  # no preference to cut there
-    write_rows(tmp_path / "run" / "train.jsonl", rows)
-    script(STAGE).main([*command[1:], "--limit", "8"])
+    write_rows(tmp_path / "run" / "mllm_msr" / "train.jsonl", rows)
+    load_script(STAGE).main([*command[1:], "--limit", "8"])
     printed = capsys.readouterr().out
-    assert "of 3 pairs the preference was shortened to fit; 1 users were set aside" in printed
-    counts = read_record(tmp_path / "run" / "adapter")["rows"]
+    assert (
+        "; 3 rows with a shortened preference; 1 users were rejected, each with its reason"
+        in printed
+    )
+    counts = read_record(tmp_path / "run" / "mllm_msr" / "adapter")["rows"]
     assert (counts["in"], counts["shortened"], counts["rejected_users"]) == (6, 3, 1)
-    (aside,) = read_rows(tmp_path / "run" / "training.rejected.jsonl")
+    (aside,) = read_rows(tmp_path / "run" / "mllm_msr" / "training.rejected.jsonl")
     assert aside["user_id"] == rows[6]["user_id"]
     assert "longer than 512 tokens even without a preference" in aside["reason"]
 
 
-def spoilt(rows, how):
+def damaged(rows, how):
     row = rows[4]
-    if how == "picture":
+    if how == "image":
         row["images"] = ["covers/gone.png"]
     elif how == "answer":
         row["messages"][1]["content"][0]["text"] = "Maybe"
@@ -270,12 +294,12 @@ def spoilt(rows, how):
     ("how", "message"),
     [
         (
-            "picture",
-            r"train.jsonl, line 5: image covers/gone.png: the file is missing; restore it, or make the file again",
+            "image",
+            r"line 5: image covers/gone.png: the file is missing; restore it, or make the file",
         ),
         (
             "answer",
-            r"train.jsonl, line 5: the answer is 'Maybe', for the label . it must be '(Yes|No)'; make the file again",
+            r"line 5: the answer is 'Maybe', for the label . it must be '(Yes|No)'; make the file",
         ),
         (
             "other answer",
@@ -284,31 +308,31 @@ def spoilt(rows, how):
         ("label", r"train.jsonl, line 5: the label is 2, it must be 0 or 1; make the file again"),
     ],
 )
-def test_bad_pairs_are_told_before_the_model_is_loaded(
+def test_bad_rows_are_refused_before_the_model_is_loaded(
     small_run, tmp_path, monkeypatch, how, message
 ):
     command = prepared(small_run, tmp_path / "run")
-    rows = read_rows(tmp_path / "run" / "train.jsonl")
-    (tmp_path / "run" / "train.jsonl").unlink()
-    write_rows(tmp_path / "run" / "train.jsonl", spoilt(rows, how))
-    monkeypatch.setattr("Inference.models._load", None)
+    rows = read_rows(tmp_path / "run" / "mllm_msr" / "train.jsonl")
+    (tmp_path / "run" / "mllm_msr" / "train.jsonl").unlink()
+    write_rows(tmp_path / "run" / "mllm_msr" / "train.jsonl", damaged(rows, how))
+    monkeypatch.setattr("mllmrec.models.loading._load_model", None)
     with pytest.raises(InputError, match=message):
-        script(STAGE).main(command[1:])
+        load_script(STAGE).main(command[1:])
 
 
-def test_validation_lists_that_cannot_be_ranked_are_told_before_the_model_is_loaded(
+def test_validation_lists_that_cannot_be_ranked_are_refused_before_the_model_is_loaded(
     small_run, tmp_path, monkeypatch
 ):
     command = prepared(small_run, tmp_path / "run")
-    rows = read_rows(tmp_path / "run" / "validation.jsonl")
-    (tmp_path / "run" / "validation.jsonl").unlink()
-    write_rows(tmp_path / "run" / "validation.jsonl", rows[:-1])
-    monkeypatch.setattr("Inference.models._load", None)
+    rows = read_rows(tmp_path / "run" / "mllm_msr" / "validation.jsonl")
+    (tmp_path / "run" / "mllm_msr" / "validation.jsonl").unlink()
+    write_rows(tmp_path / "run" / "mllm_msr" / "validation.jsonl", rows[:-1])
+    monkeypatch.setattr("mllmrec.models.loading._load_model", None)
     with pytest.raises(
         InputError,
-        match=r"validation.jsonl: user .* has 1 positives and 19 negatives in place of 1 and 20",
+        match=r"validation.jsonl: user .* has 1 positives and 19 negatives instead of 1 and 20",
     ):
-        script(STAGE).main(command[1:])
+        load_script(STAGE).main(command[1:])
 
 
 @pytest.mark.parametrize(
@@ -316,47 +340,49 @@ def test_validation_lists_that_cannot_be_ranked_are_told_before_the_model_is_loa
     [
         (
             ("--max_text_tokens", "9"),
-            r"train.jsonl: no question fits, the first one: item .* longer than 9 tokens even without",
+            r"train.jsonl: no question fits, the first: item .* longer than 9 tokens even without",
         ),
         (("--dtype", "float16"), "a CPU does not train in float16; pass --dtype float32"),
         (("--group_by", "item", "--loss", "sequence"), "--group_by item needs --loss answer"),
     ],
 )
-def test_options_that_cannot_be_had_are_told_in_a_sentence(small_run, tmp_path, options, message):
+def test_options_that_cannot_work_are_refused_in_one_sentence(
+    small_run, tmp_path, options, message
+):
     command = prepared(small_run, tmp_path / "run")
     with pytest.raises(InputError, match=message):
-        script(STAGE).main([*command[1:], *options])
+        load_script(STAGE).main([*command[1:], *options])
 
 
 @pytest.mark.parametrize(("group_by", "attention"), [("item", "sdpa"), ("none", "auto")])
-def test_sharing_asks_for_the_attention_that_can_do_it(
+def test_a_shared_prefix_uses_the_attention_that_takes_its_mask(
     small_run, tmp_path, monkeypatch, group_by, attention
 ):
     """Left to itself, a model would be loaded with FlashAttention where that is installed."""
-    stage, asked = script(STAGE), []
+    stage, asked = load_script(STAGE), []
 
     def load(args):
         asked.append(args.attention)
         raise InputError("seen")
 
-    monkeypatch.setattr(stage, "load_recommender", load)
+    monkeypatch.setattr("mllmrec.ranking.reader.load_ranker", load)
     with pytest.raises(InputError, match="seen"):
         stage.main([*prepared(small_run, tmp_path / "run")[1:], "--group_by", group_by])
     assert asked == [attention]
 
 
-def test_a_checkpoint_of_other_settings_is_not_gone_on_from(small_run, tmp_path, monkeypatch):
+def test_a_checkpoint_of_other_settings_is_not_resumed(small_run, tmp_path, monkeypatch):
     command = prepared(small_run, tmp_path / "run")
     assert (
         call("-c", KILLED, "6", *command, "--batch_size", "2", "--checkpoint_steps", "3").returncode
         == -9
     )
-    assert list((tmp_path / "run" / "checkpoints").glob("checkpoint-*"))
-    with pytest.raises(InputError, match=r"begun with other settings \(batch_size was 2, is 8\)"):
-        script(STAGE).main(command[1:])
+    assert list((tmp_path / "run" / "mllm_msr" / "checkpoints").glob("checkpoint-*"))
+    with pytest.raises(InputError, match=r"made with other settings \(batch_size was 2, is 8\)"):
+        load_script(STAGE).main(command[1:])
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(InputError, match=r"begun with other settings \(processes was 1, is 2\)"):
-        script(STAGE).main([*command[1:], "--batch_size", "2"])
+    with pytest.raises(InputError, match=r"made with other settings \(processes was 1, is 2\)"):
+        load_script(STAGE).main([*command[1:], "--batch_size", "2"])
 
 
 def test_a_merged_model_scores_like_base_and_adapter(small_run, tmp_path):
@@ -375,21 +401,21 @@ def test_a_merged_model_scores_like_base_and_adapter(small_run, tmp_path):
     small_run.run("MLLM-MSR/test/test_with_llava_sft.py", *where)
     wanted = {
         (row["user_id"], row["item_id"]): row["score"]
-        for row in read_rows(small_run.folder / "sft" / "scores.jsonl")
+        for row in read_rows(small_run.system / "sft" / "scores.jsonl")
     }
     found = {
         (row["user_id"], row["item_id"]): row["score"]
-        for row in read_rows(small_run.folder / "merged" / "scores.jsonl")
+        for row in read_rows(small_run.system / "merged" / "scores.jsonl")
     }
     assert found == pytest.approx(wanted, abs=1e-4)
     base = {
         (row["user_id"], row["item_id"]): row["score"]
-        for row in read_rows(small_run.folder / "zero_shot" / "scores.jsonl")
+        for row in read_rows(small_run.system / "zero_shot" / "scores.jsonl")
     }
     assert max(abs(base[pair] - wanted[pair]) for pair in wanted) > 0.01, (
         "the adapter does something"
     )
-    (small_run.folder / "merged" / "scores.jsonl").unlink()
-    (small_run.folder / "merged" / "scores.run.json").unlink()
-    (small_run.folder / "merged").rmdir()
+    (small_run.system / "merged" / "scores.jsonl").unlink()
+    (small_run.system / "merged" / "scores.run.json").unlink()
+    (small_run.system / "merged").rmdir()
     assert not list(merged.glob("adapter*"))
