@@ -1,13 +1,13 @@
-"""Amazon Reviews 2023, hand-written: reviews or tables, gzipped or not, become what every other loader makes."""
+"""Amazon Reviews 2023: hand-written reviews or tables, gzipped or not, become the same data."""
 
 import gzip
 import json
 
 import pytest
-from conftest import script
 
-from data_processing.errors import InputError
-from data_processing.jsonl import read_by_id, read_rows
+from mllmrec.stage.errors import InputError
+from mllmrec.stage.jsonl import read_by_id, read_rows
+from mllmrec.stage.scripts import load_script
 
 REVIEWS = [
     ("u1", "A", 10),
@@ -20,19 +20,42 @@ REVIEWS = [
     ("u3", "D", 9),
 ]
 PAGES = [
-    {"parent_asin": "A", "title": "Cup", "features": ["steel", ""], "description": ["keeps  warm"], "images": [
-        {"thumb": "http://x/a_t.jpg", "large": "http://x/a_l.jpg", "variant": "MAIN", "hi_res": None}, {"large": "http://x/a2.jpg"}]},
+    {
+        "parent_asin": "A",
+        "title": "Cup",
+        "features": ["steel", ""],
+        "description": ["keeps  warm"],
+        "images": [
+            {
+                "thumb": "http://x/a_t.jpg",
+                "large": "http://x/a_l.jpg",
+                "variant": "MAIN",
+                "hi_res": None,
+            },
+            {"large": "http://x/a2.jpg"},
+        ],
+    },
     {"parent_asin": "Z", "title": "Nobody bought it", "images": [{"large": "http://x/z.jpg"}]},
-    {"parent_asin": "B", "title": "Büchse 杯", "features": [], "description": [], "images": [{"thumb": "http://x/b_t.jpg", "large": None}]},
+    {
+        "parent_asin": "B",
+        "title": "Büchse 杯",
+        "features": [],
+        "description": [],
+        "images": [{"thumb": "http://x/b_t.jpg", "large": None}],
+    },
     {"parent_asin": "C", "title": "Toy", "images": [], "price": "12.0"},
-    {"parent_asin": "D", "title": "Bib", "images": [{"large": "http://x/d.jpg", "hi_res": "http://x/d_h.jpg"}], "details": {"a": 1}},
-]  # fmt: skip
+    {
+        "parent_asin": "D",
+        "title": "Bib",
+        "images": [{"large": "http://x/d.jpg", "hi_res": "http://x/d_h.jpg"}],
+        "details": {"a": 1},
+    },
+]
 
 
 def write(path, text):
-    (gzip.open if path.suffix == ".gz" else open)(path, "wt", encoding="utf-8").write(
-        text
-    ) if path.suffix != ".gz" else path.write_bytes(gzip.compress(text.encode()))
+    content = text.encode()
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
 
 
 def as_lines(rows):
@@ -64,10 +87,11 @@ def raw(folder, form):
 
 def load(folder, *options, cores=("2", "1")):
     data = folder / "data"
-    script("data_processing/amazon.py").main(
-        ["--config", "configs/amazon_baby.yaml", "--category", "Toys", "--raw_dir", str(folder), "--data_dir", str(data),
-         "--user_core", cores[0], "--item_core", cores[1], "--negatives", "0", "--train_negatives", "0", *options]
-    )  # fmt: skip
+    words = ["--config", "configs/amazon_baby.yaml", "--category", "Toys"]
+    words += ["--raw_dir", str(folder), "--data_dir", str(data)]
+    words += ["--user_core", cores[0], "--item_core", cores[1]]
+    words += ["--negatives", "0", "--train_negatives", "0", *options]
+    load_script("data_processing/amazon.py").main(words)
     return data
 
 
@@ -95,20 +119,20 @@ def test_every_published_form_gives_the_same_data(tmp_path, form):
     }
     urls = {row["item_id"]: row["url"] for row in read_rows(data / "image_urls.jsonl")}
     assert urls == {"A": "http://x/a_l.jpg", "B": "http://x/b_t.jpg", "D": "http://x/d.jpg"}, (
-        "the first picture; another size where it must"
+        "the first image; another size if that one is missing"
     )
     stats = json.loads((data / "stats.json").read_text())
     assert (stats["users"], stats["items"], stats["interactions"]) == (3, 4, 8)
 
 
-def test_items_without_a_picture_leave_before_the_core(tmp_path):
+def test_items_without_an_image_are_removed_before_the_core(tmp_path):
     data = load(raw(tmp_path, ".jsonl"), cores=("2", "1"))
     users = read_by_id(data / "users.jsonl", "user_id")
     assert set(users) == {"u1", "u2"}, "u3 has one interaction left without item C"
     assert set(read_by_id(data / "items.jsonl", "item_id")) == {"A", "B", "D"}
 
 
-def test_what_could_not_be_downloaded_leaves_on_the_second_run(tmp_path, capsys):
+def test_items_whose_download_failed_are_removed_on_the_second_run(tmp_path, capsys):
     folder = raw(tmp_path, ".jsonl")
     data = load(folder)
     assert "D" in read_by_id(data / "items.jsonl", "item_id")
@@ -121,19 +145,19 @@ def test_what_could_not_be_downloaded_leaves_on_the_second_run(tmp_path, capsys)
     capsys.readouterr()
     load(folder)
     assert "up to date" in capsys.readouterr().out
-    (data / "images.rejected.jsonl").unlink()  # the second try brought it
+    (data / "images.rejected.jsonl").unlink()  # the second try fetched it
     load(folder)
     assert "D" in read_by_id(data / "items.jsonl", "item_id")
 
 
-def test_when_no_image_could_be_had_the_remedy_is_the_download(tmp_path):
+def test_when_no_image_could_be_fetched_the_remedy_is_the_download(tmp_path):
     folder = raw(tmp_path, ".jsonl")
     data = load(folder)
     (data / "images.rejected.jsonl").write_text(
         "".join(f'{{"item_id": "{i}", "reason": "no network"}}\n' for i in "ABD")
     )
     with pytest.raises(
-        InputError, match=r"no image could be had .*download_images.py .*--retry_rejected true"
+        InputError, match=r"no image could be fetched .*download_images.py .*--retry_rejected true"
     ):
         load(folder)
     assert set(read_by_id(data / "image_urls.jsonl", "item_id", keys=())) == {"A", "B", "D"}
@@ -146,26 +170,26 @@ def test_a_pilot_lists_the_images_of_its_own_items(tmp_path):
     assert len(read_rows(data / "users.jsonl")) == 1
 
 
-def test_full_text_and_picture_size_on_request(tmp_path):
+def test_full_text_and_image_size_on_request(tmp_path):
     data = load(raw(tmp_path, ".jsonl"), "--item_text", "full", "--image_size", "hi_res")
     assert read_by_id(data / "items.jsonl", "item_id")["A"]["title"] == "Cup steel keeps warm"
     urls = {row["item_id"]: row["url"] for row in read_rows(data / "image_urls.jsonl")}
     assert urls == {"A": "http://x/a_l.jpg", "B": "http://x/b_t.jpg", "D": "http://x/d_h.jpg"}
 
 
-def test_rows_that_cannot_be_used_are_kept_with_their_reason(tmp_path):
+def test_rejected_rows_are_kept_with_their_reason(tmp_path):
     folder = raw(tmp_path, ".csv")
     with open(folder / "Toys.csv", "a") as file:
         file.write("u4,A,5.0,soon\n,A,5.0,3\nu5,QQ,5.0,4\nu6,A,5.0\n")
     with open(folder / "meta_Toys.jsonl", "a") as file:
         file.write('{"parent_asin": "E", "title": ""}\n')
     data = load(folder, "--require_image", "false")
-    refused = {
+    rejected = {
         (row.get("line"), row.get("item_id")): row["reason"]
         for row in read_rows(data / "interactions.rejected.jsonl")
     }
-    assert refused == {
-        (13, None): "3 fields in place of 4",
+    assert rejected == {
+        (13, None): "3 fields instead of 4",
         (10, None): "an id or the timestamp is missing",
         (11, None): "an id or the timestamp is missing",
         (None, "QQ"): "the item has no page",
@@ -212,13 +236,13 @@ def test_bad_files_are_named_with_line_and_remedy(tmp_path, name, change, messag
         load(folder)
 
 
-def test_a_broken_download_of_a_gzipped_file_is_told(tmp_path):
+def test_a_truncated_gzipped_file_is_reported(tmp_path):
     folder = raw(tmp_path, ".jsonl.gz")
     whole = (folder / "Toys.jsonl.gz").read_bytes()
     (folder / "Toys.jsonl.gz").write_bytes(whole[: len(whole) - 20])
     with pytest.raises(
         InputError,
-        match=r"Toys.jsonl.gz breaks off or is damaged after line \d+ .*; fetch it again",
+        match=r"Toys.jsonl.gz is truncated or damaged after line \d+ .*; fetch it again",
     ):
         load(folder)
 
@@ -230,20 +254,21 @@ def test_a_wrong_column_is_named(tmp_path):
     )
     with pytest.raises(
         InputError,
-        match="line 1: column 'parent_asin' is missing; the file has user_id, asin, rating, timestamp",
+        match="line 1: column 'parent_asin' is missing; the file has user_id, asin, rating, "
+        "timestamp",
     ):
         load(folder)
 
 
 def test_missing_files_are_named(tmp_path):
-    with pytest.raises(InputError, match=r"holds no Toys.jsonl"):
+    with pytest.raises(InputError, match=r"has no Toys.jsonl"):
         load(tmp_path)
     write(tmp_path / "Toys.jsonl", as_lines([]))
-    with pytest.raises(InputError, match=r"holds no meta_Toys.jsonl"):
+    with pytest.raises(InputError, match=r"has no meta_Toys.jsonl"):
         load(tmp_path)
 
 
-def test_an_id_that_could_leave_the_folder_is_refused(tmp_path):
+def test_an_id_that_is_no_file_name_is_rejected(tmp_path):
     folder = raw(tmp_path, ".jsonl")
     for path in (folder / "Toys.jsonl", folder / "meta_Toys.jsonl"):
         path.write_text(path.read_text().replace('"parent_asin": "D"', '"parent_asin": "../D"'))

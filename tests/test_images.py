@@ -1,4 +1,4 @@
-"""Pictures from the wild: one RGB image, or one reason."""
+"""Images of unknown origin: one RGB image, or one reason why not."""
 
 import io
 
@@ -7,7 +7,7 @@ import pytest
 from conftest import bomb
 from PIL import Image
 
-from data_processing.images import ImageError, image_index, open_image
+from mllmrec.data.images import ImageError, image_index, open_image
 
 RED = (200, 30, 30)
 
@@ -45,7 +45,7 @@ def test_16_bit_is_scaled_not_clipped(tmp_path):
     assert [opened.getpixel((x, 0))[0] for x in range(4)] == pytest.approx([0, 64, 127, 255], abs=1)
 
 
-def test_transparency_lies_on_white(tmp_path):
+def test_transparent_pixels_become_white(tmp_path):
     rgba = Image.new("RGBA", (8, 8), (*RED, 0))
     assert open_image(saved(tmp_path, rgba, "clear.png")).getpixel((4, 4)) == (255, 255, 255)
     palette = Image.new("RGB", (8, 8), RED).convert("P")
@@ -58,17 +58,17 @@ def test_transparency_lies_on_white(tmp_path):
     )
 
 
-def test_exif_rotation_is_followed(tmp_path):
+def test_exif_rotation_is_applied(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     assert open_image(
-        saved(tmp_path, Image.new("RGB", (20, 10), RED), "turned.jpg", exif=exif)
+        saved(tmp_path, Image.new("RGB", (20, 10), RED), "rotated.jpg", exif=exif)
     ).size == (10, 20)
 
 
-def test_of_an_animation_the_first_frame(tmp_path):
+def test_an_animation_gives_its_first_frame(tmp_path):
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
-    path = saved(tmp_path, frames[0], "moving.gif", save_all=True, append_images=frames[1:])
+    path = saved(tmp_path, frames[0], "animated.gif", save_all=True, append_images=frames[1:])
     assert open_image(path).getpixel((4, 4)) == (255, 0, 0)
 
 
@@ -87,7 +87,7 @@ def jpeg_bytes():
         ("bomb.png", bomb(), "pixels"),
     ],
 )
-def test_broken_pictures_have_a_reason(tmp_path, name, content, reason):
+def test_broken_images_have_a_reason(tmp_path, name, content, reason):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ImageError, match=reason) as caught:
         open_image(tmp_path / name)
@@ -103,7 +103,7 @@ def test_a_missing_file_and_a_folder_have_a_reason(tmp_path):
         open_image(tmp_path / "folder.jpg")
 
 
-def test_pictures_are_found_under_any_ending(tmp_path):
+def test_images_are_found_under_any_suffix(tmp_path):
     for name in ("1.jpg", "2.PNG", "3.webp", "4.JPEG", "5.txt", "6.png", "6.jpg"):
         (tmp_path / name).write_bytes(b"x")
     found = image_index(tmp_path)

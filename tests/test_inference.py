@@ -1,6 +1,7 @@
-"""Stages 2 and 3 as their users run them: any batches, processes and interruptions give the same bytes; nothing is dropped."""
+"""Stages 2 and 3 as users run them: batches, processes and interruptions change no byte."""
 
 import json
+import os
 import random
 import signal
 import subprocess
@@ -9,115 +10,126 @@ import time
 
 import numpy as np
 import pytest
-from conftest import ROOT, TINY, pictures_from_the_wild, saved, script
+from conftest import ROOT, TINY, saved, unusual_images
 from PIL import Image
-from test_pipeline import call
 
-from data_processing.errors import InputError
-from data_processing.jsonl import read_rows, write_rows
-from data_processing.stage_output import duration
-from Inference.random_models import random_llava, random_qwen3, random_qwen_vl
+from mllmrec.models.options import ModelOptions
+from mllmrec.models.random_models import random_llava, random_qwen3, random_qwen_vl
+from mllmrec.stage.errors import InputError
+from mllmrec.stage.jsonl import read_rows, write_rows
+from mllmrec.stage.output import duration
+from mllmrec.stage.record import read_record
+from mllmrec.stage.scripts import load_script
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 STAGE_2, STAGE_3 = "Inference/image_summary.py", "Inference/preference_recurrent.py"
 OUTPUTS = {STAGE_2: "image_summaries.jsonl", STAGE_3: "user_preferences.jsonl"}
+N_ROWS = {STAGE_2: 60, STAGE_3: 30}  # of small_run
 SLOW = pytest.mark.slow
 SAMPLED = ("--temperature", "0.9", "--top_p", "0.95")
+ACCELERATE = (
+    *("-m", "accelerate.commands.launch"),
+    *("--config_file", "configs/accelerate/multi_gpu.yaml", "--num_processes", "2"),
+)
 
 
-def options(small_run, stage, folder, *more):
-    summaries = (
-        ["--summaries", str(small_run.folder / "image_summaries.jsonl")] if stage == STAGE_3 else []
-    )
+def stage_options(small_run, stage, folder, *more):
+    summaries = ["--summaries", str(small_run.system / OUTPUTS[STAGE_2])]
     return [
-        stage,
-        "--config",
-        str(small_run.config),
-        "--output_dir",
-        str(folder),
-        *summaries,
+        *("--config", str(small_run.config), "--output_dir", str(folder)),
+        *(summaries if stage == STAGE_3 else []),
         *more,
     ]
 
 
-def outcome(small_run, stage, folder, *more):
-    script(stage).main(options(small_run, stage, folder, *more)[1:])
-    return (folder / OUTPUTS[stage]).read_bytes()
+def output_path(stage, folder):
+    return folder / "mllm_msr" / OUTPUTS[stage]
+
+
+def run_stage(small_run, stage, folder, *more):
+    """Run the stage in this process; return the bytes of its output, None if it is not complete."""
+    load_script(stage).main(stage_options(small_run, stage, folder, *more))
+    path = output_path(stage, folder)
+    return path.read_bytes() if path.exists() else None
+
+
+def run_python(*words):
+    done = subprocess.run(
+        [sys.executable, *words],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return done
 
 
 @pytest.mark.parametrize(
-    ("how", "stage"),
+    ("how", "stage", "launched"),
     [
-        pytest.param((), STAGE_2, marks=SLOW),
-        ((), STAGE_3),
-        (SAMPLED, STAGE_2),
-        pytest.param(SAMPLED, STAGE_3, marks=SLOW),
+        pytest.param((), STAGE_2, True, marks=SLOW),
+        (("--limit", "9"), STAGE_3, False),
+        ((*SAMPLED, "--limit", "24"), STAGE_2, False),
+        pytest.param(SAMPLED, STAGE_3, True, marks=SLOW),
     ],
     ids=["greedy-2", "greedy-3", "sampled-2", "sampled-3"],
 )
-def test_batches_workers_pilots_and_processes_give_the_same_bytes(small_run, tmp_path, stage, how):
-    single = outcome(small_run, stage, tmp_path / "single", *how, "--batch_tokens", "1")
-    assert outcome(small_run, stage, tmp_path / "batched", *how) == single
-    if not how:
-        assert single == (small_run.folder / OUTPUTS[stage]).read_bytes()
-    other = ("--workers", "2") if stage == STAGE_2 else ("--batching", "continuous")
-    outcome(small_run, stage, tmp_path / "pilot", *how, *other, "--limit", "7")
-    assert outcome(small_run, stage, tmp_path / "pilot", *how, *other) == single
-    launch = [
-        "-m",
-        "accelerate.commands.launch",
-        "--config_file",
-        "configs/accelerate/multi_gpu.yaml",
-        "--num_processes",
-        "2",
-    ]
-    done = call(
-        *launch,
-        *options(small_run, stage, tmp_path / "two", *how, "--batch_tokens", "900"),
-        OMP_NUM_THREADS="1",
-    )
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "two" / OUTPUTS[stage]).read_bytes() == single
-    assert (
-        json.loads((tmp_path / "two" / OUTPUTS[stage].replace(".jsonl", ".run.json")).read_text())[
-            "processes"
-        ]
-        == 2
-    )
+def test_batches_workers_pilots_and_processes_give_the_same_bytes(
+    small_run, tmp_path, monkeypatch, stage, how, launched
+):
+    single = run_stage(small_run, stage, tmp_path / "single", *how, "--batch_tokens", "1")
+    if SAMPLED[0] in how:
+        assert run_stage(small_run, stage, tmp_path / "batched", *how) == single
+    else:
+        assert (small_run.system / OUTPUTS[stage]).read_bytes().startswith(single)
+    assert single.count(b"\n") == int(how[-1] if "--limit" in how else N_ROWS[stage])
+    other = ("--workers", "2") if stage == STAGE_2 else ("--batch_tokens", "2000")
+    run_stage(small_run, stage, tmp_path / "pilot", *how, *other, "--limit", "4")
+    assert run_stage(small_run, stage, tmp_path / "pilot", *how, *other) == single
+    two, small_batches = tmp_path / "two", (*how, "--batch_tokens", "900")
+    if launched:
+        run_python(*ACCELERATE, stage, *stage_options(small_run, stage, two, *small_batches))
+    else:  # one after the other, with the variables that `accelerate launch` sets
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        monkeypatch.setenv("RANK", "1")
+        assert run_stage(small_run, stage, two, *small_batches) is None
+        monkeypatch.setenv("RANK", "0")
+        run_stage(small_run, stage, two, *small_batches)
+    assert output_path(stage, two).read_bytes() == single
+    assert read_record(output_path(stage, two))["processes"] == 2
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", OUTPUTS)
 @pytest.mark.parametrize("how", [(), SAMPLED], ids=["greedy", "sampled"])
-def test_ten_deaths_at_random_moments_change_no_byte(small_run, tmp_path, stage, how):
-    """One at a time, so that there are many moments; what a dead run has finished is never done again."""
+def test_ten_kills_at_random_moments_change_no_byte(small_run, tmp_path, stage, how):
+    """Rows one at a time, so that there are many moments; no finished row is computed again."""
     how = (*how, "--batch_tokens", "1")
-    wanted = outcome(small_run, stage, tmp_path / "undisturbed", *how)
-    command = [sys.executable, *options(small_run, stage, tmp_path / "killed", *how)]
-    part, final = (
-        tmp_path / "killed" / f"{OUTPUTS[stage]}.parts" / "rank-0.jsonl",
-        tmp_path / "killed" / OUTPUTS[stage],
-    )
-    work = json.loads(
-        (tmp_path / "undisturbed" / OUTPUTS[stage].replace(".jsonl", ".run.json")).read_text()
-    )["seconds"]
-    chance, before, deaths = random.Random(len(how)), b"", 0
+    wanted = run_stage(small_run, stage, tmp_path / "undisturbed", *how)
+    command = [stage, *stage_options(small_run, stage, tmp_path / "killed", *how)]
+    final = output_path(stage, tmp_path / "killed")
+    part = final.parent / f"{OUTPUTS[stage]}.parts" / "rank-0.jsonl"
+    work = read_record(output_path(stage, tmp_path / "undisturbed"))["seconds"]
+    rng, before, kills = random.Random(len(how)), b"", 0
     for _ in range(10):
         process = subprocess.Popen(
-            command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            [sys.executable, *command],
+            cwd=ROOT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
         )
-        if (
-            chance.random() < 0.8
-        ):  # in the midst of the work; else at any moment, loading the model among them
+        if rng.random() < 0.8:  # amid the rows; else at any moment, e.g. while the model is loaded
             while process.poll() is None and (
                 not part.exists() or part.stat().st_size <= len(before)
             ):
                 time.sleep(0.01)
-        time.sleep(chance.uniform(0, work / 10))
+        time.sleep(rng.uniform(0, work / 10))
         if process.poll() is None:
             process.send_signal(signal.SIGKILL)
-            deaths += 1
+            kills += 1
         process.wait()
         if final.exists():
             break
@@ -126,80 +138,63 @@ def test_ten_deaths_at_random_moments_change_no_byte(small_run, tmp_path, stage,
         assert whole.startswith(before), "finished rows stay as they are"
         before = whole
         ids = [line[:20] for line in whole.splitlines()]
-        assert len(set(ids)) == len(ids), "no row is done twice"
-    assert deaths == 10
-    done = call(*command[1:])
-    assert done.returncode == 0, done.stderr
+        assert len(set(ids)) == len(ids), "no row is computed twice"
+    assert kills == 10
+    done = run_python(*command)
     rows = wanted.count(b"\n")
     assert f"{rows} rows, {rows - before.count(bytes([10]))} of them now" in done.stdout
     assert final.read_bytes() == wanted
 
 
 @pytest.fixture
-def wild_items(tmp_path):
-    """items.jsonl over pictures of all sorts: (folder, ids that can be described, ids that cannot)."""
-    good, broken = pictures_from_the_wild(tmp_path / "covers")
-    names = [*good, *broken]
+def unusual_items(tmp_path):
+    """items.jsonl over unusual images: (options, folder, ids with a summary, rejected ids)."""
+    good, broken = unusual_images(tmp_path / "covers")
     rows = [
-        {"item_id": name, "title": f"Title of {name}", "image": f"covers/{name}"} for name in names
+        {"item_id": name, "title": f"Title of {name}", "image": f"covers/{name}"}
+        for name in [*good, *broken, "gone.jpg"]
     ]
-    rows += [
-        {"item_id": "gone.jpg", "title": "x", "image": "covers/gone.jpg"},
-        {"item_id": "none", "title": "x", "image": None},
-    ]
+    rows.append({"item_id": "none", "title": "x", "image": None})
     random.Random(0).shuffle(rows)
     write_rows(tmp_path / "items.jsonl", rows)
-    return tmp_path, set(good), {*broken, "gone.jpg", "none"}
+    where = ["--config", str(ROOT / "configs/sample.yaml"), "--data_dir", str(tmp_path)]
+    where += ["--output_dir", str(tmp_path)]
+    return where, tmp_path, set(good), {*broken, "gone.jpg", "none"}
+
+
+def summarised_and_rejected(folder):
+    """(ids with a summary, reasons of the rejected ones by id)."""
+    path = output_path(STAGE_2, folder)
+    rejected = read_rows(path.with_suffix(".rejected.jsonl"))
+    reasons = {row["item_id"]: row["reason"] for row in rejected}
+    return {row["item_id"] for row in read_rows(path)}, reasons
+
+
+@pytest.fixture
+def in_root(monkeypatch):
+    monkeypatch.chdir(ROOT)  # model folders in the configs are relative to it
 
 
 @pytest.mark.parametrize("workers", ["0", "2"])
-def test_pictures_from_the_wild_are_described_or_set_aside(wild_items, capsys, workers):
-    folder, good, broken = wild_items
-    where = [
-        "--config",
-        "configs/sample.yaml",
-        "--data_dir",
-        str(folder),
-        "--output_dir",
-        str(folder),
-        "--workers",
-        workers,
-    ]
-    script(STAGE_2).main([*where, "--max_new_tokens", "5"])
-    assert {row["item_id"] for row in read_rows(folder / "image_summaries.jsonl")} == good
-    rejected = {
-        row["item_id"]: row["reason"]
-        for row in read_rows(folder / "image_summaries.rejected.jsonl")
-    }
-    assert rejected.keys() == broken
-    assert all(reason.startswith("image") and "\n" not in reason for reason in rejected.values())
-    assert f"{len(broken)} were set aside, each with its reason in" in capsys.readouterr().out
+def test_unusual_images_are_described_or_rejected(in_root, unusual_items, capsys, workers):
+    where, folder, good, broken = unusual_items
+    load_script(STAGE_2).main([*where, "--workers", workers, "--max_new_tokens", "5"])
+    summarised, reasons = summarised_and_rejected(folder)
+    assert summarised == good
+    assert reasons.keys() == broken
+    assert all(reason.startswith("image") and "\n" not in reason for reason in reasons.values())
+    assert f"{len(broken)} were rejected, each with its reason in" in capsys.readouterr().out
 
 
-def test_a_picture_that_only_the_processor_refuses_is_set_aside(wild_items):
-    """Qwen2.5-VL takes no picture whose sides differ more than two hundredfold."""
-    folder, good, broken = wild_items
-    saved(random_qwen_vl(), folder / "model")
-    where = [
-        "--config",
-        "configs/sample.yaml",
-        "--data_dir",
-        str(folder),
-        "--output_dir",
-        str(folder),
-        "--model",
-        str(folder / "model"),
-    ]
-    script(STAGE_2).main([*where, "--max_new_tokens", "3"])
-    rejected = {
-        row["item_id"]: row["reason"]
-        for row in read_rows(folder / "image_summaries.rejected.jsonl")
-    }
-    assert rejected.keys() == broken | {"20000x10.png"}
-    assert "aspect ratio" in rejected["20000x10.png"]
-    assert {row["item_id"] for row in read_rows(folder / "image_summaries.jsonl")} == good - {
-        "20000x10.png"
-    }
+def test_an_image_that_only_the_processor_cannot_read_is_rejected(unusual_items):
+    """Qwen2.5-VL takes no image with an aspect ratio above 200."""
+    where, folder, good, broken = unusual_items
+    model = saved(random_qwen_vl(), folder / "model")
+    load_script(STAGE_2).main([*where, "--model", model, "--max_new_tokens", "3"])
+    summarised, reasons = summarised_and_rejected(folder)
+    assert reasons.keys() == broken | {"20000x10.png"}
+    assert "aspect ratio" in reasons["20000x10.png"]
+    assert summarised == good - {"20000x10.png"}
 
 
 @pytest.mark.parametrize(
@@ -213,55 +208,48 @@ def test_a_picture_that_only_the_processor_refuses_is_set_aside(wild_items):
 )
 def test_another_model_is_a_change_of_the_config(small_run, tmp_path, stage, make):
     model = saved(make(), tmp_path / "model")
-    more = ["--summary", "fused"] if stage == STAGE_2 else []
-    outcome(small_run, stage, tmp_path / "out", "--model", model, "--max_new_tokens", "6", *more)
-    assert len(read_rows(tmp_path / "out" / OUTPUTS[stage])) == (60 if stage == STAGE_2 else 30)
+    more = ["--model", model, "--max_new_tokens", "6"]
+    more += ["--summary", "fused"] if stage == STAGE_2 else []
+    run_stage(small_run, stage, tmp_path / "out", *more)
+    rows = read_rows(output_path(stage, tmp_path / "out"))
+    assert len(rows) == N_ROWS[stage]
 
 
 @pytest.mark.parametrize("quantization", ["int8", "nf4"])
 @pytest.mark.parametrize("stage", OUTPUTS)
-def test_a_quantised_model_answers_too(small_run, tmp_path, stage, quantization):
+def test_a_quantized_model_generates_text(small_run, tmp_path, stage, quantization):
     from bitsandbytes.nn import Linear4bit, Linear8bitLt
 
-    from Inference.models import load_multimodal, load_text
+    from mllmrec.models.loading import load_multimodal, load_text
 
     load, name = (load_multimodal, "llava") if stage == STAGE_2 else (load_text, "llama")
-    model, _ = load(str(TINY / name), quantization=quantization)
+    model, _ = load(str(TINY / name), ModelOptions(quantization=quantization))
     kind = {"int8": Linear8bitLt, "nf4": Linear4bit}[quantization]
-    small = {name for name, module in model.named_modules() if isinstance(module, kind)}
+    quantized = {name for name, module in model.named_modules() if isinstance(module, kind)}
     linear = {
         name
         for name, module in model.get_decoder().named_modules()
         if hasattr(module, "weight") and module.__class__ is kind
     }
-    assert len(small) == len(linear) > 0, "the language model's layers and no other"
+    assert len(quantized) == len(linear) > 0, "the language model's layers and no other"
     assert len(linear) == 7 * model.config.get_text_config().num_hidden_layers
-    outcome(
-        small_run,
-        stage,
-        tmp_path,
-        "--quantization",
-        quantization,
-        "--limit",
-        "3",
-        "--max_new_tokens",
-        "8",
-    )
-    rows = [json.loads(line) for line in (tmp_path / OUTPUTS[stage]).read_text().splitlines()]
+    more = ("--quantization", quantization, "--limit", "3", "--max_new_tokens", "8")
+    content = run_stage(small_run, stage, tmp_path, *more)
+    rows = [json.loads(line) for line in content.splitlines()]
     assert len(rows) == 3
     assert all(row.get("summary") or row.get("preference") for row in rows)
 
 
-def test_a_pilot_says_what_the_whole_would_take(small_run, tmp_path, capsys):
-    outcome(small_run, STAGE_3, tmp_path, "--limit", "5")
-    said = capsys.readouterr().out
-    assert "users a second all 30 would take" in said
-    assert "on this machine, loading the model not counted" in said
-    outcome(small_run, STAGE_3, tmp_path)
+def test_a_pilot_prints_how_long_all_rows_would_take(small_run, tmp_path, capsys):
+    run_stage(small_run, STAGE_3, tmp_path, "--max_new_tokens", "4", "--limit", "5")
+    printed = capsys.readouterr().out
+    assert "users a second all 30 would take" in printed
+    assert "on this machine, loading the model not counted" in printed
+    run_stage(small_run, STAGE_3, tmp_path, "--max_new_tokens", "4")
     assert "would take" not in capsys.readouterr().out
 
 
-def test_durations_are_said_as_a_person_says_them():
+def test_durations_have_readable_units():
     assert [duration(seconds) for seconds in (0.4, 99, 240, 3600 * 2 + 65)] == [
         "0 s",
         "99 s",
@@ -270,8 +258,8 @@ def test_durations_are_said_as_a_person_says_them():
     ]
 
 
-def test_long_texts_are_shortened_and_counted_and_pictures_are_not(small_run, tmp_path, capsys):
-    """A model with room for 120 tokens: the picture's stay, the title and the two notes give way."""
+def test_long_texts_are_shortened_and_counted_and_images_are_not(small_run, tmp_path, capsys):
+    """Room for 120 tokens: those of the image stay, the title and the two notes are cut."""
     model, processor = random_llava("tiny")
     model.config.text_config.max_position_embeddings = 150
     name = saved((model, processor), tmp_path / "model")
@@ -282,25 +270,21 @@ def test_long_texts_are_shortened_and_counted_and_pictures_are_not(small_run, tm
         tmp_path / "items.jsonl",
         [{"item_id": str(n), "title": t, "image": "covers/1.png"} for n, t in enumerate(titles)],
     )
-    where = [
-        "--config",
-        str(small_run.config),
-        "--data_dir",
-        str(tmp_path),
-        "--output_dir",
-        str(tmp_path),
-        "--model",
-        name,
-    ]
-    script(STAGE_2).main([*where, "--summary", "fused", "--max_new_tokens", "30"])
-    rows = read_rows(tmp_path / "image_summaries.jsonl")
+    more = ["--data_dir", str(tmp_path), "--model", name]
+    run_stage(small_run, STAGE_2, tmp_path, *more, "--summary", "fused", "--max_new_tokens", "30")
+    path = output_path(STAGE_2, tmp_path)
+    rows = read_rows(path)
     assert [row["item_id"] for row in rows] == ["0", "1", "2"]
     assert rows[1]["shortened"] >= 1
     total = sum(row.get("shortened", 0) for row in rows)
     assert f"{total} prompts were shortened to fit the model" in capsys.readouterr().out
-    assert json.loads((tmp_path / "image_summaries.run.json").read_text())["shortened"] == total
-    with pytest.raises(
-        InputError,
-        match="--max_new_tokens 150 leaves no room for a prompt: the model takes 150 tokens",
-    ):
-        script(STAGE_2).main([*where, "--max_new_tokens", "150", "--overwrite", "true"])
+    assert read_record(path)["shortened"] == total
+    message = "--max_new_tokens 150 leaves no room for a prompt: the model takes 150 tokens"
+    with pytest.raises(InputError, match=message):
+        run_stage(
+            small_run,
+            STAGE_2,
+            tmp_path,
+            *more,
+            *("--max_new_tokens", "150", "--overwrite", "true"),
+        )

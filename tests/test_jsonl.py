@@ -1,11 +1,11 @@
-"""The files between the stages: complete lines, and one clear sentence when something is wrong with them."""
+"""The files between the stages: complete lines, and an error of one sentence for a bad line."""
 
 import json
 
 import pytest
 
-from data_processing.errors import InputError
-from data_processing.jsonl import dump, read_by_id, read_rows, relative_path, write_rows
+from mllmrec.stage.errors import InputError
+from mllmrec.stage.jsonl import encode, read_by_id, read_rows, relative_path, write_rows
 
 
 def item(item_id="1", **more):
@@ -42,9 +42,9 @@ def test_a_missing_file_names_the_script_that_makes_it(tmp_path):
         read_rows(tmp_path / "user_preferences.jsonl")
 
 
-def test_a_double_id_names_both_lines(tmp_path):
+def test_a_repeated_id_names_both_lines(tmp_path):
     write_rows(tmp_path / "items.jsonl", [item("1"), item("2"), item("1")])
-    with pytest.raises(InputError, match=r"line 3: item_id '1' stood already in line 1"):
+    with pytest.raises(InputError, match=r"line 3: item_id '1' is already in line 1"):
         read_by_id(tmp_path / "items.jsonl", "item_id")
 
 
@@ -63,17 +63,17 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
 
     def rows():
         yield item("2")
-        raise RuntimeError("the power went out")
+        raise RuntimeError("a crash")
 
     with pytest.raises(RuntimeError):
         write_rows(path, rows())
     assert [row["item_id"] for row in read_rows(path)] == ["1"]
-    assert list(tmp_path.iterdir()) == [path], "no temporary file is left behind"
+    assert list(tmp_path.iterdir()) == [path], "no temporary file is left"
 
 
-def test_dump_is_one_line():
-    assert dump({"a": "x\ny"}).count(b"\n") == 1
-    assert json.loads(dump({"a": "x\ny"})) == {"a": "x\ny"}
+def test_encoded_rows_are_one_line():
+    assert encode({"a": "x\ny"}).count(b"\n") == 1
+    assert json.loads(encode({"a": "x\ny"})) == {"a": "x\ny"}
 
 
 def test_paths_in_files_are_relative_to_the_file(tmp_path):

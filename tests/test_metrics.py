@@ -1,16 +1,16 @@
-"""Metrics against hand-worked cases, scikit-learn and brute force over tie patterns."""
+"""Metrics against cases by hand, scikit-learn and brute force over ties and list lengths."""
 
 import itertools
 import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 
-from data_processing.errors import InputError
-from data_processing.metrics import aggregate, evaluate, per_user, pooled_auc
+from mllmrec.evaluation.metrics import CandidateLists, aggregate, evaluate, per_user, pooled_auc
+from mllmrec.stage.errors import InputError
 
 
 def rows_of(scores):
@@ -22,7 +22,7 @@ def rows_of(scores):
     ]
 
 
-def test_hand_worked_ranks():
+def test_ranks_by_hand():
     # Ranks of the positive: 1, 3 and 6 of 7.
     found = evaluate(
         rows_of([[9, 1, 2, 3, 4, 5, 6], [5, 6, 7, 1, 1, 2, 2], [1, 2, 3, 4, 5, 6, 0]]), resamples=5
@@ -60,20 +60,23 @@ def test_auc_is_scikit_learns():
     )
 
 
-@given(st.lists(st.integers(0, 2), min_size=2, max_size=6))
-@settings(max_examples=60, deadline=None)
-def test_ties_are_the_mean_over_all_orders(line):
-    """Every order of the tied candidates, worked out one by one."""
-    values = {"hr@3": [], "mrr@3": [], "ndcg@3": []}
+def over_all_orders(line, k=3):
+    """(hr@k, mrr@k, ndcg@k) of the target, line[0]: the mean over all orders of the candidates."""
+    values = []
     for order in itertools.permutations(range(len(line))):
         ranked = sorted(order, key=lambda i: -line[i])  # stable: ties stay in the permuted order
         rank = ranked.index(0) + 1
-        values["hr@3"].append(float(rank <= 3))
-        values["mrr@3"].append(1 / rank if rank <= 3 else 0.0)
-        values["ndcg@3"].append(1 / math.log2(rank + 1) if rank <= 3 else 0.0)
-    found = per_user(np.array([line], dtype=float))
-    for name, brute in values.items():
-        assert found[name][0] == pytest.approx(np.mean(brute), abs=1e-12)
+        values.append((1.0, 1 / rank, 1 / math.log2(rank + 1)) if rank <= k else (0.0, 0.0, 0.0))
+    return np.mean(values, axis=0)
+
+
+@given(st.lists(st.integers(0, 2), min_size=2, max_size=6))
+@settings(max_examples=60, deadline=None)
+def test_ties_are_the_mean_over_all_orders(line):
+    """Every order of the tied candidates, one by one."""
+    found = per_user(CandidateLists.of_matrix(np.array([line], dtype=float)))
+    for name, brute in zip(("hr@3", "mrr@3", "ndcg@3"), over_all_orders(line), strict=True):
+        assert found[name][0] == pytest.approx(brute, abs=1e-12)
 
 
 @given(
@@ -104,12 +107,10 @@ def test_bootstrap_interval_is_that_of_scikit_learn_on_the_same_draws():
 
 
 def test_interval_covers_the_truth():
-    """Scores with a known AUC: about 95 of 100 intervals hold it (bootstrap over users, users independent)."""
+    """Scores with a known AUC: about 95 of 100 intervals contain it (users are independent)."""
     rng = np.random.default_rng(5)
-    truth, covered = (
-        0.5 * (1 + math.erf(0.5)),
-        0,
-    )  # positives N(1,1), negatives N(0,1): P(pos > neg) = Phi(1/sqrt 2)
+    # Positives N(1, 1), negatives N(0, 1): P(positive > negative) = Phi(1 / sqrt 2).
+    truth, covered = 0.5 * (1 + math.erf(0.5)), 0
     for trial in range(40):
         scores = rng.normal(size=(60, 6))
         scores[:, 0] += 1
@@ -121,7 +122,7 @@ def test_interval_covers_the_truth():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda rows: rows.pop(), "user 'u1' has 1 positives and 1 negatives in place of 1 and 2"),
+        (lambda rows: rows.pop(), "user 'u1' has 1 positives and 1 negatives instead of 1 and 2"),
         (lambda rows: rows.append(dict(rows[-1])), "user 'u1' has the candidate 'i2' twice"),
         (lambda rows: rows[-1].update(label=None), "user 'u1', item 'i2' has the label None"),
         (lambda rows: rows[-1].update(label=1), "user 'u1' has 2 positives"),
@@ -155,8 +156,127 @@ def test_aggregate_is_mean_and_students_interval():
 
 
 def test_pooled_and_per_user_auc_differ_where_users_differ_in_level():
-    """A user-constant shift leaves each user's ranking alone but moves the pooled AUC: the paper's is the pooled one."""
-    scores = np.array([[1.0, 0.0, 0.0], [11.0, 10.0, 10.0]])
-    labels = np.array([[1, 0, 0], [1, 0, 0]])
-    assert per_user(scores)["auc_per_user"].mean() == 1.0
-    assert pooled_auc(scores, labels) == pytest.approx(6 / 8)
+    """A constant added to all scores of a user changes the pooled AUC only: the paper's AUC."""
+    lists = CandidateLists.of_matrix(np.array([[1.0, 0.0, 0.0], [11.0, 10.0, 10.0]]))
+    assert per_user(lists)["auc_per_user"].mean() == 1.0
+    assert pooled_auc(lists) == pytest.approx(6 / 8)
+
+
+def without_target(rows, *users):
+    """`rows` without the targets of the named users."""
+    return [row for row in rows if row["user_id"] not in users or row["label"] == 0]
+
+
+RETRIEVED = st.lists(
+    st.tuples(st.lists(st.integers(0, 2), min_size=1, max_size=5), st.booleans()),
+    min_size=1,
+    max_size=6,
+)
+
+
+@given(RETRIEVED)
+@settings(max_examples=80, deadline=None)
+def test_retrieved_lists_are_as_by_brute_force(drawn):
+    """Lists of unequal length, some without their target: a miss for all but AUC, which leaves
+    them out.
+    """
+    lists = [line for line, _ in drawn]
+    missing = [n for n, (line, has_target) in enumerate(drawn) if not has_target and len(line) > 1]
+    with_target = [line for n, line in enumerate(lists) if n not in missing]
+    assume(any(len(line) > 1 for line in with_target))  # else there is no AUC
+    rows = without_target(rows_of(lists), *(f"u{n}" for n in missing))
+    found = evaluate(rows, resamples=3, retrieved=True)
+    ranked = [
+        (0.0, 0.0, 0.0) if n in missing else over_all_orders(line) for n, line in enumerate(lists)
+    ]
+    means = np.mean(ranked, axis=0)
+    assert [found["hr@3"], found["mrr@3"], found["ndcg@3"]] == pytest.approx(means, abs=1e-12)
+    labels = [[1] + [0] * (len(line) - 1) for line in with_target]
+    pooled = roc_auc_score(list(itertools.chain(*labels)), list(itertools.chain(*with_target)))
+    assert found["auc"] == pytest.approx(pooled, abs=1e-12)
+    of_users = [
+        roc_auc_score(label, line)
+        for label, line in zip(labels, with_target, strict=True)
+        if len(line) > 1
+    ]
+    assert found["auc_per_user"] == pytest.approx(np.mean(of_users), abs=1e-12)
+    assert (found["users"], found["auc_users"]) == (len(lists), len(with_target))
+    lengths = [len(line) - (n in missing) for n, line in enumerate(lists)]
+    assert found["candidates"] == max(lengths)
+
+
+@given(RETRIEVED)
+@settings(max_examples=40, deadline=None)
+def test_retrieved_lists_that_are_complete_give_the_same_metrics(drawn):
+    """Of lists of one length with their targets, `retrieved` changes no number."""
+    rows = rows_of([(line * 5)[:5] for line, _ in drawn])
+    complete, retrieved = evaluate(rows, resamples=9), evaluate(rows, resamples=9, retrieved=True)
+    assert retrieved.pop("auc_users") == len(drawn)
+    assert retrieved == complete
+
+
+def test_a_retrieved_list_without_target_by_hand():
+    rows = without_target(rows_of([[3, 1, 2, 0], [2, 2], [9, 1, 2]]), "u2")
+    found = evaluate(rows, resamples=5, retrieved=True)
+    assert found["hr@3"] == pytest.approx(2 / 3)
+    assert found["mrr@5"] == pytest.approx((1 + (1 + 1 / 2) / 2 + 0) / 3)
+    assert found["ndcg@5"] == pytest.approx((1 + (1 + 1 / math.log2(3)) / 2 + 0) / 3)
+    assert found["auc_per_user"] == pytest.approx((1 + 1 / 2) / 2), "u2 is left out"
+    assert found["auc"] == pytest.approx((4 + 3) / 8), "target 3 above 1 2 0 2, target 2 above 1 0"
+    assert (found["users"], found["auc_users"], found["candidates"]) == (3, 2, 4)
+
+
+def test_intervals_of_retrieved_lists_are_over_the_users_that_have_the_metric():
+    """Bootstrap by brute force: of each drawn set of users the metrics as `evaluate` has them."""
+    rng = np.random.default_rng(4)
+    lists = [rng.integers(0, 5, size=rng.integers(2, 6)).astype(float) for _ in range(12)]
+    missing = {2, 5, 7}
+    rows = without_target(rows_of(lists), *(f"u{n}" for n in missing))
+    found = evaluate(rows, resamples=40, seed=3, retrieved=True)
+    order = sorted(range(12), key=lambda n: f"u{n}")  # users in the order of their ids
+    hit = [0.0 if n in missing else over_all_orders(lists[n])[0] for n in range(12)]
+    samples, again = {"auc": [], "auc_per_user": [], "hr@3": []}, np.random.default_rng(3)
+    for _ in range(40):
+        drawn = [order[n] for n in again.integers(0, 12, 12)]
+        scored = [lists[n] for n in drawn if n not in missing]
+        labels = [[1] + [0] * (len(line) - 1) for line in scored]
+        samples["auc"].append(roc_auc_score(np.concatenate(labels), np.concatenate(scored)))
+        of_users = [roc_auc_score(a, b) for a, b in zip(labels, scored, strict=True)]
+        samples["auc_per_user"].append(np.mean(of_users))
+        samples["hr@3"].append(np.mean([hit[n] for n in drawn]))
+    for name, values in samples.items():
+        interval = np.percentile(values, [2.5, 97.5]).tolist()
+        assert found[f"{name}_ci95"] == pytest.approx(interval, abs=1e-12), name
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (
+            rows_of([[3, 1, 2], [3, 1]]),
+            "user 'u1' has 1 positives and 1 negatives instead of 1 and 2",
+        ),
+        (
+            without_target(rows_of([[3, 1, 2], [3, 1, 2]]), "u1"),
+            "user 'u1' has 0 positives and 2 negatives instead of 1 and 2",
+        ),
+    ],
+)
+def test_lists_that_differ_are_rejected_unless_they_are_retrieved(rows, message):
+    for check in (evaluate, CandidateLists.of):
+        with pytest.raises(InputError, match=message):
+            check(rows)
+    assert CandidateLists.of(rows, retrieved=True).lengths.tolist() == [3, 2]
+    assert evaluate(rows, resamples=2, retrieved=True)["users"] == 2
+
+
+def test_two_positives_in_a_retrieved_list_are_rejected():
+    rows = [{**row, "label": 1} for row in rows_of([[3, 1, 2]])]
+    with pytest.raises(InputError, match="user 'u0' has 3 positives"):
+        CandidateLists.of(rows, retrieved=True)
+
+
+def test_retrieved_lists_that_all_lack_their_target_are_rejected():
+    rows = without_target(rows_of([[3, 1, 2], [3, 1]]), "u0", "u1")
+    with pytest.raises(InputError, match="no list holds its target"):
+        evaluate(rows, resamples=2, retrieved=True)

@@ -3,9 +3,9 @@
 import pytest
 from PIL import Image
 
-from data_processing import microlens
-from data_processing.errors import InputError
-from data_processing.jsonl import read_rows
+from mllmrec.stage.errors import InputError
+from mllmrec.stage.jsonl import read_rows
+from mllmrec.stage.scripts import load_script
 
 PAIRS_TSV = "1\ta b c\n2\tb c d\n3\tc d a\n"
 PAIRS_CSV = (
@@ -35,9 +35,10 @@ def prepare(tmp_path, folder, *options):
     data = tmp_path / "data"
     config = tmp_path / "c.yaml"
     config.write_text(
-        "data: {user_core: 2, item_core: 1, negatives: 1, train_fraction: 0.34, validation_fraction: 0.33}"
+        "data: {user_core: 2, item_core: 1, negatives: 1, train_fraction: 0.34, "
+        "validation_fraction: 0.33}"
     )
-    microlens.main(
+    load_script("data_processing/microlens.py").main(
         ["--config", str(config), "--raw_dir", str(folder), "--data_dir", str(data), *options]
     )
     return {row["user_id"]: row for row in read_rows(data / "users.jsonl")}, {
@@ -49,7 +50,7 @@ def prepare(tmp_path, folder, *options):
     ("pairs", "name"),
     [(PAIRS_TSV, "MicroLens-50k_pairs.tsv"), (PAIRS_CSV, "MicroLens-50k_pairs.csv")],
 )
-def test_both_forms_of_pairs_say_the_same(tmp_path, pairs, name):
+def test_both_forms_of_pairs_give_the_same_data(tmp_path, pairs, name):
     users, items = prepare(tmp_path, raw_folder(tmp_path, pairs, pairs_name=name))
     assert {u: (row["history"], row["target"]) for u, row in users.items()} == {
         "1": (["a", "b"], "c"), "2": (["b", "c"], "d"), "3": (["c", "d"], "a"),
@@ -71,23 +72,23 @@ def test_titles_with_and_without_header(tmp_path, titles_name, header):
     assert set(items) == set("abcd")
 
 
-def test_refused_rows_are_kept_with_file_line_and_reason(tmp_path):
+def test_rejected_rows_are_kept_with_file_line_and_reason(tmp_path):
     pairs = PAIRS_CSV + "4,a,yesterday\n4,unknown,7\n4,b\n"
     folder = raw_folder(
         tmp_path, pairs, titles=TITLES + "e,  \na,again\n", pairs_name="MicroLens-50k_pairs.csv"
     )
     users, _ = prepare(tmp_path, folder)
     assert set(users) == {"1", "2", "3"}
-    refused = {
+    rejected = {
         (row["file"][14:], row["line"]): row["reason"]
         for row in read_rows(tmp_path / "data" / "interactions.rejected.jsonl")
     }
-    assert refused == {
+    assert rejected == {
         ("titles.csv", 6): "the title is empty",
         ("titles.csv", 7): "the item has a title already",
         ("pairs.csv", 11): "the timestamp is not a number",
         ("pairs.csv", 12): "the item has no title in MicroLens-50k_titles.csv",
-        ("pairs.csv", 13): "2 fields in place of 3",
+        ("pairs.csv", 13): "2 fields instead of 3",
     }
 
 
@@ -102,7 +103,7 @@ def test_refused_rows_are_kept_with_file_line_and_reason(tmp_path):
         ({"titles": b"item,title\na,\xe9t\xe9\n"}, r"titles.csv, line 2: byte 3 is not UTF-8"),
         ({"pairs": ""}, r"pairs.tsv is empty"),
         ({"pairs": "1\ta\n2\tb\n"}, r"no interaction is left after the filters"),
-        ({"pairs_name": "pairs.tsv"}, r"holds no \*_pairs.csv or .tsv"),
+        ({"pairs_name": "pairs.tsv"}, r"has no \*_pairs.csv or .tsv"),
         ({"titles_name": "titles.csv"}, r"MicroLens-50k_titles.csv is missing"),
     ],
 )
@@ -112,7 +113,7 @@ def test_bad_raw_files_are_one_sentence(tmp_path, change, message):
     assert "\n" not in str(caught.value)
 
 
-def test_without_covers_the_remedy_is_named(tmp_path):
+def test_without_covers_the_message_names_the_remedy(tmp_path):
     folder = raw_folder(tmp_path)
     (folder / "MicroLens-50k_covers").rename(folder / "covers")
     with pytest.raises(InputError, match=r"no folder MicroLens-50k_covers.*--require_image false"):
@@ -122,7 +123,7 @@ def test_without_covers_the_remedy_is_named(tmp_path):
     assert len(users) == 3
 
 
-def test_two_releases_in_one_folder_must_be_told_apart(tmp_path):
+def test_of_two_releases_in_one_folder_one_must_be_named(tmp_path):
     folder = raw_folder(tmp_path)
     for name in ("pairs.tsv", "titles.csv"):
         (folder / f"MicroLens-100k_{name}").write_bytes(

@@ -1,39 +1,36 @@
-"""A long stage: rows survive interruptions, and neither these nor the number of processes change a byte."""
+"""The output of a long stage: neither interruptions nor the number of processes change a byte."""
 
 import json
 import os
 import signal
 import subprocess
 import sys
-from dataclasses import dataclass
 
 import pytest
+from pydantic.dataclasses import dataclass
 
-from data_processing import run_record
-from data_processing.config import CommonArgs
-from data_processing.errors import InputError
-from data_processing.jsonl import read_rows
-from data_processing.run_record import read_record, settings_of
-from data_processing.stage_output import StageOutput
+from mllmrec.stage import record
+from mllmrec.stage.errors import InputError
+from mllmrec.stage.jsonl import read_rows
+from mllmrec.stage.options import CommonOptions
+from mllmrec.stage.output import ResumableOutput
+from mllmrec.stage.record import Job, file_digests, read_record
 
 IDS = [f"i{n}" for n in range(10)]
 
 
 @dataclass
-class Args(CommonArgs):
+class Options(CommonOptions):
     tone: str = "low"
 
 
 def open_output(tmp_path, ids=IDS, inputs=None, retry_rejected=False, **options):
-    args = Args(**options)
-    args.config = "none"
-    return StageOutput(
-        tmp_path / "x.jsonl", "item_id", ids, args, settings_of(args), inputs or {}, retry_rejected
-    )
+    job = Job.of(Options(config="none", **options), inputs or {})
+    return ResumableOutput(tmp_path / "x.jsonl", "item_id", ids, job, retry_rejected)
 
 
 def work(output, stop_after=None, bad=()):
-    """Writes a row per id; returns the ids that were worked on. Stops as a crash would after `stop_after` rows."""
+    """Write a row per id; return the ids that were processed. Crash after `stop_after` rows."""
     done = []
     with output:
         for item_id in output.todo:
@@ -57,14 +54,15 @@ def undisturbed(tmp_path):
 def test_a_crash_loses_nothing_and_repeats_nothing(tmp_path):
     with pytest.raises(RuntimeError):
         work(open_output(tmp_path), stop_after=4)
-    assert not (tmp_path / "x.jsonl").exists(), "no half file under the final name"
+    assert not (tmp_path / "x.jsonl").exists(), "no incomplete file under the final name"
+    assert not open_output(tmp_path).is_up_to_date()
     assert work(open_output(tmp_path)) == IDS[4:]
     assert (tmp_path / "x.jsonl").read_bytes() == undisturbed(tmp_path)
-    assert open_output(tmp_path).finished
+    assert open_output(tmp_path).is_up_to_date()
     assert not (tmp_path / "x.jsonl.parts").exists()
 
 
-def test_half_a_line_is_cut_off_and_done_again(tmp_path):
+def test_a_truncated_last_line_is_dropped_and_computed_again(tmp_path):
     with pytest.raises(RuntimeError):
         work(open_output(tmp_path), stop_after=4)
     part = tmp_path / "x.jsonl.parts" / "rank-0.jsonl"
@@ -83,7 +81,7 @@ def test_processes_share_the_work_and_the_bytes(tmp_path, monkeypatch):
     assert (tmp_path / "x.jsonl").read_bytes() == expected
 
 
-def test_another_number_of_processes_takes_over(tmp_path, monkeypatch):
+def test_another_number_of_processes_resumes(tmp_path, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     first = work(open_output(tmp_path))
@@ -98,29 +96,29 @@ def test_a_pilot_is_kept_by_the_full_run(tmp_path):
     assert len(read_rows(tmp_path / "x.jsonl")) == 3
     assert work(open_output(tmp_path)) == IDS[3:]
     assert (tmp_path / "x.jsonl").read_bytes() == undisturbed(tmp_path)
-    assert open_output(tmp_path, limit=3).finished, "a smaller pilot afterwards takes nothing away"
+    smaller = open_output(tmp_path, limit=3)
+    assert smaller.is_up_to_date(), "a smaller pilot afterwards removes nothing"
 
 
-def test_refused_rows_are_kept_with_their_reason_and_can_be_retried(tmp_path):
+def test_rejected_rows_are_kept_with_their_reason_and_can_be_retried(tmp_path):
     work(open_output(tmp_path), bad=("i2",))
     assert read_rows(tmp_path / "x.rejected.jsonl") == [{"item_id": "i2", "reason": "bad"}]
     assert read_record(tmp_path / "x.jsonl")["rows"]["rejected"] == 1
-    assert open_output(tmp_path).finished
+    assert open_output(tmp_path).is_up_to_date()
     assert work(open_output(tmp_path, retry_rejected=True)) == ["i2"]
     assert (tmp_path / "x.jsonl").read_bytes() == undisturbed(tmp_path)
     assert not (tmp_path / "x.rejected.jsonl").exists()
 
 
 @pytest.mark.parametrize("crash", [True, False])
-def test_other_settings_or_inputs_are_refused_until_overwritten(tmp_path, crash):
+def test_other_settings_or_inputs_are_an_error_unless_overwritten(tmp_path, crash):
     if crash:
         with pytest.raises(RuntimeError):
             work(open_output(tmp_path), stop_after=4)
     else:
         work(open_output(tmp_path))
-    with pytest.raises(
-        InputError, match=r"other settings \(tone was low, is high\).*--overwrite true"
-    ):
+    message = r"other settings \(tone was low, is high\).*--overwrite true"
+    with pytest.raises(InputError, match=message):
         open_output(tmp_path, tone="high")
     with pytest.raises(InputError, match=r"other inputs \(items.jsonl was None, is abc\)"):
         open_output(tmp_path, inputs={"items.jsonl": "abc"})
@@ -128,32 +126,18 @@ def test_other_settings_or_inputs_are_refused_until_overwritten(tmp_path, crash)
     assert read_record(tmp_path / "x.jsonl")["settings"]["tone"] == "high"
 
 
-def test_two_processes_with_one_rank_are_told_apart(tmp_path):
+def test_two_processes_of_one_rank_do_not_write_together(tmp_path):
     with open_output(tmp_path), pytest.raises(InputError, match="being written by another process"):
         work(open_output(tmp_path))
 
 
-def test_an_output_without_a_record_is_not_trusted(tmp_path):
+def test_an_output_without_a_record_is_an_error(tmp_path):
     (tmp_path / "x.jsonl").write_text('{"item_id": "i0"}\n')
     with pytest.raises(InputError, match="no run record"):
         open_output(tmp_path)
 
 
-KILLED = """
-import os, sys, time
-sys.path.insert(0, os.environ["TESTS"])
-from pathlib import Path
-from test_stage_output import open_output
-output = open_output(Path(sys.argv[1]))
-with output:
-    for n, item_id in enumerate(output.todo):
-        output.write({"item_id": item_id, "summary": f"of {item_id}"})
-        print(n, flush=True)
-        time.sleep(0.02)
-"""
-
-
-def test_what_computes_ahead_is_stopped_when_a_row_cannot_be_written(tmp_path, monkeypatch):
+def test_generation_is_stopped_when_a_row_cannot_be_written(tmp_path, monkeypatch):
     stopped = []
 
     def results():
@@ -165,19 +149,31 @@ def test_what_computes_ahead_is_stopped_when_a_row_cannot_be_written(tmp_path, m
     def full(self, row):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(StageOutput, "write", full)
+    monkeypatch.setattr(ResumableOutput, "write", full)
     with pytest.raises(OSError, match="No space left") as caught:
-        open_output(tmp_path, ["a", "b"]).fill(results(), "rows", "row")
-    assert stopped, "while the error is still on its way"
+        open_output(tmp_path, ["a", "b"]).write_results(results(), "rows", "row")
+    assert stopped, "while the error is still being raised"
     assert caught
 
 
+KILLED = """
+import sys, time
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+from test_output import open_output
+output = open_output(Path(sys.argv[1]))
+with output:
+    for n, item_id in enumerate(output.todo):
+        output.write({"item_id": item_id, "summary": f"of {item_id}"})
+        print(n, flush=True)
+        time.sleep(0.02)
+"""
+
+
 def test_kill_9_loses_no_finished_row(tmp_path):
-    environment = {**os.environ, "TESTS": os.path.dirname(__file__)}
     process = subprocess.Popen(
-        [sys.executable, "-c", KILLED, str(tmp_path)],
+        [sys.executable, "-c", KILLED, str(tmp_path), os.path.dirname(__file__)],
         stdout=subprocess.PIPE,
-        env=environment,
         text=True,
     )
     for line in process.stdout:
@@ -193,21 +189,21 @@ def test_kill_9_loses_no_finished_row(tmp_path):
 
 def test_the_record_says_what_was_done(tmp_path):
     work(open_output(tmp_path, inputs={"items.jsonl": "abc"}))
-    record = read_record(tmp_path / "x.jsonl")
-    assert record["arguments"]["tone"] == "low"
-    assert record["inputs"] == {"items.jsonl": "abc"}
-    assert record["rows"] == {"asked": 10, "out": 10, "rejected": 0, "written_by_this_run": 10}
+    written = read_record(tmp_path / "x.jsonl")
+    assert written["arguments"]["tone"] == "low"
+    assert written["inputs"] == {"items.jsonl": "abc"}
+    assert written["rows"] == {"asked": 10, "out": 10, "rejected": 0, "written_by_this_run": 10}
     for key in ("git_commit", "packages", "device", "seconds", "python"):
-        assert key in record
-    json.dumps(record)
+        assert key in written
+    json.dumps(written)
 
 
-def test_very_large_files_of_one_size_are_told_apart(tmp_path, monkeypatch):
-    """Weights of two models of one shape; parts of them are read in place of all."""
+def test_very_large_files_of_one_size_have_different_digests(tmp_path, monkeypatch):
+    """Weights of two models of one shape; parts of them are read instead of all."""
     (tmp_path / "one").write_bytes(bytes(4000))
-    whole = run_record.digests(tmp_path / "one")
-    monkeypatch.setattr(run_record, "HASH_LIMIT", 1000)
-    one = run_record.digests(tmp_path / "one")
-    assert one == run_record.digests(tmp_path / "one") != whole
+    whole = file_digests(tmp_path / "one")
+    monkeypatch.setattr(record, "HASH_LIMIT", 1000)
+    one = file_digests(tmp_path / "one")
+    assert one == file_digests(tmp_path / "one") != whole
     (tmp_path / "one").write_bytes(bytes(3999) + b"1")
-    assert run_record.digests(tmp_path / "one") != one
+    assert file_digests(tmp_path / "one") != one

@@ -1,19 +1,23 @@
-"""All stages together: the files they hand each other, the published commands, real data, and other people's tools."""
+"""All stages together: their files, the published commands, real data, and other tools."""
 
 import json
 import os
+import shutil
 import subprocess
 import sys
-import time
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import REAL, ROOT, STAGES, script, skip_without_real_data, small_config
+from conftest import REAL, ROOT, STAGES, skip_without_real_data, small_config
+from fork_server import HEAVY, LIGHT, ForkServer
 from PIL import Image, ImageDraw
 
-from data_processing.jsonl import CONTRACT, read_by_id, read_rows, write_rows
+from mllmrec.ranking.checkpoints import last_complete_checkpoint
+from mllmrec.stage.jsonl import read_by_id, read_rows, write_rows
+from mllmrec.stage.schema import SCHEMAS
+from mllmrec.stage.scripts import load_script
 
 PUBLISHED_COMMANDS = (
     "Inference/microlens/image_summary.py",
@@ -27,6 +31,7 @@ ALL_SCRIPTS = (
     *STAGES,
     *PUBLISHED_COMMANDS[:2],
     "Inference/preference_direct.py",
+    "MLLM-MSR/train/merge_adapter.py",
     "data_processing/microlens.py",
     "data_processing/amazon.py",
     "data_processing/download_images.py",
@@ -34,25 +39,50 @@ ALL_SCRIPTS = (
 )
 
 
-def call(*words, **environment):
-    return subprocess.run(
-        [sys.executable, *words],
-        cwd=ROOT,
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+@pytest.fixture(scope="module")
+def light_server(tmp_path_factory):
+    """Runs scripts that are not to import torch."""
+    server = ForkServer(tmp_path_factory.mktemp("light"), LIGHT, ROOT)
+    yield server
+    server.close()
 
 
-def test_every_file_is_whole(small_run):
-    folder = small_run.folder
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """Runs any script; strings have other hashes than in this process."""
+    server = ForkServer(tmp_path_factory.mktemp("heavy"), HEAVY, ROOT, PYTHONHASHSEED="7")
+    yield server
+    server.close()
+
+
+def folders(path):
+    """The options for data and outputs in one folder."""
+    return ["--data_dir", str(path), "--output_dir", str(path)]
+
+
+def link_all(source, target, *left_out):
+    """Symbolic links in `target` to all that is in `source`, but for the names in `left_out`."""
+    target.mkdir(exist_ok=True)
+    for path in source.iterdir():
+        if path.name not in left_out:
+            (target / path.name).symlink_to(path)
+
+
+def copy_for_stage_4(small_run, folder):
+    """Copies in `folder` of what stage 4 reads, without the covers."""
+    (folder / "mllm_msr").mkdir()
+    for name in ("users.jsonl", "items.jsonl", "mllm_msr/user_preferences.jsonl"):
+        (folder / name).write_bytes((small_run.folder / name).read_bytes())
+
+
+def test_every_file_is_complete(small_run):
+    folder, system = small_run.folder, small_run.system
     users, items = (
         read_by_id(folder / "users.jsonl", "user_id"),
         read_by_id(folder / "items.jsonl", "item_id"),
     )
-    assert set(read_by_id(folder / "image_summaries.jsonl", "item_id")) == set(items)
-    preferences = read_by_id(folder / "user_preferences.jsonl", "user_id")
+    assert set(read_by_id(system / "image_summaries.jsonl", "item_id")) == set(items)
+    preferences = read_by_id(system / "user_preferences.jsonl", "user_id")
     assert set(preferences) == set(users)
     for user_id, row in preferences.items():
         assert [item for block in row["blocks"] for item in block["items"]] == users[user_id][
@@ -61,25 +91,25 @@ def test_every_file_is_whole(small_run):
         assert all(len(block["items"]) == 3 for block in row["blocks"][:-1])
         assert row["preference"] == row["blocks"][-1]["preference"]
     for split, n_candidates in (("train", 2), ("validation", 21), ("test", 21)):
-        rows = read_rows(folder / f"{split}.jsonl")
-        mine = {user_id: user for user_id, user in users.items() if user["split"] == split}
-        assert len(rows) == n_candidates * len(mine) > 0
+        rows = read_rows(system / f"{split}.jsonl")
+        of_split = {user_id: user for user_id, user in users.items() if user["split"] == split}
+        assert len(rows) == n_candidates * len(of_split) > 0
         for row in rows:
-            user = mine[row["user_id"]]
+            user = of_split[row["user_id"]]
             assert row["label"] == int(row["item_id"] == user["target"])
             assert row["item_id"] in {user["target"], *user["negatives"]}
-            assert (folder / row["images"][0]).is_file()
+            assert (system / row["images"][0]).is_file()
             assert [turn["role"] for turn in row["messages"]] == (
                 ["user"] if split == "test" else ["user", "assistant"]
             )
-    test_pairs = {(row["user_id"], row["item_id"]) for row in read_rows(folder / "test.jsonl")}
+    test_rows = {(row["user_id"], row["item_id"]) for row in read_rows(system / "test.jsonl")}
     for variant in ("zero_shot", "sft"):
-        scores = read_rows(folder / variant / "scores.jsonl")
-        assert {(row["user_id"], row["item_id"]) for row in scores} == test_pairs
+        scores = read_rows(system / variant / "scores.jsonl")
+        assert {(row["user_id"], row["item_id"]) for row in scores} == test_rows
         for row in scores:
-            assert row["score"] == pytest.approx(
-                1 / (1 + np.exp(row["no_logit"] - row["yes_logit"])), abs=1e-9
-            )
+            logits = row["logits"]
+            yes = 1 / (1 + np.exp(logits["No"] - logits["Yes"]))
+            assert row["score"] == pytest.approx(yes, abs=1e-9)
     metrics = json.loads((folder / "metrics.json").read_text())
     assert {"zero_shot", "sft", "popularity", "ceiling"} <= set(metrics)
     for variant in ("zero_shot", "sft"):
@@ -88,17 +118,10 @@ def test_every_file_is_whole(small_run):
 
 
 def test_every_output_has_its_record(small_run):
-    for name in (
-        "users",
-        "image_summaries",
-        "user_preferences",
-        "train",
-        "validation",
-        "test",
-        "zero_shot/scores",
-        "sft/scores",
-        "metrics",
-    ):
+    outputs = ("image_summaries", "user_preferences", "train", "validation", "test")
+    outputs += ("zero_shot/scores", "sft/scores")
+    names = ["users", *(f"mllm_msr/{name}" for name in outputs), "baselines/popularity/scores"]
+    for name in [*names, "metrics", "report"]:
         record = json.loads((small_run.folder / f"{name}.run.json").read_text())
         assert {
             "arguments",
@@ -110,11 +133,15 @@ def test_every_output_has_its_record(small_run):
             "packages",
             "device",
         } <= set(record), name
-    assert json.loads((small_run.folder / "adapter" / "run.json").read_text())["rows"]["in"] == 30
+    record = json.loads((small_run.system / "adapter" / "run.json").read_text())
+    assert record["rows"]["in"] == 30
 
 
-def test_a_preference_does_not_know_the_target(small_run, tmp_path):
-    """With another title and summary of an item, the preferences change of those who had it, not of those who will take it."""
+def test_a_preference_does_not_depend_on_the_target(small_run, tmp_path):
+    """Another title and summary of an item change preferences of users with it in their history.
+
+    They do not change those of users whose target it is.
+    """
     users = read_by_id(small_run.folder / "users.jsonl", "user_id")
     targets = Counter(user["target"] for user in users.values())
     changed = next(
@@ -123,7 +150,7 @@ def test_a_preference_does_not_know_the_target(small_run, tmp_path):
         if any(item in user["history"] for user in users.values())
     )
     (tmp_path / "users.jsonl").write_bytes((small_run.folder / "users.jsonl").read_bytes())
-    for name, key in (("items.jsonl", "title"), ("image_summaries.jsonl", "summary")):
+    for name, key in (("items.jsonl", "title"), ("mllm_msr/image_summaries.jsonl", "summary")):
         rows = read_rows(small_run.folder / name)
         write_rows(
             tmp_path / name,
@@ -132,19 +159,13 @@ def test_a_preference_does_not_know_the_target(small_run, tmp_path):
                 for row in rows
             ],
         )
-    small_run.run(
-        "Inference/preference_recurrent.py",
-        "--data_dir",
-        str(tmp_path),
-        "--output_dir",
-        str(tmp_path),
-    )
+    small_run.run("Inference/preference_recurrent.py", *folders(tmp_path))
     before, after = (
-        read_by_id(folder / "user_preferences.jsonl", "user_id")
+        read_by_id(folder / "mllm_msr/user_preferences.jsonl", "user_id")
         for folder in (small_run.folder, tmp_path)
     )
     differ = {user_id for user_id in users if before[user_id] != after[user_id]}
-    assert differ, "who had the item reads otherwise now"
+    assert differ, "preferences of users with the item in their history"
     assert all(changed in users[user_id]["history"] for user_id in differ)
     assert not any(users[user_id]["target"] == changed for user_id in differ)
 
@@ -162,50 +183,57 @@ def test_started_again_nothing_is_computed(small_run, capsys):
     }
 
 
-IN_ONE_PROCESS = """
-import runpy, sys
-config, *stages = sys.argv[1:]
-for stage in stages:
-    sys.argv = [stage, "--config", config]
-    runpy.run_path(stage, run_name="__main__")
-"""
+@pytest.fixture(scope="module")
+def published_run(server, tmp_path_factory):
+    """The sample's data, then the published commands: (folder, what became of each command).
 
-
-def test_the_same_seed_gives_the_same_bytes(small_run, tmp_path):
-    """In another process, whose hashes of strings are other ones."""
-    done = call("-c", IN_ONE_PROCESS, str(small_config(tmp_path)), *STAGES[:5], PYTHONHASHSEED="7")
-    assert done.returncode == 0, done.stderr
-    for name in (
-        "users.jsonl",
-        "image_summaries.jsonl",
-        "user_preferences.jsonl",
-        "train.jsonl",
-        "test.jsonl",
-    ):
-        assert (tmp_path / name).read_bytes() == (small_run.folder / name).read_bytes(), name
-
-
-def test_the_published_commands_run_verbatim(small_run, tmp_path):
-    """From the root, without options; the environment names the small config."""
-    config = small_config(tmp_path)
+    From the root, without options; an environment variable names the small config.
+    """
+    folder = tmp_path_factory.mktemp("published")
+    config = small_config(folder)
     config.write_text(config.read_text() + "\nreport: {users: 1}\n")
-    for name in ("users", "items"):
-        (tmp_path / f"{name}.jsonl").write_bytes((small_run.folder / f"{name}.jsonl").read_bytes())
-    (tmp_path / "covers").symlink_to(small_run.folder / "covers")
-    for command in PUBLISHED_COMMANDS:
-        done = call(command, MLLM_MSR_CONFIG=str(config))
+    assert server.run(STAGES[0], MLLM_MSR_CONFIG=str(config)).returncode == 0
+    return folder, [server.run(path, MLLM_MSR_CONFIG=str(config)) for path in PUBLISHED_COMMANDS]
+
+
+def test_the_published_commands_run_verbatim(published_run):
+    folder, commands = published_run
+    for done in commands:
         assert done.returncode == 0, done.stderr
-    assert len(read_rows(tmp_path / "sft" / "scores.jsonl")) == 9 * 21
+    assert len(read_rows(folder / "mllm_msr/sft/scores.jsonl")) == 9 * 21
+
+
+def test_a_published_command_is_a_command_of_the_shell(published_run):
+    """Not in the fork server but in an interpreter of its own, which finds the finished output."""
+    folder, _ = published_run
+    done = subprocess.run(
+        [sys.executable, PUBLISHED_COMMANDS[0]],
+        cwd=ROOT,
+        env={**os.environ, "MLLM_MSR_CONFIG": str(folder / "small.yaml")},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "image_summaries.jsonl is up to date, nothing to do" in done.stdout
+
+
+def test_the_same_seed_gives_the_same_bytes(small_run, published_run):
+    """In another process, where strings have other hashes."""
+    folder, _ = published_run
+    names = ("image_summaries", "user_preferences", "train", "test")
+    for name in ("users.jsonl", *(f"mllm_msr/{name}.jsonl" for name in names)):
+        assert (folder / name).read_bytes() == (small_run.folder / name).read_bytes(), name
 
 
 @pytest.mark.parametrize("path", ALL_SCRIPTS)
-def test_help_answers_at_once(path):
-    started = time.monotonic()
-    done = call(path, "--help")
+def test_help_answers_at_once(light_server, path):
+    done = light_server.run(path, "--help")
     assert done.returncode == 0
     assert "--output_dir" in done.stdout
     assert any(words in done.stdout for words in ("In:", "In,", "In and out", "entry point"))
-    assert time.monotonic() - started < 5
+    assert not {"torch", "transformers"} & set(done.modules.split())
+    assert light_server.import_seconds + done.seconds < 5, "of processor time, with all imports"
 
 
 @pytest.mark.parametrize(
@@ -245,31 +273,23 @@ def test_help_answers_at_once(path):
         ),
         (
             "MLLM-MSR/test/compute_metrics.py",
-            "holds no */scores.jsonl; scripts/06_score.sh makes them",
+            "has no */*/scores.jsonl; scripts/06_score.sh makes them",
         ),
         ("MLLM-MSR/test/report.py", "metrics.json is missing; scripts/07_report.sh makes it"),
     ],
 )
-def test_a_missing_input_is_told_at_once(path, missing, tmp_path):
-    started = time.monotonic()
-    done = call(
-        path,
-        "--config",
-        "configs/sample.yaml",
-        "--data_dir",
-        str(tmp_path),
-        "--output_dir",
-        str(tmp_path),
-    )
-    assert time.monotonic() - started < 5
+def test_a_missing_input_is_reported_at_once(light_server, path, missing, tmp_path):
+    done = light_server.run(path, "--config", "configs/sample.yaml", *folders(tmp_path))
     assert done.returncode == 1
     assert missing in done.stderr
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1, "one sentence, no traceback"
+    assert not {"torch", "transformers"} & set(done.modules.split())
+    assert light_server.import_seconds + done.seconds < 5, "of processor time, with all imports"
 
 
-def test_the_pairs_feed_other_trainers_as_they_are(small_run):
-    """`datasets` loads them, and the model's own processor renders and reads them, with nothing of ours."""
+def test_other_trainers_can_read_the_rows(small_run):
+    """With `datasets` and the model's processor alone."""
     from datasets import load_dataset
     from transformers import AutoProcessor
 
@@ -277,12 +297,12 @@ def test_the_pairs_feed_other_trainers_as_they_are(small_run):
     for split in ("train", "test"):
         rows = load_dataset(
             "json",
-            data_files=str(small_run.folder / f"{split}.jsonl"),
+            data_files=str(small_run.system / f"{split}.jsonl"),
             split="train",
             cache_dir=str(small_run.folder / "cache"),
         )
         text = processor.apply_chat_template(rows[0]["messages"])
-        image = Image.open(small_run.folder / rows[0]["images"][0])
+        image = Image.open(small_run.system / rows[0]["images"][0])
         batch = processor(text=[text], images=[image], return_tensors="pt")
         assert batch["pixel_values"].shape[0] == 1
         assert text.count("<image>") == 1
@@ -300,83 +320,71 @@ model = PeftModel.from_pretrained(base, adapter)
 layer = model.get_base_model().model.language_model.layers[0].self_attn.q_proj
 assert layer.lora_B["default"].weight.abs().sum() > 0
 AutoProcessor.from_pretrained(adapter)
-assert not any(name.split(".")[0] in ("Inference", "data_processing") for name in sys.modules)
+ours = {"mllmrec", "Inference", "data_processing"}
+assert not ours & {name.split(".")[0] for name in sys.modules}
 print("loaded")
 """
 
 
-def test_the_adapter_loads_in_plain_peft(small_run):
-    done = call("-c", FOREIGN, str(small_run.folder / "adapter"))
+def test_the_adapter_loads_in_plain_peft(small_run, server, tmp_path):
+    (tmp_path / "foreign.py").write_text(FOREIGN)
+    done = server.run(str(tmp_path / "foreign.py"), str(small_run.system / "adapter"))
     assert "loaded" in done.stdout, done.stderr
+    assert done.returncode == 0
 
 
 def cover_from(title, size=(48, 64)):
-    """A picture that depends on a title, for data whose own covers may not be passed on."""
+    """An image that depends on a title, for data whose own covers may not be redistributed."""
     rng = np.random.default_rng(list(title.encode()))
     image = Image.new("RGB", size, tuple(int(v) for v in rng.integers(0, 256, 3)))
-    ImageDraw.Draw(image).ellipse(
-        (8, 16, 40, 48), fill=tuple(int(v) for v in rng.integers(0, 256, 3))
-    )
+    colour = tuple(int(v) for v in rng.integers(0, 256, 3))
+    ImageDraw.Draw(image).ellipse((8, 16, 40, 48), fill=colour)
     return image
 
 
 @skip_without_real_data
-def test_real_data_goes_through_all_stages(tmp_path, monkeypatch):
-    """60 test users of MicroLens-50k (and 40 to train with), covers drawn from the titles, tiny models: every file whole."""
+def test_real_data_passes_all_stages(tmp_path, monkeypatch):
+    """12 test users of MicroLens-50k and 8 others, covers drawn from titles, tiny models."""
+    monkeypatch.chdir(ROOT)
     raw, plan = tmp_path / "raw", tmp_path / "plan"
     (raw / "MicroLens-50k_covers").mkdir(parents=True)
     for name in ("MicroLens-50k_pairs.tsv", "MicroLens-50k_titles.csv"):
         (raw / name).symlink_to(REAL / name)
-    pilot = ("--limit", "100", "--train_fraction", "0.3", "--validation_fraction", "0.1")
-    loader = (
-        "data_processing/microlens.py",
-        "--raw_dir",
-        str(raw),
-        "--require_image",
-        "false",
-        *pilot,
-        "--config",
-    )
-    done = call(*loader, "configs/microlens.yaml", "--data_dir", str(plan))
-    assert done.returncode == 0, done.stderr
+    pilot = ["--limit", "20", "--train_fraction", "0.3", "--validation_fraction", "0.1"]
+    pilot += ["--raw_dir", str(raw), "--require_image", "false"]
+    load = load_script("data_processing/microlens.py").main
+    load([*pilot, "--config", "configs/microlens.yaml", "--data_dir", str(plan)])
     for row in read_rows(plan / "items.jsonl"):  # covers for the pilot's items, not for all 11,896
         cover_from(row["title"]).save(raw / "MicroLens-50k_covers" / f"{row['item_id']}.jpg")
     data, outputs = tmp_path / "data", tmp_path / "outputs"
     config = tmp_path / "small.yaml"
-    text = (ROOT / "configs/microlens.yaml").read_text()
-    text = text.replace("llava-hf/llava-v1.6-mistral-7b-hf", "Inference/tiny_models/llava")
-    text = text.replace("meta-llama/Meta-Llama-3-8B-Instruct", "Inference/tiny_models/llama")
-    text = text.replace("epochs: 10", "epochs: 1").replace("workers: 4", "workers: 0")
-    text = text.replace("max_new_tokens: 1024", "max_new_tokens: 40").replace(
-        "max_new_tokens: 200", "max_new_tokens: 40"
-    )
-    config.write_text(
-        text.replace("data_dir: data/microlens", f"data_dir: {data}").replace(
-            "outputs/microlens", str(outputs)
-        )
-    )
-    done = call(*loader, str(config))
-    assert done.returncode == 0, done.stderr
-    stats = json.loads((data / "stats.json").read_text())
-    assert (stats["users"], stats["items"], stats["interactions"]) == (25411, 11896, 220472)
-    monkeypatch.chdir(ROOT)
+    config.write_text(f"""
+base: {ROOT}/configs/microlens.yaml
+common: {{data_dir: {data}, output_dir: {outputs}}}
+image_summary: {{model: Inference/tiny_models/llava, max_new_tokens: 20}}
+preference: {{model: Inference/tiny_models/llama, max_new_tokens: 40}}
+train: {{model: Inference/tiny_models/llava, epochs: 1, workers: 0}}
+score: {{model: Inference/tiny_models/llava}}
+""")
+    load([*pilot, "--config", str(config)])
+    statistics = json.loads((data / "stats.json").read_text())
+    assert [statistics[k] for k in ("users", "items", "interactions")] == [25411, 11896, 220472]
     for stage in STAGES[1:]:
-        script(stage).main(["--config", str(config)])
-    users = read_by_id(data / "users.jsonl", "user_id")
-    assert len(users) == len(read_rows(outputs / "user_preferences.jsonl")) == 100
+        load_script(stage).main(["--config", str(config)])
+    users, system = read_by_id(data / "users.jsonl", "user_id"), outputs / "mllm_msr"
+    assert len(users) == len(read_rows(system / "user_preferences.jsonl")) == 20
     tested = {user_id for user_id, user in users.items() if user["split"] == "test"}
-    assert len(tested) == 60
-    rejected = outputs / "test.rejected.jsonl"
-    set_aside = set(read_by_id(rejected, "user_id")) if rejected.exists() else set()
-    scores = read_rows(outputs / "sft" / "scores.jsonl")
-    assert {row["user_id"] for row in scores} == tested - set_aside
-    assert len(scores) == 21 * len(tested - set_aside) > 0
+    assert len(tested) == 12
+    rejected_file = system / "test.rejected.jsonl"
+    rejected = set(read_by_id(rejected_file, "user_id")) if rejected_file.exists() else set()
+    scores = read_rows(system / "sft" / "scores.jsonl")
+    assert {row["user_id"] for row in scores} == tested - rejected
+    assert len(scores) == 21 * len(tested - rejected) > 0
     assert (outputs / "report.html").stat().st_size > 10_000
 
 
-def test_a_user_whose_candidate_has_no_image_is_set_aside_whole(small_run, tmp_path):
-    for name in ("users", "items", "user_preferences"):
-        (tmp_path / f"{name}.jsonl").write_bytes((small_run.folder / f"{name}.jsonl").read_bytes())
+def test_a_user_whose_candidate_has_no_image_is_rejected_whole(small_run, tmp_path):
+    copy_for_stage_4(small_run, tmp_path)
     (tmp_path / "covers").symlink_to(small_run.folder / "covers")
     users = [user for user in read_rows(tmp_path / "users.jsonl") if user["split"] == "test"]
     gone = users[0]["negatives"][5]
@@ -385,187 +393,120 @@ def test_a_user_whose_candidate_has_no_image_is_set_aside_whole(small_run, tmp_p
         for row in read_rows(tmp_path / "items.jsonl")
     ]
     write_rows(tmp_path / "items.jsonl", items)
-    small_run.run(
-        "MLLM-MSR/test/multi_col_dataset.py",
-        "--data_dir",
-        str(tmp_path),
-        "--output_dir",
-        str(tmp_path),
-    )
+    small_run.run("MLLM-MSR/test/multi_col_dataset.py", *folders(tmp_path))
     hit = {user["user_id"] for user in users if gone in {user["target"], *user["negatives"]}}
-    rows = read_rows(tmp_path / "test.jsonl")
+    rows = read_rows(tmp_path / "mllm_msr/test.jsonl")
     assert {row["user_id"] for row in rows} == {user["user_id"] for user in users} - hit
     assert len(rows) == 21 * (len(users) - len(hit))
-    refused = read_by_id(tmp_path / "test.rejected.jsonl", "user_id")
-    assert {user: row["reason"] for user, row in refused.items()} == dict.fromkeys(
+    rejected = read_by_id(tmp_path / "mllm_msr/test.rejected.jsonl", "user_id")
+    assert {user: row["reason"] for user, row in rejected.items()} == dict.fromkeys(
         hit, f"candidate {gone}: it has no image"
     )
 
 
-def test_the_contract_names_scripts_that_are_there():
-    for _, maker in CONTRACT.values():
-        assert (ROOT / maker).is_file()
+def test_the_schemas_name_scripts_that_exist():
+    for schema in SCHEMAS.values():
+        assert (ROOT / schema.maker).is_file()
     assert Path(ROOT / "scripts" / "quickstart.sh").stat().st_mode & 0o100
-
-
-KILLED = """
-import os, runpy, signal, sys
-from data_processing.stage_output import StageOutput
-whole_write, left = StageOutput.write, int(sys.argv[1])
-def write(self, row):
-    global left
-    whole_write(self, row)
-    left -= 1
-    if left == 0:
-        self.rows.write(b'{"half a li')  # what a death in the middle of a write leaves
-        self.rows.flush()
-        os.kill(os.getpid(), signal.SIGKILL)
-StageOutput.write = write
-sys.argv = sys.argv[2:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
 
 
 @pytest.mark.parametrize(
     ("stage", "name", "n_rows", "batch"),
     [
-        pytest.param(
-            "Inference/image_summary.py", "image_summaries.jsonl", 60, "700", marks=pytest.mark.slow
-        ),
+        ("Inference/image_summary.py", "image_summaries.jsonl", 60, "700"),
         ("Inference/preference_recurrent.py", "user_preferences.jsonl", 30, "3000"),
         ("MLLM-MSR/test/test_with_llava_sft.py", "sft/scores.jsonl", 189, "2000"),
     ],
 )
-def test_killed_and_started_again_gives_the_same_bytes(
-    small_run, tmp_path, stage, name, n_rows, batch
+def test_killed_and_resumed_gives_the_same_bytes(
+    small_run, server, tmp_path, stage, name, n_rows, batch
 ):
-    """kill -9 twice, in the middle of a row; then the same command: the bytes of an undisturbed run, no row computed twice."""
-    for path in small_run.folder.iterdir():
-        if path.name != Path(name).name and path.name != Path(name).parts[0]:
-            (tmp_path / path.name).symlink_to(path)
-    (tmp_path / Path(name).with_suffix(".run.json").name).unlink(missing_ok=True)
-    command = [
-        stage,
-        "--config",
-        str(small_run.config),
-        "--data_dir",
-        str(tmp_path),
-        "--output_dir",
-        str(tmp_path),
-        "--batch_tokens",
-        batch,
-    ]
-    undisturbed = small_run.folder / name
-    if "score" in name:  # the last digits of a score depend on what shares its batch
+    """kill -9 twice, in the middle of a row; then the same command.
+
+    The bytes are those of an undisturbed run, and no row is computed twice.
+    """
+    system = tmp_path / "mllm_msr"
+    link_all(small_run.folder, tmp_path, "mllm_msr")
+    link_all(small_run.system, system, Path(name).name, Path(name).parts[0])
+    (system / Path(name).with_suffix(".run.json").name).unlink(missing_ok=True)
+    command = [stage, "--config", str(small_run.config), *folders(tmp_path)]
+    command += ["--batch_tokens", batch]
+    undisturbed = small_run.system / name
+    if "score" in name:  # the last digits of a score depend on its batch
         command += ["--hide", "nothing"]
-        script(stage).main([*command[1:], "--variant", "undisturbed"])
-        undisturbed = tmp_path / "undisturbed" / "scores.jsonl"
+        assert server.run(*command, "--variant", "undisturbed").returncode == 0
+        undisturbed = system / "undisturbed" / "scores.jsonl"
     done_rows = 0
     for kill_after in (n_rows // 5, n_rows // 3):
-        done = call("-c", KILLED, str(kill_after), *command)
+        done = server.run(*command, kill_after=kill_after)
         assert done.returncode == -9, done.stderr
         done_rows += kill_after
-        assert not (tmp_path / name).exists()
-    done = call(*command)
+        assert not (system / name).exists()
+    done = server.run(*command)
     assert done.returncode == 0, done.stderr
     assert f"{n_rows - done_rows} of them now" in done.stdout
-    assert (tmp_path / name).read_bytes() == undisturbed.read_bytes()
+    assert (system / name).read_bytes() == undisturbed.read_bytes()
 
 
-def test_two_scoring_processes_give_the_bytes_of_one(small_run, tmp_path):
-    """Started together, as `accelerate launch --num_processes 2` would; a user whose question cannot fit is set aside whole."""
-    name = "sft/scores.jsonl"
-    for path in small_run.folder.iterdir():
-        if path.name not in ("sft", "test.jsonl"):
-            (tmp_path / path.name).symlink_to(path)
-    rows = read_rows(small_run.folder / "test.jsonl")
+def test_two_scoring_processes_give_the_bytes_of_one(small_run, server, tmp_path):
+    """Started together, as `accelerate launch --num_processes 2` would.
+
+    A user with a question that is too long is rejected whole.
+    """
+    rows = read_rows(small_run.system / "test.jsonl")
     too_long = rows[30]["user_id"]
     rows[30]["messages"][0]["content"][1]["text"] += " word" * 600
-    write_rows(tmp_path / "test.jsonl", rows)
-    command = [
-        "MLLM-MSR/test/test_with_llava_sft.py",
-        "--config",
-        str(small_run.config),
-        "--data_dir",
-        str(tmp_path),
-    ]
-    command += [
-        "--batch_tokens",
-        "2000",
-        "--hide",
-        "nothing",
-        "--adapter",
-        str(small_run.folder / "adapter"),
-    ]
-    (tmp_path / "one").mkdir()
-    (tmp_path / "one" / "test.jsonl").symlink_to(tmp_path / "test.jsonl")
-    (tmp_path / "one" / "covers").symlink_to(small_run.folder / "covers")
-    assert call(*command, "--output_dir", str(tmp_path / "one")).returncode == 0
-    started = [
-        subprocess.Popen(
-            [sys.executable, *command, "--output_dir", str(tmp_path)],
-            cwd=ROOT,
-            env={**os.environ, "RANK": rank, "WORLD_SIZE": "2"},
-        )
-        for rank in "01"
-    ]
-    assert [process.wait(timeout=300) for process in started] == [0, 0]
-    assert (tmp_path / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
-    rejected = read_rows((tmp_path / name).with_suffix(".rejected.jsonl"))
+    command = ["MLLM-MSR/test/test_with_llava_sft.py", "--config", str(small_run.config)]
+    command += ["--batch_tokens", "2000", "--hide", "nothing"]
+    command += ["--adapter", str(small_run.system / "adapter")]
+    for name in ("one", "two"):
+        link_all(small_run.folder, tmp_path / name, "mllm_msr")
+        write_rows(tmp_path / name / "mllm_msr/test.jsonl", rows)
+    assert server.run(*command, *folders(tmp_path / "one")).returncode == 0
+    job = {"words": [*command, *folders(tmp_path / "two")], "kill_after": 0}
+    environments = [{"RANK": rank, "WORLD_SIZE": "2"} for rank in "01"]
+    ended = server.run_together(*({**job, "environment": e} for e in environments))
+    assert [done.returncode for done in ended] == [0, 0], ended[0].stderr + ended[1].stderr
+    one, two = (tmp_path / name / "mllm_msr/sft/scores.jsonl" for name in ("one", "two"))
+    assert two.read_bytes() == one.read_bytes()
+    rejected = read_rows(two.with_suffix(".rejected.jsonl"))
     assert len(rejected) == 21
     assert {row["user_id"] for row in rejected} == {too_long}
-    assert not any(row["user_id"] == too_long for row in read_rows(tmp_path / name))
+    assert not any(row["user_id"] == too_long for row in read_rows(two))
 
 
 def test_a_limit_in_scoring_counts_users(small_run):
-    small_run.run(
-        "MLLM-MSR/test/test_with_llava_sft.py",
-        "--limit",
-        "2",
-        "--hide",
-        "nothing",
-        "--variant",
-        "pilot",
-    )
-    rows = read_rows(small_run.folder / "pilot" / "scores.jsonl")
+    words = ["--limit", "2", "--hide", "nothing", "--variant", "pilot"]
+    small_run.run("MLLM-MSR/test/test_with_llava_sft.py", *words)
+    rows = read_rows(small_run.system / "pilot" / "scores.jsonl")
     assert len(rows) == 2 * 21
     assert len({row["user_id"] for row in rows}) == 2
-    for path in (small_run.folder / "pilot").iterdir():
-        path.unlink()
-    (small_run.folder / "pilot").rmdir()
+    shutil.rmtree(small_run.system / "pilot")
 
 
-def test_a_broken_cover_is_told_in_stage_4(small_run, tmp_path):
+def test_a_broken_cover_is_reported_in_stage_4(small_run, tmp_path):
     """Not in stages 5 and 6, after hours of GPU time."""
-    for name in ("users", "items", "user_preferences"):
-        (tmp_path / f"{name}.jsonl").write_bytes((small_run.folder / f"{name}.jsonl").read_bytes())
-    (tmp_path / "covers").mkdir()
-    for cover in (small_run.folder / "covers").iterdir():
-        (tmp_path / "covers" / cover.name).write_bytes(cover.read_bytes())
+    copy_for_stage_4(small_run, tmp_path)
+    shutil.copytree(small_run.folder / "covers", tmp_path / "covers")
     user = next(user for user in read_rows(tmp_path / "users.jsonl") if user["split"] == "test")
     broken = tmp_path / "covers" / f"{user['target']}.png"
     broken.write_bytes(broken.read_bytes()[:50])
-    small_run.run(
-        "MLLM-MSR/test/multi_col_dataset.py",
-        "--data_dir",
-        str(tmp_path),
-        "--output_dir",
-        str(tmp_path),
-    )
-    reasons = {row["user_id"]: row["reason"] for row in read_rows(tmp_path / "test.rejected.jsonl")}
+    small_run.run("MLLM-MSR/test/multi_col_dataset.py", *folders(tmp_path))
+    rejected = read_rows(tmp_path / "mllm_msr/test.rejected.jsonl")
+    reasons = {row["user_id"]: row["reason"] for row in rejected}
     assert reasons[user["user_id"]].startswith(
         f"candidate {user['target']}: image {user['target']}.png: not a readable image"
     )
 
 
-def test_a_half_written_checkpoint_is_removed(tmp_path):
-    stage = script("MLLM-MSR/train/train_llava_sft.py")
-    for step, files in ((9, ("rng_state.pth", "trainer_state.json")), (18, ("rng_state.pth", "trainer_state.json")),
-                        (99, ("trainer_state.json",)), (100, ("rng_state.pth",))):  # fmt: skip
+def test_an_incomplete_checkpoint_is_removed(tmp_path):
+    complete = ("rng_state.pth", "trainer_state.json")
+    steps = {9: complete, 18: complete, 99: complete[1:], 100: complete[:1]}
+    for step, files in steps.items():
         (tmp_path / f"checkpoint-{step}").mkdir()
         for name in files:
             (tmp_path / f"checkpoint-{step}" / name).write_text("{}")
-    assert stage.last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-18")
+    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-18")
     assert not (tmp_path / "checkpoint-99").exists()
     assert not (tmp_path / "checkpoint-100").exists()
-    assert stage.last_whole_checkpoint(tmp_path / "nowhere") is None
+    assert last_complete_checkpoint(tmp_path / "nowhere") is None

@@ -1,13 +1,14 @@
-"""Prompts: data stays text, and a template says what is wrong with it."""
+"""Prompts: data stays text, and a bad template is an error of one sentence."""
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_processing import prompts
-from data_processing.errors import InputError
-from data_processing.pairs import question
-from data_processing.prompts import block_text, fill, plain_text
+from mllmrec.prompts import mllm_msr as prompts
+from mllmrec.prompts.mllm_msr import block_text
+from mllmrec.prompts.templates import DOMAINS, fill, plain_text
+from mllmrec.ranking.rows import QuestionFormat
+from mllmrec.stage.errors import InputError
 
 MARKERS = [
     "<image>",
@@ -29,7 +30,7 @@ def test_no_marker_survives(marker):
     text = plain_text(f"before {marker}\nafter {marker}{marker}")
     assert marker not in text
     assert "\n" not in text
-    assert marker.strip("<>[]|/") in text, "a person still reads what was written"
+    assert marker.strip("<>[]|/") in text, "the text stays readable"
 
 
 @given(st.text(), st.sampled_from(MARKERS), st.text())
@@ -40,13 +41,13 @@ def test_plain_text_is_one_line_without_markers_and_stays_so(before, marker, aft
     assert plain_text(text) == text
 
 
-def test_ordinary_brackets_are_left_alone():
+def test_ordinary_brackets_are_unchanged():
     assert plain_text("I < 3 you [live] (1<2) 5 > 4") == "I < 3 you [live] (1<2) 5 > 4".replace(
         "1<2", "1< 2"
     )
 
 
-@pytest.mark.parametrize("domain", prompts.DOMAINS)
+@pytest.mark.parametrize("domain", DOMAINS)
 def test_every_prompt_fills_in_every_domain(domain):
     texts = {
         prompts.IMAGE: {},
@@ -72,7 +73,7 @@ def test_braces_in_data_are_text():
     [
         ("Say {nonsense} of {title}", "unknown place 'nonsense'"),
         ("Say something", "lacks the place {title}"),
-        ("Say {title", "cannot be read"),
+        ("Say {title", "cannot be parsed"),
     ],
 )
 def test_a_bad_template_is_one_sentence(template, message):
@@ -85,16 +86,16 @@ def test_an_unknown_domain_names_the_known_ones():
         fill(prompts.IMAGE, "songs")
 
 
-def test_a_block_lists_items_in_order_and_survives_missing_summaries():
+def test_a_block_lists_items_in_order_with_or_without_summaries():
     text = block_text([("First.", "A red star."), ("Second\n<image>", "")], "video")
     assert (
         text == "1. Title: First. Cover: A red star.\n2. Title: Second < image>. Cover: not known."
     )
 
 
-def test_the_preference_span_is_where_the_preference_stands():
-    text, (start, end) = question("the taste of {preference}", "likes\nred <image> stars", "video")
-    assert text[start:end] == "likes red < image> stars"
-    assert text.index("the taste of {preference}") < start, (
-        "the title stands in front, with the picture"
+def test_the_preference_span_is_where_the_preference_is():
+    text, (start, end) = QuestionFormat("video").question(
+        "the taste of {preference}", "likes\nred <image> stars"
     )
+    assert text[start:end] == "likes red < image> stars"
+    assert text.index("the taste of {preference}") < start, "the title comes first, by the image"

@@ -1,28 +1,37 @@
 """What the README and the configs say is true: paths exist, commands and configs parse."""
 
+import ast
+import os
 import re
 import subprocess
+import sys
 
 import pytest
-import yaml
-from conftest import ROOT, script
+from conftest import ROOT
 
-from data_processing.config import SECTIONS, parse_args
+from mllmrec.stage.options import (
+    NOT_SECTIONS,
+    STAGE_FOLDERS,
+    CommonOptions,
+    known_sections,
+    load_config,
+    parse_options,
+)
+from mllmrec.stage.scripts import load_script
 
 README = (ROOT / "README.md").read_text()
 CONFIGS = sorted(path.name for path in (ROOT / "configs").glob("*.yaml"))
-STAGE_OF = {
-    "image_summary": "Inference/image_summary.py",
-    "preference": "Inference/preference_recurrent.py",
-    "train": "MLLM-MSR/train/train_llava_sft.py",
-    "score": "MLLM-MSR/test/test_with_llava_sft.py",
-    "metrics": "MLLM-MSR/test/compute_metrics.py",
-    "report": "MLLM-MSR/test/report.py",
+SHARED_CONFIGS = sorted(f"systems/{path.name}" for path in (ROOT / "configs/systems").iterdir())
+STAGE_SCRIPTS = {
+    str(path.relative_to(ROOT)): section[1]
+    for folder in STAGE_FOLDERS
+    for path in sorted((ROOT / folder).rglob("*.py"))
+    if (section := re.search(r'^SECTION = "(\w+)"', path.read_text(), re.M))
 }
 
 
 def tracked():
-    """Files of the repository, as git knows them or, in an archive, as they lie there."""
+    """Files of the repository: those that git lists, or in an archive all."""
     done = subprocess.run(
         ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True
     )
@@ -37,7 +46,8 @@ def test_every_path_in_the_readme_exists():
     text = README + "".join(path.read_text() for path in (ROOT / "docs").glob("*.md"))
     named = set(
         re.findall(
-            r"\b((?:scripts|configs|data_processing|Inference|MLLM-MSR|tests|docs)/[\w./-]+\.(?:sh|py|yaml|md))",
+            rf"\b((?:scripts|configs|mllmrec|tests|docs|{'|'.join(STAGE_FOLDERS)})/[\w./-]+"
+            r"\.(?:sh|py|yaml|md))",
             text,
         )
     )
@@ -47,9 +57,9 @@ def test_every_path_in_the_readme_exists():
     assert sorted(name for name in named if not (ROOT / name).exists()) == []
 
 
-def test_every_file_of_the_tree_is_where_the_tree_says():
+def test_every_file_of_the_tree_exists_in_its_folder():
     tree = README.split("## What is where")[1].split("## ")[0]
-    folder, missing = "", []
+    folder, missing, folders = "", [], set()
     for line in tree.splitlines():
         indent, words = len(line) - len(line.lstrip()), line.split("  ")
         names = [
@@ -59,9 +69,11 @@ def test_every_file_of_the_tree_is_where_the_tree_says():
         ]
         if indent == 4 and names and names[0].endswith("/"):
             folder, names = names[0], names[:1]
+            folders.add(folder)
             missing += [folder] if not (ROOT / folder).is_dir() else []
         elif indent == 6 and words:
             inner = names[0] if names and names[0].endswith("/") else ""
+            folders |= {f"{folder}{inner}"} if inner else set()
             missing += [
                 f"{folder}{inner}{n}"
                 for n in names[bool(inner) :]
@@ -71,21 +83,31 @@ def test_every_file_of_the_tree_is_where_the_tree_says():
                 [f"{folder}{inner}"] if inner and not (ROOT / folder / inner).is_dir() else []
             )
     assert missing == []
+    wanted = ("mllmrec/", "configs/", "configs/systems/", "scripts/", "tests/", "docs/")
+    assert {*wanted, "data_processing/", "Inference/", "MLLM-MSR/"} - folders == set()
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+def options_class(stage):
+    """The options class of a stage script: its own, or the one of the library that it uses."""
+    library = (v for v in vars(stage).values() if isinstance(v, type))
+    return getattr(stage, "Options", None) or next(
+        v for v in library if issubclass(v, CommonOptions)
+    )
+
+
+@pytest.mark.parametrize("name", [*CONFIGS, *SHARED_CONFIGS])
 def test_every_config_parses_in_every_stage(name):
-    config = yaml.safe_load((ROOT / "configs" / name).read_text())
-    assert set(config) <= {"dataset", *SECTIONS}
-    for section, path in {**STAGE_OF, "data": f"data_processing/{config['dataset']}.py"}.items():
-        stage = script(path)
-        args = parse_args(
-            getattr(stage, "Args", None) or stage.SplitArgs,
-            section,
-            ["--config", str(ROOT / "configs" / name)],
-        )
+    config = load_config(ROOT / "configs" / name)
+    assert set(config) <= {*NOT_SECTIONS, *known_sections()}
+    loader = f"data_processing/{config.get('dataset')}.py"
+    assert loader in STAGE_SCRIPTS or name in SHARED_CONFIGS
+    for path, section in STAGE_SCRIPTS.items():
+        if section == "data" and path != loader:
+            continue
+        words = ["--config", str(ROOT / "configs" / name)]
+        options = parse_options(options_class(load_script(path)), section, words)
         for key, value in (config.get(section) or {}).items():
-            assert getattr(args, key) == value, f"{section}.{key}"
+            assert getattr(options, key) == value, f"{section}.{key}"
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -97,7 +119,8 @@ def test_every_config_opens_with_what_a_reader_needs(name):
 
 def test_no_absolute_path_token_or_large_file_is_in_the_repository():
     forbidden = re.compile(
-        r"(?<![\w.])/(?:home|root|work|mnt|data|Users)/|hf_[A-Za-z0-9]{20,}|cuda:\d|CUDA_VISIBLE_DEVICES=\d"
+        r"(?<![\w.])/(?:home|root|work|mnt|data|Users)/|hf_[A-Za-z0-9]{20,}|cuda:\d|"
+        r"CUDA_VISIBLE_DEVICES=\d"
     )
     found = []
     for name in tracked():
@@ -127,21 +150,93 @@ def test_every_dependency_is_pinned_and_used():
     assert all(re.fullmatch(r"[\w-]+==[\d.]+", line) for line in lines[:-1])
     code = "".join((ROOT / name).read_text() for name in tracked() if name.endswith(".py"))
     imported_as = {"scikit-learn": "sklearn", "pillow": "PIL", "pyyaml": "yaml"}
-    indirectly = {
-        "psutil",
-        "tensorboard",
-    }  # by transformers: continuous batching on a CPU, --tensorboard
+    used_as = {  # packages that no file imports
+        "tensorboard": "--tensorboard",
+        "pytest-cov": "tool.coverage",
+        "pytest-xdist": "--numprocesses",
+        "ruff": "tool.ruff",
+        "mypy": "tool.mypy",
+        "types-pyyaml": "tool.mypy",
+    }
+    tools = "".join(
+        (ROOT / name).read_text() for name in tracked() if name.endswith((".sh", ".toml"))
+    )
     for line in lines[:-1]:
         name = line.split("==")[0]
         module = imported_as.get(name, name)
-        assert name in indirectly or re.search(rf"^\s*(import|from) {module}\b", code, re.M), name
+        is_imported = re.search(rf"^\s*(import|from) {module}\b", code, re.M)
+        assert is_imported or used_as.get(name, "not used") in code + tools, name
 
 
-def test_no_layer_imports_a_layer_above_it():
-    below = {"data_processing": ("Inference", "torch", "peft"), "Inference": ("MLLM",)}
-    for folder, forbidden in below.items():
-        for path in (ROOT / folder).rglob("*.py"):
-            for line in path.read_text().splitlines():
-                assert not re.match(rf"\s*(import|from) ({'|'.join(forbidden)})", line), (
-                    f"{path}: {line}"
-                )
+def imported_modules(path):
+    """Names of the modules that a file imports, anywhere in it."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module or ""
+
+
+def test_the_library_imports_no_stage_and_no_script():
+    files = sorted((ROOT / "mllmrec").rglob("*.py"))
+    assert len(files) > 40
+    for path in files:
+        for name in imported_modules(path):
+            assert name.split(".")[0] not in (*STAGE_FOLDERS, "scripts", "tests"), f"{path}: {name}"
+
+
+def names_of(module):
+    """Top-level names of a module of the library, and the modules inside a package."""
+    path = ROOT / module.replace(".", "/")
+    inner = {other.stem for other in path.glob("*.py")} if path.is_dir() else set()
+    file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    names = set()
+    for node in ast.parse(file.read_text()).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            names |= {alias.asname or alias.name for alias in node.names}
+        else:
+            stored = (n for n in ast.walk(node) if isinstance(n, ast.Name))
+            names |= {n.id for n in stored if isinstance(n.ctx, ast.Store)}
+    return names | inner
+
+
+@pytest.mark.parametrize("folder", [*STAGE_FOLDERS, "mllmrec", "scripts"])
+def test_every_import_of_the_library_resolves_and_none_is_of_a_stage(folder):
+    """Also those inside functions, and those of scripts that take minutes or a GPU."""
+    for path in sorted((ROOT / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("mllmrec"):
+                missing = {alias.name for alias in node.names} - names_of(node.module)
+                assert missing == set(), f"{path}, line {node.lineno}: {missing}"
+        roots = {name.split(".")[0] for name in imported_modules(path)}
+        assert not roots & {*STAGE_FOLDERS}, f"{path} imports a stage folder"
+
+
+WITHOUT_TORCH = """
+import importlib, pkgutil, sys
+import mllmrec.data, mllmrec.evaluation, mllmrec.prompts, mllmrec.stage
+for package in (mllmrec.data, mllmrec.evaluation, mllmrec.prompts, mllmrec.stage):
+    for module in pkgutil.iter_modules(package.__path__, package.__name__ + "."):
+        importlib.import_module(module.name)
+import mllmrec.generation.preferences
+import mllmrec.models.options
+from mllmrec.ranking import checkpoints, datasets, options, rows
+from mllmrec.stage.scripts import load_script
+for path in sys.argv[1:]:
+    load_script(path)
+print(sorted({"torch", "transformers", "peft"} & set(sys.modules)))
+"""
+
+
+def test_what_stages_import_at_the_top_does_not_import_torch():
+    """So --help and a missing input are answered at once."""
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TORCH, *STAGE_SCRIPTS],
+        cwd=ROOT,
+        env=os.environ,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout == "[]\n", done.stderr

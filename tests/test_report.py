@@ -1,4 +1,4 @@
-"""The report: data is shown and never run, everything is inside the one file, published rows have their sources."""
+"""Metrics and report: all systems are in them, data is shown and never run, one file is enough."""
 
 import json
 import re
@@ -6,46 +6,89 @@ import shutil
 import subprocess
 
 import pytest
-from conftest import ROOT, script
+from conftest import ROOT
 
-from data_processing.jsonl import read_rows, write_rows
+from mllmrec.evaluation.report import stage_rows
+from mllmrec.evaluation.tables import metric_rows
+from mllmrec.stage.errors import InputError
+from mllmrec.stage.jsonl import read_rows, write_rows
+from mllmrec.stage.scripts import load_script
 
 
 @pytest.fixture
 def copy_of_run(small_run, tmp_path):
-    """A run's folder of its own, with a title and a preference that hold markup."""
+    """A copy of what stage 7 reads and writes."""
     for path in small_run.folder.rglob("*"):
-        if path.is_file() and "checkpoints" not in path.parts and "cache" not in path.parts:
+        if path.is_file() and not {"checkpoints", "cache", "adapter"} & set(path.parts):
             target = tmp_path / path.relative_to(small_run.folder)
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(path.read_bytes())
-    evil = "<script>alert('title')</script>"
-    write_rows(
-        tmp_path / "items.jsonl",
-        [{**row, "title": evil} for row in read_rows(tmp_path / "items.jsonl")],
-    )
-    rows = read_rows(tmp_path / "user_preferences.jsonl")
-    for row in rows:
-        row["blocks"][0]["preference"] = "<img src=x onerror=alert(1)>"
-    write_rows(tmp_path / "user_preferences.jsonl", rows)
     return tmp_path
 
 
+def folders(path):
+    """The options for data and outputs in one folder."""
+    return ["--data_dir", str(path), "--output_dir", str(path)]
+
+
 def test_a_title_with_a_script_is_shown_not_run(small_run, copy_of_run):
-    small_run.run(
-        "MLLM-MSR/test/report.py",
-        "--data_dir",
-        str(copy_of_run),
-        "--output_dir",
-        str(copy_of_run),
-        "--overwrite",
-        "true",
+    """The copy gets titles and preferences with markup."""
+    evil = "<script>alert('title')</script>"
+    items, preferences = (
+        copy_of_run / "items.jsonl",
+        copy_of_run / "mllm_msr/user_preferences.jsonl",
     )
+    write_rows(items, [{**row, "title": evil} for row in read_rows(items)])
+    rows = read_rows(preferences)
+    for row in rows:
+        row["blocks"][0]["preference"] = "<img src=x onerror=alert(1)>"
+    write_rows(preferences, rows)
+    small_run.run("MLLM-MSR/test/report.py", *folders(copy_of_run), "--overwrite", "true")
     page = (copy_of_run / "report.html").read_text()
     assert "&lt;script&gt;alert(" in page
     assert "<script>alert" not in page
     assert "&lt;img src=x" in page
     assert "<img src=x" not in page
+
+
+def test_a_second_system_is_in_the_metrics_and_in_the_report(small_run, copy_of_run):
+    """Scores of {output_dir}/other_system/other_variant, here the negated ones of `sft`."""
+    before = json.loads((copy_of_run / "metrics.json").read_text())
+    rows = read_rows(copy_of_run / "mllm_msr/sft/scores.jsonl")
+    write_rows(
+        copy_of_run / "other_system/other_variant/scores.jsonl",
+        [{**row, "score": 1 - row["score"]} for row in rows],
+    )
+    small_run.run("MLLM-MSR/test/compute_metrics.py", *folders(copy_of_run))
+    small_run.run("MLLM-MSR/test/report.py", *folders(copy_of_run))
+    metrics = json.loads((copy_of_run / "metrics.json").read_text())
+    assert list(metrics)[:2] == ["zero_shot", "sft"]
+    other = metrics.pop("other_variant")
+    assert metrics == before
+    assert other["auc"] == pytest.approx(1 - before["sft"]["auc"])
+    assert other["users"] == before["sft"]["users"]
+    cells = [f"{100 * other['auc']:.2f}", f"{100 * other['hr@5']:.2f}"]
+    for name in ("report.html", "report.md"):
+        line = next(
+            line
+            for line in (copy_of_run / name).read_text().splitlines()
+            if "other_variant" in line
+        )
+        assert all(cell in line for cell in cells)
+
+
+def test_two_systems_with_a_variant_of_one_name_are_rejected(small_run, copy_of_run):
+    (copy_of_run / "other_system/sft").mkdir(parents=True)
+    scores = (copy_of_run / "mllm_msr/sft/scores.jsonl").read_bytes()
+    (copy_of_run / "other_system/sft/scores.jsonl").write_bytes(scores)
+    for stage in ("MLLM-MSR/test/compute_metrics.py", "MLLM-MSR/test/report.py"):
+        with pytest.raises(InputError) as caught:
+            small_run.run(stage, *folders(copy_of_run), "--overwrite", "true")
+        message = str(caught.value)
+        assert "mllm_msr/sft/scores.jsonl and " in message
+        assert "other_system/sft/scores.jsonl are two variants of one name" in message
+        assert message.endswith("; score one of them again with another --variant")
+        assert "\n" not in message
 
 
 def test_the_page_fetches_nothing_and_shows_every_variant(small_run):
@@ -62,8 +105,8 @@ def test_the_page_fetches_nothing_and_shows_every_variant(small_run):
             assert f"{100 * found['auc']:.2f}" in text
 
 
-def test_published_rows_stand_beside_ours_with_their_source():
-    report = script("MLLM-MSR/test/report.py")
+def test_published_rows_are_beside_ours_with_their_source():
+    report = load_script("MLLM-MSR/test/report.py")
     found = {
         "auc": 0.8,
         "hr@5": 0.7,
@@ -72,7 +115,7 @@ def test_published_rows_stand_beside_ours_with_their_source():
         "users": 480,
         "auc_ci95": [0.78, 0.82],
     }
-    rows = report.metric_rows({"sft": found}, report.read_published("microlens"))
+    rows = metric_rows({"sft": found}, report.read_published("microlens"))
     assert ("zero_shot", "this run", ["not run"] * 4) in rows
     assert rows[0] == ("sft", "this run, 480 users", ["80.00 ± 2.00", "70.00", "60.00", "50.00"])
     assert ("MLLM-MSR", "paper, Table 3", ["83.17", "78.23", "60.38", "-"]) in rows
@@ -83,24 +126,24 @@ def test_published_rows_stand_beside_ours_with_their_source():
 
 
 def test_an_unknown_comparison_names_the_known_ones(small_run):
-    from data_processing.errors import InputError
-
     with pytest.raises(
         InputError,
-        match="no published results for 'netflix'; choose one of: microlens, amazon_games, amazon_baby",
+        match="there are no published results for 'netflix'; choose one of: microlens, "
+        "amazon_games, amazon_baby",
     ):
         small_run.run("MLLM-MSR/test/report.py", "--published", "netflix")
 
 
-def test_a_stage_that_was_not_run_says_so(tmp_path):
-    report = script("MLLM-MSR/test/report.py")
-    rows = report.stage_rows(report.Args(data_dir=str(tmp_path), output_dir=str(tmp_path)))
+def test_a_stage_that_was_not_run_is_marked(tmp_path):
+    report = load_script("MLLM-MSR/test/report.py")
+    options = report.Options(data_dir=str(tmp_path), output_dir=str(tmp_path))
+    rows = stage_rows(report.stage_outputs(options))
     assert len(rows) == 6
     assert {seconds for _, seconds, _, _ in rows} == {"not run"}
 
 
-def test_the_published_file_holds_the_papers_main_row():
-    published = script("MLLM-MSR/test/report.py").read_published("amazon_baby")
+def test_the_published_file_has_the_papers_main_row():
+    published = load_script("MLLM-MSR/test/report.py").read_published("amazon_baby")
     assert ["MLLM-MSR", "paper, Table 3", 85.69, 79.58, 63.77] in published
 
 
@@ -114,27 +157,31 @@ BROWSER = next(
 )
 PROBE = """
 <script>{
-const visible = story => story.offsetParent !== null;
-const shown = () => [...document.querySelectorAll(".story")].filter(visible).map(s => s.dataset.user).join(",");
-const told = {
-  rows: document.querySelectorAll("#metrics tr").length, first: shown(), wide: document.documentElement.scrollWidth - innerWidth };
+const all = () => [...document.querySelectorAll(".example")];
+const shown = () => all().filter(e => e.offsetParent !== null).map(e => e.dataset.user).join(",");
+const seen = {
+  rows: document.querySelectorAll("#metrics tr").length,
+  first: shown(),
+  wide: document.documentElement.scrollWidth - innerWidth,
+};
 const buttons = [...document.querySelectorAll("#users button")];
 buttons[2].click();
 const filter = document.getElementById("filter");
 setTimeout(() => {
-  told.picked = shown();
+  seen.picked = shown();
   filter.value = buttons[1].textContent;
   filter.oninput();
-  told.filtered = shown();
-  told.fetched = performance.getEntriesByType("resource").map(e => e.name).filter(n => !n.startsWith("data:"));
-  document.body.innerHTML = "<pre>" + JSON.stringify(told) + "</pre>";
+  seen.filtered = shown();
+  const fetched = performance.getEntriesByType("resource").map(e => e.name);
+  seen.fetched = fetched.filter(n => !n.startsWith("data:"));
+  document.body.innerHTML = "<pre>" + JSON.stringify(seen) + "</pre>";
 }, 200);
 }</script>
 """
 
 
 def in_browser(page, tmp_path, width):
-    """(what the probe saw, what the browser said on stderr) for a page in a window of `width` pixels."""
+    """(what the probe found, the browser's stderr) for a page in a window of `width` pixels."""
     path = tmp_path / "probe.html"
     path.write_text(page.replace("</body>", PROBE + "</body>"))
     words = [
@@ -157,16 +204,16 @@ def in_browser(page, tmp_path, width):
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
 @pytest.mark.parametrize("width", [1100, 500])
-def test_in_a_browser_users_can_be_picked_and_filtered(small_run, tmp_path, width):
+def test_in_a_browser_users_can_be_selected_and_filtered(small_run, tmp_path, width):
     page = (small_run.folder / "report.html").read_text()
     users = re.findall(r'data-user="([^"]+)"', page)
-    seen, said = in_browser(page, tmp_path, width)
-    assert "CONSOLE" not in said, "no error in the console"
+    seen, stderr = in_browser(page, tmp_path, width)
+    assert "CONSOLE" not in stderr, "no error in the console"
     assert seen["rows"] == 1 + len(json.loads((small_run.folder / "metrics.json").read_text()))
     assert (seen["first"], seen["picked"], seen["filtered"]) == (users[0], users[2], users[1])
     assert seen["fetched"] == []
-    assert seen["wide"] <= 0, "nothing sticks out to the side"
+    assert seen["wide"] <= 0, "no horizontal scrolling"
 
 
-def test_the_readme_says_where_published_rows_come_from():
+def test_the_readme_names_the_file_of_the_published_rows():
     assert "published.yaml" in (ROOT / "README.md").read_text()

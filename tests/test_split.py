@@ -2,31 +2,25 @@
 
 import json
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import REAL, skip_without_real_data
+from conftest import REAL, ROOT, skip_without_real_data
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_processing import microlens, split
-from data_processing.errors import InputError
-from data_processing.jsonl import read_rows
-from data_processing.split import (
-    Log,
-    SplitArgs,
-    histories,
-    k_core,
-    prepare,
-    sample_negatives,
-    split_users,
-)
+from mllmrec.data.candidates import item_popularity, popularity_scores
+from mllmrec.data.interactions import InteractionLog, k_core, sample_negatives, split_users
+from mllmrec.data.split import SPLITS, SplitOptions, prepare, write_data
+from mllmrec.stage.errors import InputError
+from mllmrec.stage.jsonl import read_rows
+from mllmrec.stage.options import parse_options
+from mllmrec.stage.scripts import load_script
 
 
 def small_log(rows, images=None):
-    """rows: (user, item, time); images: items that have one, default all."""
+    """(log, catalogue). rows: (user, item, time); images: items that have one, default all."""
     users, items, times = zip(*rows, strict=True)
     names = sorted(set(items))
     catalogue = pd.DataFrame(
@@ -36,49 +30,46 @@ def small_log(rows, images=None):
         },
         index=names,
     )
-    return Log.from_ids(users, items, times), catalogue
+    return InteractionLog.from_ids(users, items, times), catalogue
 
 
-def told(rows, images=None, **options):
-    """dict user -> (history, target, negatives, split) after `prepare`."""
-    args = SplitArgs(
-        **{"user_core": 2, "item_core": 1, "negatives": 0, "train_negatives": 0, **options}
-    )
-    items, users, stats = prepare(*small_log(rows, images), args)
-    found = {}
-    for row, history, target in histories(users, args):
-        negatives = users["negatives"][row]
-        ids = users["item_ids"]
-        found[users["ids"][row]] = (
-            ids[history].tolist(),
-            ids[target],
-            ids[negatives[negatives >= 0]].tolist(),
-            users["split"][row],
-        )
-    return found, items, stats
+def prepared(rows, images=None, **options):
+    """(PreparedData, SplitOptions) of a small log."""
+    small = {"user_core": 2, "item_core": 1, "negatives": 0, "train_negatives": 0}
+    options = SplitOptions(**{**small, **options})
+    return prepare(*small_log(rows, images), options), options
+
+
+def split_log(rows, images=None, **options):
+    """dict user -> (history, target, negatives, split) of the lines of users.jsonl."""
+    data, options = prepared(rows, images, **options)
+    return {
+        line["user_id"]: (line["history"], line["target"], line["negatives"], line["split"])
+        for line in data.lines(options)
+    }
 
 
 def test_time_order_ties_in_file_order_and_the_last_is_the_target():
-    found, _, _ = told([("u", "c", 5), ("u", "a", 1), ("u", "z", 3), ("u", "b", 3)])
+    found = split_log([("u", "c", 5), ("u", "a", 1), ("u", "z", 3), ("u", "b", 3)])
     assert found["u"][:2] == (["a", "z", "b"], "c")
 
 
-def test_of_repeats_the_earliest_stays():
-    found, _, _ = told([("u", "a", 9), ("u", "b", 2), ("u", "a", 1), ("u", "c", 3)])
+def test_of_repeats_the_earliest_is_kept():
+    found = split_log([("u", "a", 9), ("u", "b", 2), ("u", "a", 1), ("u", "c", 3)])
     assert found["u"][:2] == (["a", "b"], "c")
 
 
-def test_items_without_an_image_leave_before_the_core():
+def test_items_without_an_image_are_removed_before_the_core():
     rows = [("u", i, n) for n, i in enumerate("abcd")] + [("v", i, n) for n, i in enumerate("abc")]
-    found, items, _ = told(rows, images="abc", user_core=3)
-    assert set(items.index) == set("abc")
-    found, items, _ = told(rows, images="abc", user_core=4, require_image=False)
+    data, _ = prepared(rows, images="abc", user_core=3)
+    assert set(data.items.index) == set("abc")
+    found = split_log(rows, images="abc", user_core=4, require_image=False)
     assert list(found) == ["u"]
     with pytest.raises(
         InputError,
         match="no interaction is left after the filters: 7 read, 1 items without an image",
     ):
-        told(rows, images="abc", user_core=4)
+        split_log(rows, images="abc", user_core=4)
 
 
 def test_max_history_keeps_the_latest_and_released_the_most_popular():
@@ -87,8 +78,8 @@ def test_max_history_keeps_the_latest_and_released_the_most_popular():
         + [("v", i, n) for n, i in enumerate("bcx")]
         + [("w", "c", 1), ("w", "x", 2)]
     )
-    assert told(rows, max_history=2)[0]["u"][:2] == (["f", "g"], "h")
-    history, target, *_ = told(rows, history="released")[0]["u"]
+    assert split_log(rows, max_history=2)["u"][:2] == (["f", "g"], "h")
+    history, target, *_ = split_log(rows, history="released")["u"]
     assert (history, target) == (["c", "b", "a", "d", "e", "f"], "h")
 
 
@@ -129,7 +120,7 @@ def test_negatives_are_distinct_never_touched_and_uniform():
     assert max(counts.values()) - min(counts.values()) < 75, "150 each on average"
 
 
-def test_negatives_come_from_tiny_catalogues_too_or_are_refused():
+def test_negatives_come_from_tiny_catalogues_too_or_are_an_error():
     touched = np.arange(5)
     assert sorted(
         sample_negatives(touched, np.array([0]), 25, 20, np.random.default_rng(0))[0]
@@ -137,38 +128,38 @@ def test_negatives_come_from_tiny_catalogues_too_or_are_refused():
     assert (sample_negatives(touched, np.array([0]), 24, 20, np.random.default_rng(0)) == -1).all()
     rows = [("u", i, n) for n, i in enumerate("abc")] + [("v", "d", 1), ("v", "c", 2)]
     with pytest.raises(
-        InputError, match="has touched so many of the 4 items that 2 negatives cannot be drawn"
+        InputError, match="user 'u' touched so many of the 4 items that 2 negatives cannot be drawn"
     ):
-        told(rows, train_negatives=2, negatives=2)
+        split_log(rows, train_negatives=2, negatives=2)
 
 
 def test_negatives_avoid_what_was_touched_outside_the_core_and_the_history():
-    """`x` leaves the history of u (max_history), v touched `y` only in a repeat that left: neither may be offered."""
+    """`x` is not in the history of u (max_history), v touched `y`: neither may be offered."""
     rows = (
         [("u", i, n) for n, i in enumerate("xabcd")]
         + [("v", i, n) for n, i in enumerate("yabcd")]
         + [("w", i, n) for n, i in enumerate("zxy")]
     )
     for seed in range(20):
-        found, _, _ = told(rows, max_history=2, negatives=1, train_negatives=1, seed=seed)
+        found = split_log(rows, max_history=2, negatives=1, train_negatives=1, seed=seed)
         assert set(found["u"][2]) <= {"y", "z"}
         assert set(found["v"][2]) <= {"x", "z"}
 
 
 def test_split_sizes_and_folds():
-    split, fold = split_users(1000, 0.8, 0.1, 0, 0, np.random.default_rng(0))
+    split, fold = split_users(1000, (0.8, 0.1), (0, 0), np.random.default_rng(0))
     assert Counter(split) == {"train": 800, "validation": 100, "test": 100}
     assert set(fold) == {-1}
     tests = []
     for test_fold in range(5):
-        split, fold = split_users(1003, 0.8, 0.1, 5, test_fold, np.random.default_rng(0))
+        split, fold = split_users(1003, (0.8, 0.1), (5, test_fold), np.random.default_rng(0))
         assert set(np.flatnonzero(split == "test")) == set(np.flatnonzero(fold == test_fold))
         assert (split == "validation").sum() == 100
         tests.append(np.flatnonzero(split == "test"))
     assert sorted(np.concatenate(tests)) == list(range(1003)), "every user is tested once"
 
 
-def test_a_pilot_has_its_share_of_every_split():
+def test_a_pilot_has_users_of_every_split_in_proportion():
     rows = [(f"u{u}", f"i{(u + i) % 40}", i) for u in range(100) for i in range(4)]
     options = {
         "train_fraction": 0.3,
@@ -176,41 +167,36 @@ def test_a_pilot_has_its_share_of_every_split():
         "negatives": 3,
         "train_negatives": 1,
     }
-    pilot, _, stats = told(rows, limit=20, **options)
-    assert stats["written_users"] == {"train": 6, "validation": 2, "test": 12}
-    whole, _, _ = told(rows, **options)
+    data, _ = prepared(rows, limit=20, **options)
+    assert data.statistics["written_users"] == {"train": 6, "validation": 2, "test": 12}
+    pilot, whole = split_log(rows, limit=20, **options), split_log(rows, **options)
+    assert Counter(split for *_, split in pilot.values()) == {
+        "train": 6,
+        "validation": 2,
+        "test": 12,
+    }
     assert pilot == {user: whole[user] for user in pilot}, (
         "a pilot's users are those of the full run"
     )
 
 
-def test_the_order_of_the_raw_file_is_no_order_of_the_output():
+def test_the_order_of_the_raw_file_does_not_change_the_output():
     rows = [(f"u{u}", f"i{i}", 10 * u + i) for u in range(12) for i in range(u % 5, u % 5 + 8)]
     options = {"negatives": 2, "train_negatives": 1}
-    assert told(rows, **options)[0] == told(rows[::-1], **options)[0]
+    assert split_log(rows, **options) == split_log(rows[::-1], **options)
 
 
 def run_real(tmp_path, *options):
-    microlens.main(
-        [
-            "--config",
-            "configs/microlens.yaml",
-            "--raw_dir",
-            str(REAL),
-            "--data_dir",
-            str(tmp_path),
-            "--require_image",
-            "false",
-            *options,
-        ]
-    )
+    words = ["--config", "configs/microlens.yaml", "--raw_dir", str(REAL)]
+    words += ["--data_dir", str(tmp_path), "--require_image", "false", *options]
+    load_script("data_processing/microlens.py").main(words)
     return json.loads((tmp_path / "stats.json").read_text())
 
 
 @skip_without_real_data
 def test_the_real_log_gives_the_papers_number_of_users(tmp_path, monkeypatch):
     """25,411 is the paper's own number (Table 2); every rule is checked on all users."""
-    monkeypatch.chdir(Path(__file__).parent.parent)
+    monkeypatch.chdir(ROOT)
     stats = run_real(tmp_path)
     assert (stats["users"], stats["items"], stats["interactions"]) == (25411, 11896, 220472)
     users = read_rows(tmp_path / "users.jsonl")
@@ -237,14 +223,14 @@ def test_the_real_log_gives_the_papers_number_of_users(tmp_path, monkeypatch):
 
 @skip_without_real_data
 def test_the_real_log_at_the_released_notebooks_core(tmp_path, monkeypatch):
-    monkeypatch.chdir(Path(__file__).parent.parent)
+    monkeypatch.chdir(ROOT)
     stats = run_real(tmp_path, "--user_core", "7")
     assert (stats["users"], stats["items"], stats["interactions"]) == (14323, 9535, 145835)
 
 
 @skip_without_real_data
 def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(tmp_path, monkeypatch):
-    monkeypatch.chdir(Path(__file__).parent.parent)
+    monkeypatch.chdir(ROOT)
     bytes_of = {}
     for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
         run_real(tmp_path / name, "--seed", seed, "--limit", "300")
@@ -252,8 +238,8 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(tmp_path, mo
     assert bytes_of["a"] == bytes_of["b"] != bytes_of["c"]
 
 
-def test_your_own_files_go_through_and_unusable_rows_are_kept(tmp_path, monkeypatch):
-    monkeypatch.chdir(Path(__file__).parent.parent)
+def test_own_files_are_read_and_rejected_rows_are_kept(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
     raw, data = tmp_path / "raw", tmp_path / "data"
     raw.mkdir()
     rows = [f"u{n % 4},i{(n * 3) % 5},{100 - n}" for n in range(20)]
@@ -267,20 +253,10 @@ def test_your_own_files_go_through_and_unusable_rows_are_kept(tmp_path, monkeypa
         f'{{"item_id": "i{n}", "title": "Title {n}", "image": "covers/{n}.jpg"}}' for n in range(5)
     ]
     (raw / "catalogue.jsonl").write_text("\n".join(catalogue) + "\n")
-    options = ["--user_core", "2", "--item_core", "1", "--negatives", "0", "--train_negatives", "0"]
-    split.main(
-        [
-            "--config",
-            "configs/microlens.yaml",
-            "--require_image",
-            "true",
-            "--raw_dir",
-            str(raw),
-            "--data_dir",
-            str(data),
-            *options,
-        ]
-    )
+    words = ["--config", "configs/microlens.yaml", "--require_image", "true"]
+    words += ["--raw_dir", str(raw), "--data_dir", str(data), "--user_core", "2"]
+    words += ["--item_core", "1", "--negatives", "0", "--train_negatives", "0"]
+    load_script("data_processing/split.py").main(words)
     users = read_rows(data / "users.jsonl")
     assert len(users) == 4
     by_time = [f"i{(n * 3) % 5}" for n in range(19, -1, -1) if n % 4 == 0]
@@ -299,23 +275,139 @@ def test_your_own_files_go_through_and_unusable_rows_are_kept(tmp_path, monkeypa
     }
 
 
-def test_everything_filtered_away_is_told_with_the_numbers():
+def test_a_log_without_a_core_is_an_error_with_the_numbers():
     with pytest.raises(
         InputError,
-        match=r"no interaction is left after the filters: 2 read, 0 items without an image, at least 9 per user",
+        match="no interaction is left after the filters: 2 read, 0 items without an image, "
+        "at least 9 per user",
     ):
-        told([("u", "a", 1), ("u", "b", 2)], user_core=9)
+        split_log([("u", "a", 1), ("u", "b", 2)], user_core=9)
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("words", "message"),
     [
-        ({"user_core": 1}, "--user_core must be at least 2"),
-        ({"train_fraction": 0.9, "validation_fraction": 0.2}, "leave users for the test"),
-        ({"folds": 2, "test_fold": 2}, "--test_fold one of them"),
-        ({"folds": 1}, "--folds must be 0 or at least 2"),
+        ("--user_core 1", "--user_core: Input should be greater than or equal to 2"),
+        ("--train_fraction 0.9 --validation_fraction 0.2", "leave users for the test"),
+        ("--folds 2 --test_fold 2", "--test_fold one of them"),
+        ("--folds 1", "--folds must be 0 or at least 2"),
+        (
+            "--split_by leave_one_out --user_core 3",
+            "--split_by leave_one_out needs --user_core 4 or more",
+        ),
+        (
+            "--split_by leave_one_out --user_core 4 --folds 5",
+            "--split_by leave_one_out cannot be used with --folds",
+        ),
     ],
 )
-def test_options_that_leave_nothing_are_refused(options, message):
+def test_options_that_leave_nothing_are_rejected(words, message, tmp_path):
+    config = tmp_path / "small.yaml"
+    config.write_text("data: {user_core: 2, item_core: 1, negatives: 0, train_negatives: 0}")
+    log = small_log([(user, item, n) for user in "uvwxyz" for n, item in enumerate("abcdef")])
+    words = ["--config", str(config), *words.split()]
     with pytest.raises(InputError, match=message):
-        told([("u", "a", 1), ("u", "b", 2)], **options)
+        prepare(*log, parse_options(SplitOptions, "data", words))
+
+
+def leave_one_out(rows, **options):
+    """The lines of users.jsonl with `split_by: leave_one_out`."""
+    data, options = prepared(rows, split_by="leave_one_out", **{"user_core": 4, **options})
+    return list(data.lines(options))
+
+
+def test_leave_one_out_by_hand():
+    """Three lines per user: the third last, second last and last item are the targets."""
+    rows = [("v", i, n) for n, i in enumerate("dcba")]
+    rows += [("u", i, time) for i, time in zip("ebcadb", (50, 20, 30, 10, 40, 60), strict=True)]
+    lines = leave_one_out(rows)
+    found = [
+        (line["user_id"], line["split"], "".join(line["history"]), line["target"]) for line in lines
+    ]
+    assert found == [
+        ("u", "train", "ab", "c"),
+        ("u", "validation", "abc", "d"),
+        ("u", "test", "abcd", "e"),
+        ("v", "train", "d", "c"),
+        ("v", "validation", "dc", "b"),
+        ("v", "test", "dcb", "a"),
+    ]
+    assert [line["fold"] for line in lines] == [None] * 6
+    last = [line["history"] for line in leave_one_out(rows, max_history=2)][:3]
+    assert last == [["a", "b"], ["b", "c"], ["c", "d"]]
+
+
+@given(
+    st.lists(
+        st.lists(st.integers(0, 19), min_size=4, max_size=8, unique=True), min_size=1, max_size=8
+    ),
+    st.integers(0, 3),
+    st.integers(0, 3),
+)
+@settings(max_examples=60, deadline=None)
+def test_leave_one_out_by_brute_force(sequences, max_history, seed):
+    """Every history ends before its target; negatives are distinct, and the user touched none."""
+    sequences = dict(enumerate([*sequences, range(10), range(10, 20)]))  # the last two: all items
+    rows = [
+        (f"{user}", f"{item}", n) for user in sequences for n, item in enumerate(sequences[user])
+    ]
+    options = {"negatives": 4, "train_negatives": 2, "max_history": max_history, "seed": seed}
+    lines = leave_one_out(rows, **options)
+    assert [line["split"] for line in lines] == list(SPLITS) * len(sequences)
+    assert [line["user_id"] for line in lines] == [str(u) for u in sequences for _ in SPLITS]
+    for number, line in enumerate(lines):
+        items = [str(item) for item in sequences[int(line["user_id"])]]
+        place = len(items) - len(SPLITS) + number % len(SPLITS)
+        assert line["target"] == items[place]
+        assert line["history"] == items[:place][-max_history or None :]
+        assert len(set(line["negatives"])) == len(line["negatives"])
+        assert len(line["negatives"]) == (2 if line["split"] == "train" else 4)
+        assert not set(line["negatives"]) & set(items)
+
+
+def test_a_limit_keeps_whole_users_of_a_leave_one_out_split(tmp_path):
+    rows = [(f"u{u}", f"i{(u * 7 + n) % 40}", n) for u in range(30) for n in range(5)]
+    options = {"negatives": 3, "train_negatives": 1, "data_dir": str(tmp_path)}
+    data, pilot = prepared(rows, split_by="leave_one_out", user_core=4, limit=7, **options)
+    assert data.statistics["written_users"] == dict.fromkeys(SPLITS, 7)
+    items = write_data(data, pilot)
+    lines = read_rows(tmp_path / "users.jsonl")
+    assert len(lines) == 21
+    assert set(Counter(line["user_id"] for line in lines).values()) == {3}
+    whole = leave_one_out(rows, **options)
+    assert [line for line in whole if line in lines] == lines
+    needed = {i for line in lines for i in (*line["history"], line["target"], *line["negatives"])}
+    assert set(items.index) == needed == {r["item_id"] for r in read_rows(tmp_path / "items.jsonl")}
+    assert len(needed) < 40
+
+
+def test_popularity_counts_training_lines_of_a_leave_one_out_split_only():
+    """The histories of the other lines have targets of validation and test."""
+    rows = [("u", i, n) for n, i in enumerate("abcde")] + [
+        ("v", i, n) for n, i in enumerate("dcba")
+    ]
+    lines = leave_one_out(rows)
+    assert item_popularity(lines) == {"a": 1, "b": 1, "c": 2, "d": 1}
+    assert [(row["user_id"], row["item_id"], row["score"]) for row in popularity_scores(lines)] == [
+        ("u", "e", 0.0),
+        ("v", "a", 1.0),
+    ]
+
+
+def test_popularity_of_a_split_by_user_counts_histories_and_training_targets():
+    lines = [
+        {
+            "user_id": user,
+            "history": list(history),
+            "target": target,
+            "negatives": [],
+            "split": split,
+        }
+        for user, history, target, split in (
+            ("u", "ab", "c", "train"),
+            ("v", "ac", "d", "validation"),
+            ("w", "c", "a", "test"),
+        )
+    ]
+    assert item_popularity(lines) == {"a": 2, "b": 1, "c": 3}
+    assert [row["score"] for row in popularity_scores(lines)] == [2.0]
