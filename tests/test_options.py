@@ -215,6 +215,12 @@ def test_a_cycle_of_bases_is_an_error(tmp_path, text, others):
     assert "leads back to the file itself; remove it" in error_of(tmp_path, text)
 
 
+@pytest.mark.parametrize("base", ["3", "{a: b}", "[a.yaml, 3]"])
+def test_a_base_that_is_no_path_is_an_error(tmp_path, base):
+    write_configs(tmp_path, a="train: {rate: 0.1}")
+    assert "`base:` must be a path or a list of paths, not" in error_of(tmp_path, f"base: {base}")
+
+
 def test_one_file_may_be_the_base_of_two_bases(tmp_path):
     write_configs(
         tmp_path,

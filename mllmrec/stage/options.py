@@ -125,9 +125,12 @@ def load_config(path: Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     Raises InputError if a file cannot be read, or has a section that no stage has.
     """
     own = _read_yaml(path)
-    bases = own.pop("base", None) or []
+    given = own.pop("base", None) or []
+    bases = [given] if isinstance(given, str) else given
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        raise InputError(f"{path}: `base:` must be a path or a list of paths, not {given!r}")
     merged: dict[str, Any] = {}
-    for base in [bases] if isinstance(bases, str) else bases:
+    for base in bases:
         base_path = path.parent / base
         if base_path.resolve() in [seen.resolve() for seen in (*_seen, path)]:
             raise InputError(f"{path}: `base: {base}` leads back to the file itself; remove it")
