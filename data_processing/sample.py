@@ -20,12 +20,18 @@ import pandas as pd
 from pydantic.dataclasses import dataclass
 
 from mllmrec.data import sample_world as world
-from mllmrec.data.candidates import candidates, popularity_scores, score_row, users_of_split
+from mllmrec.data.candidates import (
+    candidates,
+    popularity_scores,
+    read_users,
+    score_row,
+    users_of_split,
+)
 from mllmrec.data.interactions import InteractionLog
 from mllmrec.data.split import SplitOptions, data_outputs, prepare, write_data_set
 from mllmrec.evaluation.metrics import evaluate
 from mllmrec.stage.errors import run_main
-from mllmrec.stage.jsonl import read_rows, write_rows
+from mllmrec.stage.jsonl import write_rows
 from mllmrec.stage.options import option, parse_options, print_options
 from mllmrec.stage.record import Job
 
@@ -99,7 +105,7 @@ def most_frequent(history):
 
 def write_rules(items, users, options):
     """Write the rules' scores and print their metrics beside popularity's."""
-    lines = read_rows(Path(options.data_dir) / "users.jsonl")
+    lines = read_users(Path(options.data_dir) / "users.jsonl")
     rules = rule_scores(lines, items, users)
     for rule, path in rule_outputs(options).items():
         write_rows(path, rules[rule])

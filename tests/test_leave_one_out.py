@@ -81,6 +81,6 @@ def test_a_repeated_line_is_refused(folder, small_run, tmp_path):
     words = ["--data_dir", str(tmp_path), "--output_dir", str(tmp_path)]
     words += ["--summaries", str(small_run.system / "image_summaries.jsonl")]
     with pytest.raises(
-        InputError, match=r"line 19: user \('u0000', 'train'\) is already in an earlier"
+        InputError, match=r"line 19: user 'u0000' is already in line 1 with the split 'train'"
     ):
         small_run.run("Inference/preference_recurrent.py", *words)

@@ -280,3 +280,21 @@ def test_retrieved_lists_that_all_lack_their_target_are_rejected():
     rows = without_target(rows_of([[3, 1, 2], [3, 1]]), "u0", "u1")
     with pytest.raises(InputError, match="no list holds its target"):
         evaluate(rows, resamples=2, retrieved=True)
+
+
+def test_with_few_hits_the_interval_of_auc_is_over_resamples_that_have_one():
+    """One of six lists holds its target, ranked first: AUC 1, in every resample that defines it."""
+    rows = without_target(rows_of([[3.0, 1.0, 2.0]] * 6), "u1", "u2", "u3", "u4", "u5")
+    metrics = evaluate(rows, resamples=40, retrieved=True)
+    for name in ("auc", "auc_per_user"):
+        assert (metrics[name], metrics[f"{name}_ci95"]) == (1.0, [1.0, 1.0])
+    assert metrics["hr@3"] == pytest.approx(1 / 6)
+
+
+def test_a_retrieved_list_of_the_target_alone_has_no_auc_of_its_own():
+    rows = [*rows_of([[3.0, 1.0]]), {"user_id": "u9", "item_id": "x", "label": 1, "score": 0.0}]
+    metrics = evaluate(rows, resamples=10, retrieved=True)
+    assert (metrics["users"], metrics["auc_users"]) == (2, 2)
+    assert (metrics["auc_per_user"], metrics["auc"]) == (1.0, 0.5), "pooled: 3 and 0 against 1"
+    with pytest.raises(InputError, match="no list holds its target beside a negative"):
+        evaluate(rows[2:], resamples=2, retrieved=True)

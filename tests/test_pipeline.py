@@ -387,20 +387,20 @@ def test_a_user_whose_candidate_has_no_image_is_rejected_whole(small_run, tmp_pa
     copy_for_stage_4(small_run, tmp_path)
     (tmp_path / "covers").symlink_to(small_run.folder / "covers")
     users = [user for user in read_rows(tmp_path / "users.jsonl") if user["split"] == "test"]
-    gone = users[0]["negatives"][5]
+    without_image = users[0]["negatives"][5]
     items = [
-        {**row, "image": None} if row["item_id"] == gone else row
+        {**row, "image": None} if row["item_id"] == without_image else row
         for row in read_rows(tmp_path / "items.jsonl")
     ]
     write_rows(tmp_path / "items.jsonl", items)
     small_run.run("MLLM-MSR/test/multi_col_dataset.py", *folders(tmp_path))
-    hit = {user["user_id"] for user in users if gone in {user["target"], *user["negatives"]}}
+    hit = {u["user_id"] for u in users if without_image in {u["target"], *u["negatives"]}}
     rows = read_rows(tmp_path / "mllm_msr/test.jsonl")
     assert {row["user_id"] for row in rows} == {user["user_id"] for user in users} - hit
     assert len(rows) == 21 * (len(users) - len(hit))
     rejected = read_by_id(tmp_path / "mllm_msr/test.rejected.jsonl", "user_id")
     assert {user: row["reason"] for user, row in rejected.items()} == dict.fromkeys(
-        hit, f"candidate {gone}: it has no image"
+        hit, f"candidate {without_image}: it has no image"
     )
 
 

@@ -27,9 +27,9 @@ def question_row(user_id, item, label, image, preference):
 
 
 @pytest.fixture(scope="module")
-def pairs(tmp_path_factory):
+def data(tmp_path_factory):
     """(folder, rows): 10 items with covers of mixed shapes, 6 users; texts of mixed lengths."""
-    folder = tmp_path_factory.mktemp("pairs")
+    folder = tmp_path_factory.mktemp("data")
     rng = np.random.default_rng(4)
     items = [{**world.random_item(rng), "item_id": str(n)} for n in range(10)]
     for n, item in enumerate(items):
@@ -79,20 +79,25 @@ def one_by_one(model, processor, folder, rows):
     return np.array(found)
 
 
+@pytest.fixture(scope="module")
+def wanted(model, data):
+    """The logits that scoring is to give."""
+    return one_by_one(*model, *data)
+
+
 @pytest.mark.parametrize("batch_tokens", [1, 400, 65536])
-def test_prefix_reuse_and_batches_change_no_score(model, pairs, batch_tokens):
-    folder, rows = pairs
-    wanted = one_by_one(*model, folder, rows)
+def test_prefix_reuse_and_batches_change_no_score(model, data, wanted, batch_tokens):
+    folder, rows = data
     for reuse in (True, False):
         found = scored(*model, folder, rows, batch_tokens=batch_tokens, reuse_prefix=reuse)
         assert np.abs(found - wanted).max() < 1e-5 * max(1, np.abs(wanted).max())
 
 
 @pytest.mark.parametrize("kind", ["next", "1.5"])
-def test_prefix_reuse_changes_no_score_of_another_model(pairs, kind):
+def test_prefix_reuse_changes_no_score_of_another_model(data, kind):
     """Random weights, grouped-query attention; several tiles (next) or one square image (1.5)."""
     model, processor = random_llava("tiny", kind)
-    folder, rows = pairs
+    folder, rows = data
     wanted = one_by_one(model, processor, folder, rows)
     found = scored(model, processor, folder, rows)
     assert np.abs(found - wanted).max() < 1e-5
@@ -101,15 +106,15 @@ def test_prefix_reuse_changes_no_score_of_another_model(pairs, kind):
     assert (np.argsort(found[:, 0] - found[:, 1]) == np.argsort(difference)).mean() > 0.99
 
 
-def test_logits_keep_their_digits_where_training_computes_in_16_bit(model, pairs):
+def test_logits_keep_their_digits_where_training_computes_in_16_bit(model, data):
     """In bfloat16 a logit near 20 has a resolution of an eighth: candidates would tie."""
-    folder, rows = pairs
+    folder, rows = data
     with torch.autocast("cpu", torch.bfloat16):
         found = torch.from_numpy(scored(*model, folder, rows)).float()
     assert (found != found.bfloat16().float()).float().mean() > 0.9
 
 
-def test_prefix_reuse_changes_no_score_with_an_adapter(pairs, tmp_path):
+def test_prefix_reuse_changes_no_score_with_an_adapter(data, tmp_path):
     from peft import LoraConfig, get_peft_model
 
     model, processor = load_multimodal(str(TINY / "llava"))
@@ -120,7 +125,7 @@ def test_prefix_reuse_changes_no_score_with_an_adapter(pairs, tmp_path):
         init_lora_weights=False,
     )
     get_peft_model(model, config).save_pretrained(tmp_path)
-    folder, rows = pairs
+    folder, rows = data
     plain, processor = load_multimodal(str(TINY / "llava"))
     before = scored(plain, processor, folder, rows)
     adapted = load_adapter(plain, tmp_path, str(TINY / "llava"))
@@ -132,8 +137,8 @@ def test_prefix_reuse_changes_no_score_with_an_adapter(pairs, tmp_path):
     )
 
 
-def test_the_prefix_of_an_item_is_computed_once(model, pairs, monkeypatch):
-    folder, rows = pairs
+def test_the_prefix_of_an_item_is_computed_once(model, data, monkeypatch):
+    folder, rows = data
     seen = []
     tower = model[0].model.vision_tower
     hook = tower.register_forward_pre_hook(
@@ -147,16 +152,16 @@ def test_the_prefix_of_an_item_is_computed_once(model, pairs, monkeypatch):
     )
 
 
-def test_the_image_is_attended_to(model, pairs):
-    folder, rows = pairs
+def test_the_image_is_attended_to(model, data):
+    folder, rows = data
     assert (
         np.abs(scored(*model, folder, rows) - scored(*model, folder, rows, gray_images=True)).max()
         > 0.1
     )
 
 
-def test_a_long_preference_loses_its_tail_only(model, pairs):
-    folder, _ = pairs
+def test_a_long_preference_loses_its_tail_only(model, data):
+    folder, _ = data
     chat = ChatProcessor(model[1])
     reader = RowReader(chat, folder, max_text_tokens=70)
     row = question_row(
@@ -177,8 +182,8 @@ def test_a_long_preference_loses_its_tail_only(model, pairs):
         RowReader(chat, folder, max_text_tokens=9).prompt(row)
 
 
-def test_a_missing_image_is_named(model, pairs):
-    folder, rows = pairs
+def test_a_missing_image_is_named(model, data):
+    folder, rows = data
     with pytest.raises(InputError, match=r"gone.png, item '0': the file is missing"):
         scored(*model, folder, [{**rows[0], "item_id": "0", "images": ["gone.png"]}])
 
@@ -190,8 +195,8 @@ def test_probability_is_equation_1():
         )
 
 
-def test_a_user_whose_question_cannot_fit_is_found_beforehand(model, pairs):
-    folder, rows = pairs
+def test_a_user_whose_question_cannot_fit_is_found_beforehand(model, data):
+    folder, rows = data
     endless = question_row("u7", {"item_id": "0", "title": "word " * 60}, 0, "0.png", "A taste.")
     reader = RowReader(ChatProcessor(model[1]), folder, max_text_tokens=100)
     assert set(reader.find_too_long([*rows, endless])[0]) == {"u7"}
@@ -207,11 +212,11 @@ def test_a_title_of_a_whole_page_is_cut_in_stage_4():
     assert text[start:end] == "A taste."
 
 
-def test_in_bfloat16_candidates_do_not_tie(pairs):
+def test_in_bfloat16_candidates_do_not_tie(data):
     """Logits of a bfloat16 LM head near 20 are an eighth apart; ours are computed in float32."""
     model, processor = random_llava("tiny", dtype=torch.bfloat16)
     model.lm_head.weight.data *= 300
-    folder, rows = pairs
+    folder, rows = data
     found = scored(model, processor, folder, rows)
     assert np.abs(found).max() > 16
     assert not (found * 256 == np.round(found * 256)).all(axis=1).any(), (
@@ -219,7 +224,7 @@ def test_in_bfloat16_candidates_do_not_tie(pairs):
     )
 
 
-def test_a_template_that_does_not_start_with_the_image_takes_the_plain_pass(pairs):
+def test_a_template_that_does_not_start_with_the_image_takes_the_plain_pass(data):
     model, processor = load_multimodal(str(TINY / "llava"))
     part = "{%% for part in message['content'] if part['type'] == '%s' %%}{{ %s }}{%% endfor %%}"
     text_part = part % ("text", "part['text']")
@@ -228,7 +233,7 @@ def test_a_template_that_does_not_start_with_the_image_takes_the_plain_pass(pair
     processor.chat_template = processor.chat_template.replace(
         image_part + text_part, text_part + image_part
     )
-    folder, rows = pairs
+    folder, rows = data
     wanted = one_by_one(model, processor, folder, rows)
     assert (
         np.abs(scored(model, processor, folder, rows) - wanted).max() < 1e-5 * np.abs(wanted).max()

@@ -296,6 +296,10 @@ def test_a_log_without_a_core_is_an_error_with_the_numbers():
             "--split_by leave_one_out needs --user_core 4 or more",
         ),
         (
+            "--split_by leave_one_out --user_core 4 --history released",
+            "--split_by leave_one_out needs --history chronological",
+        ),
+        (
             "--split_by leave_one_out --user_core 4 --folds 5",
             "--split_by leave_one_out cannot be used with --folds",
         ),

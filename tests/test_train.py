@@ -32,14 +32,14 @@ def stage():
 
 
 @pytest.fixture(scope="module")
-def pairs(small_run):
+def data(small_run):
     return small_run.system, read_rows(small_run.system / "train.jsonl")
 
 
 @pytest.fixture
-def collators(pairs):
+def collators(data):
     _, processor = load_multimodal(str(TINY / "llava"))
-    reader = RowReader(ChatProcessor(processor), pairs[0])
+    reader = RowReader(ChatProcessor(processor), data[0])
     return Collator(reader, "answer"), Collator(reader, "sequence")
 
 
@@ -51,11 +51,11 @@ MODELS = {
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_the_training_text_is_the_scoring_text_plus_the_answer(kind, pairs):
+def test_the_training_text_is_the_scoring_text_plus_the_answer(kind, data):
     chat = ChatProcessor(MODELS[kind]()[1])
     answers = answer_tokens(chat)
-    collator = Collator(RowReader(chat, pairs[0]), "answer")
-    for row in pairs[1][:10]:
+    collator = Collator(RowReader(chat, data[0]), "answer")
+    for row in data[1][:10]:
         scoring_text, ids = collator.reader.prompt(row)
         assert collator.text(row) == scoring_text + answers.texts[row["label"]]
         answer = list(answers.ids[row["label"]])
@@ -78,7 +78,7 @@ def gradients(model, batch):
 
 
 @pytest.mark.parametrize("kind", ["next", "1.5"])
-def test_a_shared_prefix_changes_neither_loss_nor_gradients(kind, stage, pairs):
+def test_a_shared_prefix_changes_neither_loss_nor_gradients(kind, stage, data):
     """Rows of one item with texts of different lengths, beside an item with one row."""
     model, processor = MODELS[kind]()
     model = add_lora(model, stage.Options(lora_dropout=0.0)).eval()
@@ -86,9 +86,9 @@ def test_a_shared_prefix_changes_neither_loss_nor_gradients(kind, stage, pairs):
         for name, parameter in model.named_parameters():
             if "lora_B" in name:  # they start as zeros, and so would half of the gradients
                 parameter.normal_(0, 0.05, generator=torch.Generator().manual_seed(len(name)))
-    reader = RowReader(ChatProcessor(processor), pairs[0])
-    many = of_one_item(pairs[1])
-    rows = [many[0], pairs[1][0], *many[1:4]]
+    reader = RowReader(ChatProcessor(processor), data[0])
+    many = of_one_item(data[1])
+    rows = [many[0], data[1][0], *many[1:4]]
     assert len({row["messages"][0]["content"][1]["text"] for row in rows}) == 5
     shared = Collator(reader, "answer", share_prefix=True)(rows)
     assert len(shared["input_ids"]) == 2, "two items"
@@ -175,7 +175,7 @@ def test_chunks_are_packed_into_full_micro_batches():
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
-def test_a_step_of_qlora_trains_the_adapter_only(stage, pairs, quantization):
+def test_a_step_of_qlora_trains_the_adapter_only(stage, data, quantization):
     args = stage.Options(
         model=str(TINY / "llava"), quantization=quantization, gradient_checkpointing=True
     )
@@ -183,7 +183,7 @@ def test_a_step_of_qlora_trains_the_adapter_only(stage, pairs, quantization):
     model = add_lora(model, args).train()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    loss = model(**Collator(RowReader(chat, pairs[0]), "answer")(pairs[1][:4])).loss
+    loss = model(**Collator(RowReader(chat, data[0]), "answer")(data[1][:4])).loss
     loss.backward()
     optimizer.step()
     changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
@@ -192,16 +192,16 @@ def test_a_step_of_qlora_trains_the_adapter_only(stage, pairs, quantization):
     assert all("lora_" in name and "language_model" in name for name in changed)
 
 
-def test_a_single_tile_is_the_whole_image(pairs, tmp_path):
+def test_a_single_tile_is_the_whole_image(data, tmp_path):
     """Its tokens are the first ones of the full form, and the end-of-row token."""
     name = str(TINY / "llava")
     (whole, full_chat), (model, chat) = (
         load_ranker(RankerOptions(model=name, image_tiles=tiles)) for tiles in ("full", "single")
     )
-    image = RowReader(chat, pairs[0]).image(pairs[1][0])
+    image = RowReader(chat, data[0]).image(data[1][0])
     assert (chat.count_image_tokens(image), full_chat.count_image_tokens(image)) == (17, 36)
-    reader = RowReader(chat, pairs[0])
-    batch = Collator(reader, "answer")(pairs[1][:3])
+    reader = RowReader(chat, data[0])
+    batch = Collator(reader, "answer")(data[1][:3])
     assert (batch["input_ids"] == chat.image_token_id).sum(1).tolist() == [17, 17, 17]
     assert batch["pixel_values"].shape[1] == 1
     with torch.no_grad():
@@ -209,7 +209,7 @@ def test_a_single_tile_is_the_whole_image(pairs, tmp_path):
         seen = model.model.get_image_features(
             batch["pixel_values"], batch["image_sizes"]
         ).pooler_output[0]
-        full = Collator(RowReader(full_chat, pairs[0]), "answer")(pairs[1][:3])
+        full = Collator(RowReader(full_chat, data[0]), "answer")(data[1][:3])
         everything = whole.model.get_image_features(
             full["pixel_values"], full["image_sizes"]
         ).pooler_output[0]
@@ -221,10 +221,10 @@ def test_a_single_tile_is_the_whole_image(pairs, tmp_path):
         load_ranker(RankerOptions(model=str(tmp_path), image_tiles="single"))
 
 
-def test_the_answer_loss_is_the_full_loss_at_the_answer(collators, pairs):
+def test_the_answer_loss_is_the_full_loss_at_the_answer(collators, data):
     """Logits at the answer's positions give the loss of full logits with other labels masked."""
     model, _ = load_multimodal(str(TINY / "llava"))
-    collator, rows = collators[0], of_mixed_lengths(pairs[1])
+    collator, rows = collators[0], of_mixed_lengths(data[1])
     batch = collator(rows)
     assert batch["logits_to_keep"].shape == (6, 2), "Yes or No, and what ends the turn"
     full = collator.chat.encode(
@@ -257,8 +257,8 @@ def of_mixed_lengths(rows):
     return [{**rows[0], "messages": [shorter, answer]}, *rows[1:6]]
 
 
-def test_the_sequence_loss_counts_all_text_and_no_image_or_padding(collators, pairs):
-    batch = collators[1](of_mixed_lengths(pairs[1]))
+def test_the_sequence_loss_counts_all_text_and_no_image_or_padding(collators, data):
+    batch = collators[1](of_mixed_lengths(data[1]))
     ids, labels = batch["input_ids"], batch["labels"]
     is_image, is_padding = ids == collators[1].chat.image_token_id, batch["attention_mask"] == 0
     assert is_image.any()
@@ -267,8 +267,8 @@ def test_the_sequence_loss_counts_all_text_and_no_image_or_padding(collators, pa
     assert torch.equal(labels[labels != -100], ids[labels != -100])
 
 
-def test_a_batch_is_padded_on_the_right(collators, pairs):
-    mask = collators[0](of_mixed_lengths(pairs[1]))["attention_mask"]
+def test_a_batch_is_padded_on_the_right(collators, data):
+    mask = collators[0](of_mixed_lengths(data[1]))["attention_mask"]
     assert (mask == 0).any()
     assert (mask.diff(dim=1) <= 0).all()
 
@@ -362,11 +362,11 @@ def learned(tmp_path_factory):
     config = small_config(folder)
     text = (
         config.read_text()
-        .replace("n_users: 30", "n_users: 700")
+        .replace("n_users: 30", "n_users: 500")
         .replace("n_items: 60", "n_items: 200")
     )
     config.write_text(
-        text.replace("epochs: 1", "epochs: 3").replace(
+        text.replace("epochs: 1", "epochs: 2").replace(
             "validation_fraction: 0.2", "validation_fraction: 0.0"
         )
     )
@@ -414,7 +414,7 @@ def learned(tmp_path_factory):
 def world_items(folder):
     """dict item_id -> colour, shape, topic, as the world of `folder` was drawn."""
     sample = load_script("data_processing/sample.py")
-    items, _, _ = sample.build_world(sample.Options(seed=42, n_items=200, n_users=700))
+    items, _, _ = sample.build_world(sample.Options(seed=42, n_items=200, n_users=500))
     return {f"i{n:03d}": item for n, item in enumerate(items)}
 
 
@@ -473,7 +473,8 @@ def test_the_adapter_of_another_base_is_refused(small_run, tmp_path, monkeypatch
     saved(random_llava("tiny"), other)
     with pytest.raises(
         InputError,
-        match=r"another model than .*llava \(hidden_size was 128, is 64\); pass the matching",
+        match=r"which is another model than .*llava \(hidden_size was 128, is 64\); "
+        r"pass the matching",
     ):
         check_adapter(adapter, str(other))
     hub = tmp_path / "hub"
@@ -491,7 +492,8 @@ def test_the_adapter_of_another_base_is_refused(small_run, tmp_path, monkeypatch
         check_adapter(hub, "one/model")
         with pytest.raises(
             InputError,
-            match=r"another model than other/model \(the name was one/model, is other/model\)",
+            match=r"which is another model than other/model "
+            r"\(the name was one/model, is other/model\)",
         ):
             check_adapter(hub, "other/model")
     weights = bytearray((moved / "model.safetensors").read_bytes())

@@ -1,11 +1,13 @@
 """Stage 5 as a command: resume, several processes, early stopping, logs, bad input, merging."""
 
 import shutil
+import socket
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, call, saved
+from conftest import ROOT, TINY, call, saved
+from fork_server import HEAVY, ForkServer
 from peft import PeftModel
 from peft.utils import load_peft_weights
 from transformers import AutoModelForImageTextToText, AutoTokenizer
@@ -19,6 +21,7 @@ from mllmrec.stage.scripts import load_script
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 STAGE = "MLLM-MSR/train/train_llava_sft.py"
+TRAINING_MODULES = tuple(f"mllmrec.ranking.{name}" for name in ("trainer", "collator", "callbacks"))
 # Kills itself at the start of micro-batch number argv[1], with SIGKILL.
 KILLED = """
 import os, runpy, signal, sys
@@ -36,6 +39,16 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """Runs the stage in processes of their own that do not import torch again."""
+    folder = tmp_path_factory.mktemp("server")
+    (folder / "killed.py").write_text(KILLED)
+    server = ForkServer(folder, (*HEAVY, *TRAINING_MODULES), ROOT)
+    yield server
+    server.close()
+
+
 def prepared(small_run, folder):
     """The command that trains in `folder`, on the rows of the small run."""
     system = folder / "mllm_msr"
@@ -43,15 +56,8 @@ def prepared(small_run, folder):
     (folder / "covers").symlink_to(small_run.folder / "covers")
     for name in ("train.jsonl", "validation.jsonl"):
         (system / name).symlink_to(small_run.system / name)
-    return [
-        STAGE,
-        "--config",
-        str(small_run.config),
-        "--data_dir",
-        str(folder),
-        "--output_dir",
-        str(folder),
-    ]
+    folders = ["--data_dir", str(folder), "--output_dir", str(folder)]
+    return [STAGE, "--config", str(small_run.config), *folders]
 
 
 def losses(folder):
@@ -80,26 +86,19 @@ def assert_same_training(one, other, loss, weight):
     [("none", 2, (9, 16)), pytest.param("item", 4, (5, 8), marks=pytest.mark.slow)],
 )
 def test_a_killed_training_resumes_to_the_same_losses_and_weights(
-    small_run, tmp_path, group_by, batch_size, kills
+    small_run, server, tmp_path, group_by, batch_size, kills
 ):
     """Killed in mid-epoch twice, with dropout: losses to 1e-6, weights to 1e-5."""
-    more = [
-        "--epochs",
-        "2",
-        "--batch_size",
-        str(batch_size),
-        "--accumulation",
-        str(4 // batch_size),
-        "--checkpoint_steps",
-        "3",
-    ]
-    more += ["--logging_steps", "2", "--lora_dropout", "0.1", "--group_by", group_by]
+    more = ["--epochs", "2", "--checkpoint_steps", "3", "--logging_steps", "2"]
+    more += ["--batch_size", str(batch_size), "--accumulation", str(4 // batch_size)]
+    more += ["--lora_dropout", "0.1", "--group_by", group_by]
     load_script(STAGE).main([*prepared(small_run, tmp_path / "undisturbed")[1:], *more])
     command = prepared(small_run, tmp_path / "killed")
     for micro_batches in kills:
-        assert call("-c", KILLED, str(micro_batches), *command, *more).returncode == -9
+        killed = server.run(str(server.folder / "killed.py"), str(micro_batches), *command, *more)
+        assert killed.returncode == -9
         assert not (tmp_path / "killed" / "mllm_msr" / "adapter").exists()
-    done = call(*command, *more)
+    done = server.run(*command, *more)
     assert done.returncode == 0, done.stderr
     assert_same_training(tmp_path / "undisturbed", tmp_path / "killed", 1e-6, 1e-5)
     logs = [
@@ -114,29 +113,41 @@ def test_a_killed_training_resumes_to_the_same_losses_and_weights(
     assert records[0]["loss"] == pytest.approx(records[1]["loss"], abs=1e-6)
 
 
-def test_two_processes_train_like_one_with_twice_the_accumulation(small_run, tmp_path):
-    """Also when they are killed in the middle of the second epoch and started again."""
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def distributed(rank, world_size, port):
+    """The environment that a launcher gives to one of several processes."""
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_PORT": port}
+    return {"MASTER_ADDR": "127.0.0.1"} | {name: str(value) for name, value in names.items()}
+
+
+def test_two_processes_train_like_one_with_twice_the_accumulation(small_run, server, tmp_path):
+    """Also when they are killed in the middle of the second epoch and started again.
+
+    Started again with the launcher and the configuration of the README.
+    """
     more = ["--batch_size", "2", "--lora_dropout", "0", "--epochs", "2", "--logging_steps", "1"]
     one, two = prepared(small_run, tmp_path / "one"), prepared(small_run, tmp_path / "two")
     load_script(STAGE).main([*one[1:], *more, "--accumulation", "4"])
-    launch = [
-        "-m",
-        "accelerate.commands.launch",
-        "--config_file",
-        "configs/accelerate/multi_gpu.yaml",
-        "--num_processes",
-        "2",
-    ]
-    (tmp_path / "killed.py").write_text(KILLED)
     two_more = [*two, *more, "--accumulation", "2", "--checkpoint_steps", "1"]
     epoch = read_record(tmp_path / "one" / "mllm_msr" / "adapter")["steps"] // 2
-    assert (
-        call(
-            *launch, str(tmp_path / "killed.py"), str(2 * epoch + 5), *two_more, OMP_NUM_THREADS="1"
-        ).returncode
-        != 0
+    port = free_port()
+    words = [str(server.folder / "killed.py"), str(2 * epoch + 5), *two_more]
+    killed = server.run_together(
+        *[
+            {"words": words, "kill_after": 0, "environment": distributed(rank, 2, port)}
+            for rank in range(2)
+        ]
     )
+    assert -9 in [process.returncode for process in killed]
+    assert all(process.returncode != 0 for process in killed)
     assert (tmp_path / "two" / "mllm_msr" / "checkpoints" / f"checkpoint-{epoch + 2}").exists()
+    launch = ["-m", "accelerate.commands.launch", "--num_processes", "2"]
+    launch += ["--config_file", "configs/accelerate/multi_gpu.yaml"]
     done = call(*launch, *two_more, OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stderr
     assert_same_training(tmp_path / "one", tmp_path / "two", 1e-4, 1e-3)
@@ -156,6 +167,7 @@ def test_two_processes_train_like_one_with_twice_the_accumulation(small_run, tmp
 def test_a_training_that_does_not_get_better_stops_early(small_run, tmp_path, capsys):
     command = prepared(small_run, tmp_path / "run")
     more = ["--epochs", "6", "--learning_rate", "0", "--patience", "2", "--tensorboard", "true"]
+    more += ["--limit", "16", "--validation_users", "3"]
     load_script(STAGE).main([*command[1:], *more])
     log = read_rows(tmp_path / "run" / "mllm_msr" / "training_log.jsonl")
     assert len([row for row in log if "eval_auc" in row]) == 3, (
@@ -167,9 +179,8 @@ def test_a_training_that_does_not_get_better_stops_early(small_run, tmp_path, ca
     )
     assert list((tmp_path / "run" / "mllm_msr" / "tensorboard").rglob("events.out.tfevents.*"))
     before = weights(tmp_path / "run")
-    shutil.rmtree(
-        tmp_path / "run" / "mllm_msr" / "adapter"
-    )  # killed after the last checkpoint: nothing is trained again
+    # As if killed after the last checkpoint: nothing is trained again.
+    shutil.rmtree(tmp_path / "run" / "mllm_msr" / "adapter")
     load_script(STAGE).main([*command[1:], *more])
     again = read_rows(tmp_path / "run" / "mllm_msr" / "training_log.jsonl")
     assert [row for row in again if "train_runtime" not in row] == [
@@ -184,21 +195,13 @@ def test_the_best_adapter_is_kept_not_the_last(small_run, tmp_path, monkeypatch)
     aucs = iter([0.6, 0.9, 0.7, 0.8])
     monkeypatch.setattr("mllmrec.ranking.trainer.pooled_auc", lambda *_: next(aucs))
     command = prepared(small_run, tmp_path / "run")
-    load_script(STAGE).main([*command[1:], "--epochs", "4"])
+    load_script(STAGE).main(
+        [*command[1:], "--epochs", "4", "--limit", "16", "--validation_users", "2"]
+    )
     record = read_record(tmp_path / "run" / "mllm_msr" / "adapter")
     assert record["best_validation_auc"] == 0.9
-    best, last = (
-        load_peft_weights(
-            str(
-                tmp_path
-                / "run"
-                / "mllm_msr"
-                / "checkpoints"
-                / f"checkpoint-{record['steps'] * n // 4}"
-            )
-        )
-        for n in (2, 4)
-    )
+    checkpoints, epoch = tmp_path / "run" / "mllm_msr" / "checkpoints", record["steps"] // 4
+    best, last = (load_peft_weights(str(checkpoints / f"checkpoint-{epoch * n}")) for n in (2, 4))
     kept = weights(tmp_path / "run")
     assert all(torch.equal(kept[name], best[name]) for name in kept)
     assert not all(torch.equal(kept[name], last[name]) for name in kept)
@@ -224,20 +227,8 @@ def test_every_kind_of_training_ends_with_an_adapter_that_plain_peft_loads(
         prepared(small_run, tmp_path / "run"),
         saved(make(), tmp_path / "model") if make else str(TINY / "llava"),
     )
-    load_script(STAGE).main(
-        [
-            *command[1:],
-            "--model",
-            base,
-            "--limit",
-            "8",
-            "--validation_users",
-            "2",
-            "--warmup_ratio",
-            "0",
-            *options,
-        ]
-    )
+    small = ["--limit", "8", "--validation_users", "2", "--warmup_ratio", "0"]
+    load_script(STAGE).main([*command[1:], "--model", base, *small, *options])
     adapter = tmp_path / "run" / "mllm_msr" / "adapter"
     assert PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(base), adapter)
     assert any(
@@ -272,9 +263,9 @@ def test_preferences_are_shortened_and_users_that_cannot_fit_rejected_and_both_c
     )
     counts = read_record(tmp_path / "run" / "mllm_msr" / "adapter")["rows"]
     assert (counts["in"], counts["shortened"], counts["rejected_users"]) == (6, 3, 1)
-    (aside,) = read_rows(tmp_path / "run" / "mllm_msr" / "training.rejected.jsonl")
-    assert aside["user_id"] == rows[6]["user_id"]
-    assert "longer than 512 tokens even without a preference" in aside["reason"]
+    (rejected,) = read_rows(tmp_path / "run" / "mllm_msr" / "training.rejected.jsonl")
+    assert rejected["user_id"] == rows[6]["user_id"]
+    assert "longer than 512 tokens even without a preference" in rejected["reason"]
 
 
 def damaged(rows, how):
@@ -295,11 +286,13 @@ def damaged(rows, how):
     [
         (
             "image",
-            r"line 5: image covers/gone.png: the file is missing; restore it, or make the file",
+            r"train.jsonl, line 5: image covers/gone.png: the file is missing; restore it, or make "
+            r"the file again",
         ),
         (
             "answer",
-            r"line 5: the answer is 'Maybe', for the label . it must be '(Yes|No)'; make the file",
+            r"train.jsonl, line 5: the answer is 'Maybe', for the label . it must be '(Yes|No)'; "
+            r"make the file again",
         ),
         (
             "other answer",
@@ -371,12 +364,11 @@ def test_a_shared_prefix_uses_the_attention_that_takes_its_mask(
     assert asked == [attention]
 
 
-def test_a_checkpoint_of_other_settings_is_not_resumed(small_run, tmp_path, monkeypatch):
+def test_a_checkpoint_of_other_settings_is_not_resumed(small_run, server, tmp_path, monkeypatch):
     command = prepared(small_run, tmp_path / "run")
-    assert (
-        call("-c", KILLED, "6", *command, "--batch_size", "2", "--checkpoint_steps", "3").returncode
-        == -9
-    )
+    more = ["--batch_size", "2", "--checkpoint_steps", "3"]
+    killed = server.run(str(server.folder / "killed.py"), "6", *command, *more)
+    assert killed.returncode == -9
     assert list((tmp_path / "run" / "mllm_msr" / "checkpoints").glob("checkpoint-*"))
     with pytest.raises(InputError, match=r"made with other settings \(batch_size was 2, is 8\)"):
         load_script(STAGE).main(command[1:])
@@ -412,9 +404,7 @@ def test_a_merged_model_scores_like_base_and_adapter(small_run, tmp_path):
         (row["user_id"], row["item_id"]): row["score"]
         for row in read_rows(small_run.system / "zero_shot" / "scores.jsonl")
     }
-    assert max(abs(base[pair] - wanted[pair]) for pair in wanted) > 0.01, (
-        "the adapter does something"
-    )
+    assert max(abs(base[row] - wanted[row]) for row in wanted) > 0.01, "the adapter does something"
     (small_run.system / "merged" / "scores.jsonl").unlink()
     (small_run.system / "merged" / "scores.run.json").unlink()
     (small_run.system / "merged").rmdir()

@@ -14,9 +14,9 @@ from pathlib import Path
 
 from pydantic.dataclasses import dataclass
 
-from mllmrec.data.candidates import popularity_scores
+from mllmrec.data.candidates import popularity_scores, read_users
 from mllmrec.stage.errors import run_main
-from mllmrec.stage.jsonl import read_rows, require, write_rows
+from mllmrec.stage.jsonl import require, write_rows
 from mllmrec.stage.options import CommonOptions, option, parse_options, print_options
 from mllmrec.stage.record import Job, file_digests, write_record
 
@@ -37,7 +37,7 @@ def main(argv=None):
     job = Job.of(options, file_digests(require(users_path)))
     if job.is_up_to_date([output]):
         return
-    rows = popularity_scores(read_rows(users_path))
+    rows = popularity_scores(read_users(users_path))
     write_rows(output, rows)
     write_record(output, job, time.monotonic() - started, {"out": len(rows)})
     print(f"wrote {output}: {len(rows):,} scores")

@@ -4,7 +4,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from mllmrec.stage.jsonl import Row
+from mllmrec.stage.errors import InputError
+from mllmrec.stage.jsonl import PathLike, Row, read_lines
 
 
 def candidates(user: Row) -> list[tuple[str, int]]:
@@ -30,6 +31,22 @@ def score_row(
         "score": score,
         "logits": dict(logits) if logits is not None else None,
     }
+
+
+def read_users(path: PathLike) -> list[Row]:
+    """The lines of users.jsonl. Raises InputError for a user with two lines of one split."""
+    lines: dict[tuple[str, str], int] = {}
+    users = []
+    for number, user in read_lines(path):
+        key = (user["user_id"], user["split"])
+        if key in lines:
+            raise InputError(
+                f"{path}, line {number}: user {key[0]!r} is already in line {lines[key]} with the "
+                f"split {key[1]!r}; remove one of the two"
+            )
+        lines[key] = number
+        users.append(user)
+    return users
 
 
 def is_leave_one_out(users: Sequence[Row]) -> bool:

@@ -150,6 +150,9 @@ def check_options(options: SplitOptions) -> None:
         "--split_by leave_one_out needs --user_core 4 or more: a history and three targets": (
             options.split_by == "leave_one_out" and options.user_core < 4
         ),
+        "--split_by leave_one_out needs --history chronological: popularity knows later targets": (
+            options.split_by == "leave_one_out" and options.history == "released"
+        ),
         "--split_by leave_one_out cannot be used with --folds": (
             options.split_by == "leave_one_out" and options.folds > 0
         ),

@@ -72,8 +72,10 @@ class CandidateLists:
             scores += [score for _, score in values]
             user += [number] * len(values)
         found = cls(users, np.array(user), np.array(scores), np.array(labels) == 1, retrieved)
-        if not found.is_target.any():
-            raise InputError(f"{where}: no list holds its target, so nothing can be measured")
+        if not found.has_auc.any():
+            raise InputError(
+                f"{where}: no list holds its target beside a negative, so nothing can be measured"
+            )
         return found
 
     @classmethod
@@ -94,6 +96,11 @@ class CandidateLists:
     def has_target(self) -> Array:
         """Whether each user's list holds the target."""
         return np.bincount(self.user[self.is_target], minlength=len(self.users)) == 1
+
+    @property
+    def has_auc(self) -> Array:
+        """Whether each user's list holds the target and at least one negative."""
+        return self.has_target & (self.lengths > 1)
 
     def ranking(self) -> tuple[Array, Array]:
         """(greater, tied): per user how many negatives score above the target, and how many equal.
@@ -142,7 +149,7 @@ def per_user(lists: CandidateLists, cutoffs: Sequence[int] = CUTOFFS) -> dict[st
     ranks = np.arange(1, lists.lengths.max() + 1)
     with np.errstate(divide="ignore", invalid="ignore"):
         auc = 1.0 - (greater + tied / 2) / n_negatives
-    values = {"auc_per_user": np.where(has_target & (n_negatives > 0), auc, np.nan)}
+    values = {"auc_per_user": np.where(lists.has_auc, auc, np.nan)}
     greater, tied = np.where(has_target, greater, 0), np.where(has_target, tied, 0)
     gains = (("hr", np.ones(len(ranks))), ("mrr", 1 / ranks), ("ndcg", 1 / np.log2(ranks + 1)))
     for name, gain in gains:
@@ -183,10 +190,7 @@ def evaluate(
     result = {"auc": pooled_auc(lists)}
     result |= {name: float(np.nanmean(value)) for name, value in values.items()}
     samples = _bootstrap(lists, values, resamples, np.random.default_rng(seed))
-    intervals = {
-        f"{name}_ci95": [float(v) for v in np.percentile(sample, [2.5, 97.5])]
-        for name, sample in samples.items()
-    }
+    intervals = {f"{name}_ci95": _interval(sample) for name, sample in samples.items()}
     counts = {"users": n_users, "candidates": int(lists.lengths.max())}
     if retrieved:
         counts["auc_users"] = int(lists.has_target.sum())
@@ -196,7 +200,7 @@ def evaluate(
 def _bootstrap(
     lists: CandidateLists, values: Mapping[str, Array], resamples: int, rng: np.random.Generator
 ) -> dict[str, Array]:
-    """metric -> its value in each resample of the users."""
+    """metric -> its value in each resample of the users, NaN where it is not defined."""
     n_users = len(lists.users)
     samples = {name: np.empty(resamples) for name in ("auc", *values)}
     pooled, stacked = _PooledAuc(lists), np.stack(list(values.values()))
@@ -205,10 +209,17 @@ def _bootstrap(
     for number in range(resamples):
         weight = np.bincount(rng.integers(0, n_users, n_users), minlength=n_users)
         samples["auc"][number] = pooled.weighted(weight)
-        means = stacked @ weight / np.maximum(defined @ weight, 1)
+        n_defined = defined @ weight
+        means = np.where(n_defined > 0, stacked @ weight / np.maximum(n_defined, 1), np.nan)
         for name, mean in zip(values, means, strict=True):
             samples[name][number] = mean
     return samples
+
+
+def _interval(sample: Array) -> list[float]:
+    """The middle 95% of the resamples that define a metric; its whole range if none does."""
+    defined = sample[~np.isnan(sample)]
+    return [float(v) for v in np.percentile(defined, [2.5, 97.5])] if len(defined) else [0.0, 1.0]
 
 
 class _PooledAuc:
@@ -227,7 +238,7 @@ class _PooledAuc:
         negative = np.bincount(self.group[~target], weights[~target], self.n_groups)
         below = np.cumsum(negative) - negative
         pairs = positive.sum() * negative.sum()
-        return float((positive * (below + negative / 2)).sum() / pairs) if pairs else 0.5
+        return float((positive * (below + negative / 2)).sum() / pairs) if pairs else float("nan")
 
 
 def aggregate(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

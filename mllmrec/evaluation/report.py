@@ -12,7 +12,7 @@ from typing import Any
 
 from jinja2 import Environment
 
-from mllmrec.data.candidates import users_of_split
+from mllmrec.data.candidates import read_users, users_of_split
 from mllmrec.data.images import ImageError, open_image
 from mllmrec.evaluation import plots
 from mllmrec.evaluation.metrics import SHOWN
@@ -71,7 +71,7 @@ def user_examples(files: RunFiles, n_users: int) -> list[dict[str, Any]]:
     """
     if not files.scores:
         return []
-    test_users = users_of_split(read_rows(files.data_dir / "users.jsonl"), "test")
+    test_users = users_of_split(read_users(files.data_dir / "users.jsonl"), "test")
     users = {user["user_id"]: user for user in test_users}
     items_path = files.data_dir / "items.jsonl"
     items = read_by_id(items_path, "item_id")

@@ -6,11 +6,11 @@ from typing import NamedTuple
 
 from pydantic.dataclasses import dataclass as options_dataclass
 
-from mllmrec.data.candidates import is_leave_one_out, user_key
+from mllmrec.data.candidates import is_leave_one_out, read_users, user_key
 from mllmrec.models.options import GenerationStageOptions
 from mllmrec.prompts import mllm_msr as prompts
 from mllmrec.stage.errors import InputError
-from mllmrec.stage.jsonl import Row, read_by_id, read_rejected, read_rows
+from mllmrec.stage.jsonl import Row, read_by_id, read_rejected
 from mllmrec.stage.options import option
 from mllmrec.stage.output import SHORTENED, ResumableOutput, RowId
 from mllmrec.stage.record import Job, file_digests
@@ -63,7 +63,7 @@ def read_histories(options: PreferenceOptions) -> dict[RowId, UserHistory]:
     for an item that is unknown or that stage 2 has not processed, and for an empty history.
     """
     users_path, items_path, summaries_path = _input_paths(options)
-    users, items = read_rows(users_path), read_by_id(items_path, "item_id")
+    users, items = read_users(users_path), read_by_id(items_path, "item_id")
     rows = read_by_id(summaries_path, "item_id")
     summaries = {item_id: row["summary"] for item_id, row in rows.items()}
     summaries |= dict.fromkeys(read_rejected(summaries_path, "item_id"), "")
@@ -73,8 +73,6 @@ def read_histories(options: PreferenceOptions) -> dict[RowId, UserHistory]:
         where = f"{users_path}, line {number}"
         wanted = not options.limit or number <= options.limit
         key = user_key(user, leave_one_out)
-        if key in histories:
-            raise InputError(f"{where}: user {key!r} is already in an earlier line; remove one")
         if wanted:
             _check_history(user, where, {items_path: items, summaries_path: summaries})
         known = [i for i in user["history"] if i in items and i in summaries]

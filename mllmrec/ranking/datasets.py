@@ -13,7 +13,13 @@ from pathlib import Path
 from pydantic.dataclasses import dataclass as options_dataclass
 from tqdm import tqdm
 
-from mllmrec.data.candidates import candidates, is_leave_one_out, user_key, users_of_split
+from mllmrec.data.candidates import (
+    candidates,
+    is_leave_one_out,
+    read_users,
+    user_key,
+    users_of_split,
+)
 from mllmrec.data.images import ImageError, open_image
 from mllmrec.prompts import mllm_msr as prompts
 from mllmrec.ranking.rows import Candidate, QuestionFormat, candidate_row
@@ -59,7 +65,7 @@ class Sources:
     leave_one_out: bool = field(init=False)
 
     def __post_init__(self) -> None:
-        self.users = read_rows(self.users_path)
+        self.users = read_users(self.users_path)
         self.items = read_by_id(self.items_path, "item_id")
         self.leave_one_out = is_leave_one_out(self.users)
         self.preferences = self._by_user(read_rows(self.preferences_path))
