@@ -33,6 +33,7 @@ def stage():
 
 @pytest.fixture(scope="module")
 def data(small_run):
+    """(folder, rows) of train.jsonl."""
     return small_run.system, read_rows(small_run.system / "train.jsonl")
 
 

@@ -126,9 +126,9 @@ def distributed(rank, world_size, port):
 
 
 def test_two_processes_train_like_one_with_twice_the_accumulation(small_run, server, tmp_path):
-    """Also when they are killed in the middle of the second epoch and started again.
+    """Also when they are killed in the middle of the second epoch and resumed.
 
-    Started again with the launcher and the configuration of the README.
+    They are resumed by `accelerate launch` with a config of configs/accelerate/.
     """
     more = ["--batch_size", "2", "--lora_dropout", "0", "--epochs", "2", "--logging_steps", "1"]
     one, two = prepared(small_run, tmp_path / "one"), prepared(small_run, tmp_path / "two")
