@@ -4,7 +4,6 @@ ranking.
 
 import base64
 import io
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from mllmrec.data.images import ImageError, open_image
 from mllmrec.evaluation import plots
 from mllmrec.evaluation.metrics import SHOWN
 from mllmrec.stage.jsonl import Row, read_by_id, read_rows
-from mllmrec.stage.record import record_path
+from mllmrec.stage.record import read_record
 
 TEMPLATE = Path(__file__).parent / "report.html.j2"
 THUMBNAIL = (96, 96)  # pixels
@@ -39,11 +38,10 @@ def stage_rows(stages: Sequence[tuple[str, Path]]) -> list[tuple[str, str, str, 
     """
     rows = []
     for stage, output in stages:
-        path = record_path(output)
-        if not path.exists():
+        record = read_record(output)
+        if record is None:
             rows.append((stage, "not run", "", ""))
             continue
-        record = json.loads(path.read_text(encoding="utf-8"))
         counts = ", ".join(f"{n:,} {key.replace('_', ' ')}" for key, n in record["rows"].items())
         rows.append((stage, f"{record['seconds']:,.1f}", counts, record["device"]))
     return rows
