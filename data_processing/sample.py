@@ -12,7 +12,6 @@ Out: {data_dir}/covers/*.png, then users.jsonl, items.jsonl, stats.json as for a
 CPU; about 3 seconds. No downloaded data: the catalogue, titles and covers are made here.
 """
 
-import time
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +33,7 @@ from mllmrec.stage.errors import run_main
 from mllmrec.stage.jsonl import write_rows
 from mllmrec.stage.options import option, parse_options, print_options
 from mllmrec.stage.record import Job
+from mllmrec.stage.transaction import writing
 
 SECTION = "data"
 RULES = ("ceiling", "title_only", "no_recency")
@@ -124,22 +124,20 @@ def rule_outputs(options):
 def main(argv=None):
     options = parse_options(Options, SECTION, argv, __doc__)
     print_options(options, "stage 1, data: the bundled sample")
-    started, covers_dir = time.monotonic(), Path(options.data_dir) / "covers"
-    job = Job.of(
-        options,
-        {},
-        limit=options.limit,
-        raw_dir=options.raw_dir,
-        n_covers=len(list(covers_dir.glob("*.png"))) or options.n_items,
-    )
-    if not job.is_up_to_date([*data_outputs(options), *rule_outputs(options).values()]):
-        items, covers, users = build_world(options)
-        covers_dir.mkdir(parents=True, exist_ok=True)
-        for number, cover in enumerate(covers):
-            cover.save(covers_dir / f"i{number:03d}.png")
-        data = prepare(*as_log(items, users, covers_dir), options)
-        write_data_set(data, [], options, job, started)
-        write_rules(items, users, options)
+    covers_dir = Path(options.data_dir) / "covers"
+    cover_paths = [covers_dir / f"i{number:03d}.png" for number in range(options.n_items)]
+    job = Job.of(options, {}, limit=options.limit)
+    outputs = [*data_outputs(options), *rule_outputs(options).values(), *cover_paths]
+    with writing(job, outputs) as output:
+        if output.is_needed:
+            items, covers, users = build_world(options)
+            covers_dir.mkdir(parents=True, exist_ok=True)
+            for cover, path in zip(covers, cover_paths, strict=True):
+                cover.save(path)
+            data = prepare(*as_log(items, users, covers_dir), options)
+            _, counts = write_data_set(data, [], options)
+            write_rules(items, users, options)
+            output.finish(counts)
     print(f"next: bash scripts/02_image_summary.sh {options.config}")
 
 

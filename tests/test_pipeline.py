@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import zipfile
 from collections import Counter
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 from conftest import REAL, ROOT, STAGES, skip_without_real_data, small_config
 from fork_server import HEAVY, LIGHT, ForkServer
 from PIL import Image, ImageDraw
+from safetensors.numpy import save_file
 
 from mllmrec.ranking.checkpoints import last_complete_checkpoint
 from mllmrec.stage.jsonl import read_by_id, read_rows, write_rows
@@ -64,7 +66,7 @@ def link_all(source, target, *left_out):
     """Symbolic links in `target` to all that is in `source`, but for the names in `left_out`."""
     target.mkdir(exist_ok=True)
     for path in source.iterdir():
-        if path.name not in left_out:
+        if path.name not in left_out and not path.name.startswith("."):
             (target / path.name).symlink_to(path)
 
 
@@ -506,6 +508,18 @@ def test_an_incomplete_checkpoint_is_removed(tmp_path):
         (tmp_path / f"checkpoint-{step}").mkdir()
         for name in files:
             (tmp_path / f"checkpoint-{step}" / name).write_text("{}")
+            if name.endswith(".pth"):
+                with zipfile.ZipFile(tmp_path / f"checkpoint-{step}" / name, "w") as file:
+                    file.writestr("data", bytes(100))
+    for number, name in enumerate(("rng_state.pth", "optimizer.pt", "adapter_model.safetensors")):
+        truncated = tmp_path / f"checkpoint-{19 + number}"
+        shutil.copytree(tmp_path / "checkpoint-18", truncated)
+        if name.endswith("safetensors"):
+            save_file({"a": np.zeros(100)}, truncated / name)
+        elif name != "rng_state.pth":
+            shutil.copy(truncated / "rng_state.pth", truncated / name)
+        content = (truncated / name).read_bytes()
+        (truncated / name).write_bytes(content[: len(content) // 2])
     assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-18")
     assert not (tmp_path / "checkpoint-99").exists()
     assert not (tmp_path / "checkpoint-100").exists()

@@ -9,7 +9,6 @@ Out: {output_dir}/baselines/popularity/scores.jsonl   score = interactions in al
 Every learned row should be compared with this one. CPU, seconds.
 """
 
-import time
 from pathlib import Path
 
 from pydantic.dataclasses import dataclass
@@ -18,7 +17,8 @@ from mllmrec.data.candidates import popularity_scores, read_users
 from mllmrec.stage.errors import run_main
 from mllmrec.stage.jsonl import require, write_rows
 from mllmrec.stage.options import CommonOptions, option, parse_options, print_options
-from mllmrec.stage.record import Job, file_digests, write_record
+from mllmrec.stage.record import Job, file_digests
+from mllmrec.stage.transaction import writing
 
 SECTION = "popularity"
 
@@ -29,18 +29,17 @@ class Options(CommonOptions):
 
 
 def main(argv=None):
-    started = time.monotonic()
     options = parse_options(Options, SECTION, argv, __doc__)
     print_options(options, "baseline: popularity")
     users_path = Path(options.data_dir) / "users.jsonl"
-    output = options.system_dir / "popularity" / "scores.jsonl"
+    path = options.system_dir / "popularity" / "scores.jsonl"
     job = Job.of(options, file_digests(require(users_path)))
-    if job.is_up_to_date([output]):
-        return
-    rows = popularity_scores(read_users(users_path))
-    write_rows(output, rows)
-    write_record(output, job, time.monotonic() - started, {"out": len(rows)})
-    print(f"wrote {output}: {len(rows):,} scores")
+    with writing(job, [path]) as output:
+        if output.is_needed:
+            rows = popularity_scores(read_users(users_path))
+            write_rows(path, rows)
+            output.finish({"out": len(rows)})
+            print(f"wrote {path}: {len(rows):,} scores")
 
 
 if __name__ == "__main__":

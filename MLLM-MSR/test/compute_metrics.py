@@ -12,8 +12,6 @@ HR@k is also Recall@k. Ties count as a random order would on average. Intervals:
 users; over several runs (folds or seeds) Student's t over the runs. CPU, seconds.
 """
 
-import json
-import time
 from pathlib import Path
 
 from pydantic.dataclasses import dataclass
@@ -21,9 +19,10 @@ from pydantic.dataclasses import dataclass
 from mllmrec.evaluation.metrics import aggregate, evaluate
 from mllmrec.evaluation.tables import print_metrics, score_files
 from mllmrec.stage.errors import InputError, run_main
-from mllmrec.stage.jsonl import read_rows, write_json
+from mllmrec.stage.jsonl import read_json, read_rows, write_json
 from mllmrec.stage.options import CommonOptions, option, parse_options, print_options
-from mllmrec.stage.record import Job, named_digests, write_record
+from mllmrec.stage.record import Job, named_digests
+from mllmrec.stage.transaction import writing
 
 SECTION = "metrics"
 
@@ -36,16 +35,34 @@ class Options(CommonOptions):
     resamples: int = option(1000, "bootstrap samples of the users", ge=1)
 
 
+def measure(files, options):
+    """dict variant -> its metrics, of several runs their means.
+
+    files: dict folder of a run -> dict variant -> scores.jsonl.
+    """
+    runs = {}  # variant -> its metrics in each run
+    for variants in files.values():
+        for name, path in variants.items():
+            metrics = evaluate(
+                read_rows(path), str(path), resamples=options.resamples, seed=options.seed
+            )
+            runs.setdefault(name, []).append(metrics)
+    return {
+        name: values[0] if len(files) == 1 else aggregate(values) for name, values in runs.items()
+    }
+
+
 def main(argv=None):
-    started = time.monotonic()
     options = parse_options(Options, SECTION, argv, __doc__)
     print_options(options, "stage 7, metrics")
     folders = options.runs or [options.output_dir]
     files = {str(folder): score_files(folder) for folder in folders}
+    if len(files) < len(folders):
+        raise InputError("--runs names one folder twice; each run counts once")
     for folder, variants in files.items():
         if not variants:
             raise InputError(f"{folder} has no */*/scores.jsonl; scripts/06_score.sh makes them")
-    output = Path(options.output_dir) / "metrics.json"
+    path = Path(options.output_dir) / "metrics.json"
     inputs = named_digests(
         {
             f"{folder}/{name}": path
@@ -54,24 +71,14 @@ def main(argv=None):
         }
     )
     job = Job.of(options, inputs)
-    if job.is_up_to_date([output]):
-        print_metrics(json.loads(output.read_text()))
-        return
-    runs = {}  # variant -> its metrics in each run
-    for variants in files.values():
-        for name, path in variants.items():
-            metrics = evaluate(
-                read_rows(path), str(path), resamples=options.resamples, seed=options.seed
-            )
-            runs.setdefault(name, []).append(metrics)
-    metrics = {
-        name: values[0] if len(folders) == 1 else aggregate(values) for name, values in runs.items()
-    }
-    write_json(output, metrics)
-    write_record(output, job, time.monotonic() - started, {"variants": len(metrics)})
-    print_metrics(metrics)
+    with writing(job, [path]) as output:
+        if output.is_needed:
+            metrics = measure(files, options)
+            write_json(path, metrics)
+            output.finish({"variants": len(metrics)})
+    print_metrics(read_json(path))
     print(
-        f"wrote {output}\nnext: python MLLM-MSR/test/report.py --config {options.config} "
+        f"next: python MLLM-MSR/test/report.py --config {options.config} "
         f"--output_dir {options.output_dir}"
     )
 

@@ -12,8 +12,6 @@ history, the preference after each block, and the candidates in rank order; user
 and selected, `report.html#user-17` opens at one. CPU, seconds.
 """
 
-import json
-import time
 from pathlib import Path
 
 import yaml
@@ -21,9 +19,10 @@ from pydantic.dataclasses import dataclass
 
 from mllmrec.evaluation.tables import as_markdown, metric_rows, score_files
 from mllmrec.stage.errors import InputError, run_main
-from mllmrec.stage.jsonl import atomic_file, require
+from mllmrec.stage.jsonl import atomic_file, read_json, require
 from mllmrec.stage.options import CommonOptions, option, parse_options, print_options
-from mllmrec.stage.record import Job, file_digests, write_record
+from mllmrec.stage.record import Job, file_digests
+from mllmrec.stage.transaction import writing
 
 SECTION = "report"
 PLOTTED = ("sft", "zero_shot", "popularity")  # variants with curves; the first one has the examples
@@ -61,27 +60,12 @@ def read_published(name):
     return known.get(name, [])
 
 
-def main(argv=None):
-    started = time.monotonic()
-    options = parse_options(Options, SECTION, argv, __doc__)
-    print_options(options, "stage 7, report")
-    published = read_published(options.published)
-    folder, data_dir = Path(options.output_dir), Path(options.data_dir)
-    metrics_path = require(folder / "metrics.json", maker="scripts/07_report.sh")
-    outputs = [folder / "report.html", folder / "report.md"]
-    inputs = file_digests(
-        metrics_path,
-        options.system_dir / "training_log.jsonl",
-        data_dir / "users.jsonl",
-        data_dir / "items.jsonl",
-        options.system_dir / "user_preferences.jsonl",
-    )
-    job = Job.of(options, inputs)
-    if job.is_up_to_date(outputs):
-        return
+def write_report(metrics_path, outputs, published, options):
+    """Write report.html and report.md; return the number of variants. published: rows to show."""
     from mllmrec.evaluation import report
 
-    metrics = json.loads(metrics_path.read_text(encoding="utf-8"))
+    folder, data_dir = Path(options.output_dir), Path(options.data_dir)
+    metrics = read_json(metrics_path)
     rows = metric_rows(metrics, published)
     stages = report.stage_rows(stage_outputs(options))
     scores = score_files(folder)
@@ -98,8 +82,29 @@ def main(argv=None):
     for path, text in zip(outputs, (page, as_markdown(rows, stages)), strict=True):
         with atomic_file(path) as file:
             file.write(text.encode())
-    write_record(outputs[0], job, time.monotonic() - started, {"variants": len(metrics)})
-    print(f"wrote {outputs[0]} and {outputs[1]}")
+    return len(metrics)
+
+
+def main(argv=None):
+    options = parse_options(Options, SECTION, argv, __doc__)
+    print_options(options, "stage 7, report")
+    published = read_published(options.published)
+    folder, data_dir = Path(options.output_dir), Path(options.data_dir)
+    metrics_path = require(folder / "metrics.json", maker="scripts/07_report.sh")
+    outputs = [folder / "report.html", folder / "report.md"]
+    inputs = file_digests(
+        metrics_path,
+        options.system_dir / "training_log.jsonl",
+        data_dir / "users.jsonl",
+        data_dir / "items.jsonl",
+        options.system_dir / "user_preferences.jsonl",
+    )
+    job = Job.of(options, inputs)
+    with writing(job, outputs) as output:
+        if output.is_needed:
+            n_variants = write_report(metrics_path, outputs, published, options)
+            output.finish({"variants": n_variants})
+            print(f"wrote {outputs[0]} and {outputs[1]}")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ As much memory as the model's weights take (7B: 15 GB in 16 bit). dtype: that of
 unless --dtype is set.
 """
 
-import time
 from pathlib import Path
 
 from pydantic.dataclasses import dataclass
@@ -18,7 +17,8 @@ from pydantic.dataclasses import dataclass
 from mllmrec.models.options import ModelOptions
 from mllmrec.stage.errors import InputError, run_main
 from mllmrec.stage.options import option, parse_options, print_options
-from mllmrec.stage.record import Job, file_digests, read_record, write_record
+from mllmrec.stage.record import Job, file_digests, read_record
+from mllmrec.stage.transaction import new_folder, writing
 
 SECTION = "merge"
 
@@ -44,9 +44,8 @@ def merge(name, adapter, merged, options):
 def main(argv=None):
     options = parse_options(Options, SECTION, argv, __doc__)
     print_options(options, "merging the adapter into its base model")
-    folder = options.system_dir
-    adapter = Path(options.adapter or folder / "adapter")
-    merged = Path(options.merged or folder / "merged")
+    adapter = Path(options.adapter or options.system_dir / "adapter")
+    merged = Path(options.merged or options.system_dir / "merged")
     if options.quantization != "none":
         raise InputError(
             "an adapter cannot be merged exactly into a quantised model; merge without "
@@ -58,14 +57,15 @@ def main(argv=None):
     name = options.model or adapter_base(adapter)
     check_adapter(adapter, name)
     job = Job.of(options, file_digests(adapter, name), ("adapter", "merged", "model"))
-    if job.is_up_to_date([merged]):
-        return
-    started = time.monotonic()
     record = read_record(adapter) or {}
-    if options.dtype == "auto":
-        options.dtype = record.get("dtype", "auto")
-    merge(name, adapter, merged, options)
-    write_record(merged, job, time.monotonic() - started, {})
+    with writing(job, [merged]) as output:
+        if not output.is_needed:
+            return
+        if options.dtype == "auto":
+            options.dtype = record.get("dtype", "auto")
+        with new_folder(merged) as folder:
+            merge(name, adapter, folder, options)
+            output.finish({}, folder)
     tiles = record.get("settings", {}).get("image_tiles", "full")
     words = f"--model {merged} --adapter none --variant merged"
     words += f" --image_tiles {tiles}" if tiles != "full" else ""

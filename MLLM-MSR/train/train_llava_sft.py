@@ -27,13 +27,14 @@ from pydantic.dataclasses import dataclass
 
 from mllmrec.evaluation.metrics import CandidateLists
 from mllmrec.models.options import LoraOptions
-from mllmrec.ranking.checkpoints import is_trained, last_complete_checkpoint
+from mllmrec.ranking.checkpoints import is_trained, last_complete_checkpoint, training_lock
 from mllmrec.ranking.options import RankerOptions
 from mllmrec.ranking.rows import check_training_rows, first_users
 from mllmrec.stage.errors import InputError, run_main
 from mllmrec.stage.jsonl import read_rows, write_rejected
 from mllmrec.stage.options import option, parse_options, print_options
 from mllmrec.stage.record import Job, file_digests, world_size, write_record, write_state
+from mllmrec.stage.transaction import new_folder
 
 SECTION = "train"
 # These change speed or what is logged, not the adapter.
@@ -281,20 +282,21 @@ def save_adapter(trainer, chat, counts, job, started):
         return
     options, state = job.options, trainer.state
     adapter = options.system_dir / "adapter"
-    trainer.model.save_pretrained(adapter, state_dict=weights)
-    chat.processor.save_pretrained(adapter)
     dtype = "bfloat16" if trainer.args.bf16 else "float16" if trainer.args.fp16 else "float32"
-    write_record(
-        adapter,
-        job,
-        time.monotonic() - started,
-        counts,
-        base=model_identity(options.model),
-        dtype=dtype,
-        loss=mean_loss(state.log_history),
-        best_validation_auc=state.best_metric,
-        steps=state.global_step,
-    )
+    with new_folder(adapter) as folder:
+        trainer.model.save_pretrained(folder, state_dict=weights)
+        chat.processor.save_pretrained(folder)
+        write_record(
+            folder,
+            job,
+            time.monotonic() - started,
+            counts,
+            base=model_identity(options.model),
+            dtype=dtype,
+            loss=mean_loss(state.log_history),
+            best_validation_auc=state.best_metric,
+            steps=state.global_step,
+        )
     note = (
         f"; {counts['shortened']:,} rows with a shortened preference" if counts["shortened"] else ""
     )
@@ -320,13 +322,15 @@ def main(argv=None):
     check_options(options)
     inputs = file_digests(*paths, options.model)
     job = Job.of(options, inputs, SPEED_OPTIONS, limit=options.limit)
-    if not is_trained(options.system_dir / "adapter", job):
-        rows = rows[: options.limit or None]
-        validation = first_users(validation, options.validation_users)
-        sizes = check_training_rows(rows, paths[0]) | check_training_rows(validation, paths[1])
-        if validation:  # lists that cannot be ranked are refused here
-            CandidateLists.of([{**row, "score": 0.0} for row in validation], paths[1])
-        train(rows, validation, sizes, job, options)
+    adapter = options.system_dir / "adapter"
+    with training_lock(adapter):
+        if not is_trained(adapter, job):
+            rows = rows[: options.limit or None]
+            validation = first_users(validation, options.validation_users)
+            sizes = check_training_rows(rows, paths[0]) | check_training_rows(validation, paths[1])
+            if validation:  # lists that cannot be ranked are refused here
+                CandidateLists.of([{**row, "score": 0.0} for row in validation], paths[1])
+            train(rows, validation, sizes, job, options)
     print(f"next: bash scripts/06_score.sh {options.config}")
 
 

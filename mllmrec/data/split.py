@@ -13,7 +13,6 @@ Rules, in this order:
    touched anywhere in the log - also in the parts that steps 2 and 3 removed.
 """
 
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,16 +34,15 @@ from mllmrec.data.interactions import (
 )
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import (
-    Row,
     atomic_file,
-    encode,
+    encode_checked,
     relative_path,
     write_json,
     write_rejected,
     write_rows,
 )
 from mllmrec.stage.options import CommonOptions, option
-from mllmrec.stage.record import Job, write_record
+from mllmrec.stage.schema import Row
 
 SPLITS = ("train", "validation", "test")
 
@@ -77,8 +75,8 @@ class SplitOptions(CommonOptions):
     )
     folds: int = option(0, "0: one split; 5: users in five folds (paper: 5-fold validation)", ge=0)
     test_fold: int = option(0, "with folds: the fold that is the test set", ge=0)
-    negatives: int = option(20, "negatives of a validation or test user (paper: 20)", ge=0)
-    train_negatives: int = option(1, "negatives of a training user (paper: 1)", ge=0)
+    negatives: int = option(20, "negatives of a validation or test user (paper: 20)", ge=0, le=1000)
+    train_negatives: int = option(1, "negatives of a training user (paper: 1)", ge=0, le=1000)
     paper_users: int = option(0, "the paper's number, printed beside ours; 0 = none")
     paper_items: int = option(0, "likewise")
     paper_interactions: int = option(0, "likewise")
@@ -306,7 +304,7 @@ def write_data(data: PreparedData, options: SplitOptions) -> pd.DataFrame:
     with atomic_file(users_path) as file:
         for line in data.lines(options):
             used.update(line["history"], line["negatives"], (line["target"],))
-            file.write(encode(line))
+            file.write(encode_checked(users_path, line))
     items = data.items
     if len(np.unique(data.line_user)) < len(data.user_ids):
         items = items[items.index.isin(used)]
@@ -321,17 +319,22 @@ def write_data(data: PreparedData, options: SplitOptions) -> pd.DataFrame:
     return items
 
 
-def write_data_set(
-    data: PreparedData, rejected: Sequence[Row], options: SplitOptions, job: Job, started: float
-) -> pd.DataFrame:
-    """Write all outputs of a loader with their record, print the statistics, return the items.
+def rejected_rows_path(options: SplitOptions) -> Path:
+    """Where the rejected rows of the raw files go."""
+    return Path(options.data_dir) / "interactions.rejected.jsonl"
 
-    rejected: rows of the raw files; started: time.monotonic() at the start of the work.
+
+def write_data_set(
+    data: PreparedData, rejected: Sequence[Row], options: SplitOptions
+) -> tuple[pd.DataFrame, dict[str, int]]:
+    """Write all outputs of a loader, print the statistics; return (items, counts for the record).
+
+    rejected: rows of the raw files.
     """
     data.statistics["rejected_rows"] = len(rejected)
     items = write_data(data, options)
     outputs = data_outputs(options)
-    rejected_path = Path(options.data_dir) / "interactions.rejected.jsonl"
+    rejected_path = rejected_rows_path(options)
     write_rejected(rejected_path, rejected)
     if rejected:
         print(
@@ -345,10 +348,9 @@ def write_data_set(
         "items": len(items),
         "rejected": len(rejected),
     }
-    write_record(outputs[0], job, time.monotonic() - started, counts)
     print_statistics(data.statistics, options)
-    print(f"wrote {outputs[0]} and {outputs[1]} in {time.monotonic() - started:.1f} s")
-    return items
+    print(f"wrote {outputs[0]} and {outputs[1]}")
+    return items, counts
 
 
 def print_statistics(statistics: dict[str, Any], options: SplitOptions) -> None:

@@ -91,6 +91,11 @@ def _check_history(user: Row, where: str, known: dict[Path, dict[str, Row]]) -> 
             f"makes "
             "the file again"
         )
+    if not user["negatives"]:
+        raise InputError(
+            f"{where}: user {user['user_id']!r} has no negatives, so nothing could be ranked for "
+            "this preference; make the file again with --negatives and --train_negatives above 0"
+        )
     for item_id in user["history"]:
         if item_id not in items:
             raise InputError(

@@ -9,7 +9,8 @@ from transformers import TrainerCallback
 
 from mllmrec.evaluation import plots
 from mllmrec.ranking.sampler import EpochSampler
-from mllmrec.stage.jsonl import Row, write_rows
+from mllmrec.stage.jsonl import atomic_file, write_rows
+from mllmrec.stage.schema import Row
 
 
 def _steps_per_epoch(args: Any, state: Any) -> int:
@@ -65,7 +66,8 @@ class LogFileCallback(TrainerCallback):
         log = state.log_history
         write_rows(self.folder / "training_log.jsonl", log)
         if "loss" not in log[-1]:
-            (self.folder / "training_curve.png").write_bytes(plots.training_curve(log))
+            with atomic_file(self.folder / "training_curve.png") as file:
+                file.write(plots.training_curve(log))
 
 
 def mean_loss(log: Sequence[Row]) -> float:

@@ -4,7 +4,6 @@
 A user's rows are written whole or not at all, so every scored list has all its candidates.
 """
 
-import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -25,7 +24,6 @@ from mllmrec.prompts import mllm_msr as prompts
 from mllmrec.ranking.rows import Candidate, QuestionFormat, candidate_row
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import (
-    Row,
     read_by_id,
     read_rows,
     rejected_path,
@@ -36,7 +34,9 @@ from mllmrec.stage.jsonl import (
 )
 from mllmrec.stage.options import CommonOptions, option
 from mllmrec.stage.output import RowId
-from mllmrec.stage.record import Job, file_digests, write_record
+from mllmrec.stage.record import Job, file_digests
+from mllmrec.stage.schema import Row
+from mllmrec.stage.transaction import writing
 
 
 @options_dataclass
@@ -149,7 +149,6 @@ def user_rows(
 
 def write_splits(splits: Sequence[str], options: DatasetOptions, with_answer: bool) -> None:
     """Write {output_dir}/{system}/{split}.jsonl for each split, unless they are up to date."""
-    started = time.monotonic()
     data = Path(options.data_dir)
     paths = (
         data / "users.jsonl",
@@ -158,13 +157,13 @@ def write_splits(splits: Sequence[str], options: DatasetOptions, with_answer: bo
     )
     inputs = file_digests(*map(require, paths))
     job = Job.of(options, inputs, ("preferences",), limit=options.limit)
-    outputs = [options.system_dir / f"{split}.jsonl" for split in splits]
-    if all([job.is_up_to_date([path]) for path in outputs]):
-        return
-    sources = Sources(*paths)
-    for split, path in zip(splits, outputs, strict=True):
-        counts = _write_split(split, path, sources, options, with_answer)
-        write_record(path, job, time.monotonic() - started, counts)
+    sources = None
+    for split in splits:
+        path = options.system_dir / f"{split}.jsonl"
+        with writing(job, [path], [rejected_path(path)]) as output:
+            if output.is_needed:
+                sources = sources or Sources(*paths)
+                output.finish(_write_split(split, path, sources, options, with_answer))
 
 
 def _write_split(

@@ -1,6 +1,7 @@
 """Reading and writing the JSONL files that the stages exchange.
 
 A line is complete or absent; a finished file is replaced as a whole. Ids are strings everywhere.
+Every row is checked by the schema of its file, when it is read and when it is written.
 """
 
 import json
@@ -12,64 +13,92 @@ from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from mllmrec.stage.errors import InputError
-from mllmrec.stage.schema import ID_KEYS, SCHEMAS
+from pydantic import TypeAdapter, ValidationError
 
-Row = dict[str, Any]
+from mllmrec.stage.errors import InputError
+from mllmrec.stage.schema import SCHEMAS, FileSchema, Row, problem, schema_of
+
 PathLike = str | os.PathLike[str]
+TEMPORARY = ".tmp-"  # in the names of files that are not finished
 _ENCODER = json.JSONEncoder(ensure_ascii=False)
+_ANY_ROW = FileSchema(TypeAdapter(Row), "the script that wrote it")
 
 
 def require(path: PathLike, maker: str | None = None) -> Path:
     """`path` as a Path. Raises InputError naming the script that writes it if it does not exist."""
     path = Path(path)
+    maker = maker or (SCHEMAS[path.name].maker if path.name in SCHEMAS else None)
     if not path.exists():
-        maker = maker or (SCHEMAS[path.name].maker if path.name in SCHEMAS else None)
         raise InputError(f"{path} is missing" + (f"; {maker} makes it" if maker else ""))
+    if path.is_dir():
+        raise InputError(f"{path} is a folder, but must be a file; move it away")
     return path
 
 
 def read_lines(path: PathLike, keys: Sequence[str] | None = None) -> Iterator[tuple[int, Row]]:
     """Yield (line number, row) for each line of a JSONL file.
 
-    keys: those that every line must have; default: as `SCHEMAS` says for a file of this name.
+    keys: check only that these are there; default: the schema of a file of this name.
     Raises InputError with file, line and remedy for a missing file, broken JSON, an undecodable
-    byte, a missing key or an id that is not a string.
+    byte, a missing key, or a value of a wrong type or outside its range.
     """
     path = require(path)
-    schema = SCHEMAS.get(path.name)
-    maker = schema.maker if schema else "the script that wrote it"
-    if keys is None:
-        keys = schema.keys if schema else ()
+    named = schema_of(path.name)
+    schema = named if named and keys is None else _ANY_ROW
+    maker = (named or schema).maker
     with open(path, "rb") as file:
         for number, raw in enumerate(file, start=1):
-            yield number, _parsed_line(raw, keys, f"{path}, line {number}", maker)
+            yield number, parse_line(raw, schema, f"{path}, line {number}", (keys or (), maker))
 
 
-def _parsed_line(raw: bytes, keys: Sequence[str], where: str, maker: str) -> Row:
+def parse_line(
+    raw: bytes, schema: FileSchema, where: str, source: tuple[Sequence[str], str] = ((), "")
+) -> Row:
+    """One line of a JSONL file as a row, checked.
+
+    where: file and line, for messages; source: (keys that must be there, who writes the file).
+    """
+    keys, maker = source[0], source[1] or schema.maker
+    remedy = f"make the file again with {maker}"
     try:
-        row = json.loads(raw.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"{where}: byte {error.start + 1} is not UTF-8; save the file as UTF-8 or make it "
-            f"again "
-            f"with {maker}"
-        ) from None
-    except json.JSONDecodeError as error:
-        raise InputError(
-            f"{where}: not valid JSON ({error.msg}); delete the file and make it again with {maker}"
-        ) from None
-    if not isinstance(row, dict):
-        example = (list(keys) or ["id"])[0]
-        raise InputError(f'{where}: a line must hold one object like {{"{example}": ...}}')
+        row: Row = schema.row.validate_json(raw)
+    except ValidationError as error:
+        undecodable = _undecodable_byte(raw)
+        if undecodable:
+            raise InputError(
+                f"{where}: byte {undecodable} is not UTF-8; save the file as UTF-8 or {remedy}"
+            ) from None
+        if b"\\ud" not in raw.lower():
+            raise InputError(f"{where}: {problem(error)}; {remedy}") from None
+        try:  # half a surrogate pair, from broken scrapers
+            row = schema.row.validate_python(whole_characters(json.loads(raw)))
+        except ValidationError as second:
+            raise InputError(f"{where}: {problem(second)}; {remedy}") from None
+        except (ValueError, RecursionError):
+            raise InputError(f"{where}: {problem(error)}; {remedy}") from None
     for key in keys:
         if key not in row:
-            raise InputError(f"{where}: key {key!r} is missing; make the file again with {maker}")
-        if key in ID_KEYS and not isinstance(row[key], str):
-            raise InputError(
-                f"{where}: {key} must be a string, not {row[key]!r}; write it in quotes"
-            )
+            raise InputError(f"{where}: key {key!r} is missing; {remedy}")
     return row
+
+
+def _undecodable_byte(raw: bytes) -> int | None:
+    try:
+        raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        return error.start + 1
+    return None
+
+
+def whole_characters(value: Any) -> Any:
+    """`value` with U+FFFD in place of half surrogate pairs, which no UTF-8 file can hold."""
+    if isinstance(value, str):
+        return value.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    if isinstance(value, list):
+        return [whole_characters(v) for v in value]
+    if isinstance(value, dict):
+        return {whole_characters(k): whole_characters(v) for k, v in value.items()}
+    return value
 
 
 def read_rows(path: PathLike, keys: Sequence[str] | None = None) -> list[Row]:
@@ -85,12 +114,17 @@ def read_by_id(path: PathLike, key: str, keys: Sequence[str] | None = None) -> d
     rows: dict[str, Row] = {}
     lines: dict[str, int] = {}
     for number, row in read_lines(path, keys):
-        if row[key] in rows:
+        row_id = row.get(key)
+        if not isinstance(row_id, str):
             raise InputError(
-                f"{path}, line {number}: {key} {row[key]!r} is already in line {lines[row[key]]}; "
+                f"{path}, line {number}: {key} must be a string, not {row_id!r}; write it in quotes"
+            )
+        if row_id in rows:
+            raise InputError(
+                f"{path}, line {number}: {key} {row_id!r} is already in line {lines[row_id]}; "
                 "remove one of the two"
             )
-        rows[row[key]], lines[row[key]] = row, number
+        rows[row_id], lines[row_id] = row, number
     return rows
 
 
@@ -99,7 +133,16 @@ def read_rejected(path: PathLike, key: str) -> dict[str, Row]:
     none.
     """
     rejected = rejected_path(path)
-    return read_by_id(rejected, key, keys=(key, "reason")) if rejected.exists() else {}
+    return read_by_id(rejected, key) if rejected.exists() else {}
+
+
+def read_json(path: PathLike) -> dict[str, Any]:
+    """A file that holds one JSON object. Raises InputError if it holds anything else."""
+    path = require(path)
+    try:
+        return _ANY_ROW.row.validate_json(path.read_bytes())
+    except ValidationError as error:
+        raise InputError(f"{path}: {problem(error)}; delete it and make it again") from None
 
 
 def rejected_path(path: PathLike) -> Path:
@@ -111,15 +154,35 @@ def encode(row: Row) -> bytes:
     """One row as one line of bytes, with its line break. Text stays readable in any language."""
     try:
         return _ENCODER.encode(row).encode() + b"\n"
-    except UnicodeEncodeError:  # half a surrogate pair, from broken scrapers: kept as an escape
-        return json.dumps(row).encode() + b"\n"
+    except UnicodeEncodeError:
+        return _ENCODER.encode(whole_characters(row)).encode() + b"\n"
+
+
+def encode_checked(path: PathLike, row: Row) -> bytes:
+    """`encode(row)`, for the file `path`. Raises InputError if the row breaks the file's schema."""
+    schema = schema_of(Path(path).name)
+    if schema is not None:
+        try:
+            schema.row.validate_python(row)
+        except ValidationError as error:
+            first = error.errors()[0]
+            if first["type"] == "string_unicode":
+                return encode_checked(path, whole_characters(row))
+            ids = " ".join(str(row[k]) for k in ("user_id", "item_id") if k in row)
+            raise InputError(
+                f"{path}: the row {ids} is wrong and cannot be written: {problem(error)}"
+            ) from None
+    return encode(row)
 
 
 def write_rows(path: PathLike, rows: Iterable[Row]) -> None:
-    """Write a JSONL file whole or not at all."""
+    """Write a JSONL file whole or not at all.
+
+    Raises InputError for a row that breaks the schema of a file of this name.
+    """
     with atomic_file(path) as file:
         for row in rows:
-            file.write(encode(row))
+            file.write(encode_checked(path, row))
 
 
 def write_rejected(path: PathLike, rows: Sequence[Row]) -> None:
@@ -140,10 +203,14 @@ def write_json(path: PathLike, value: Any) -> None:
 
 @contextmanager
 def atomic_file(path: PathLike) -> Iterator[BinaryIO]:
-    """A binary file to write to, which replaces `path` only when everything has been written."""
+    """A binary file to write to, which replaces `path` only when everything has been written.
+
+    The file is on the disk before it gets its name, and the name before this returns, so that
+    after a power loss `path` is the old or the new file, whole.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}{TEMPORARY}")
     try:
         with os.fdopen(handle, "wb") as file:
             yield file
@@ -151,9 +218,19 @@ def atomic_file(path: PathLike) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
+        sync_folder(path.parent)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def sync_folder(folder: PathLike) -> None:
+    """Bring the names in a folder to the disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def relative_path(target: PathLike, of_file: PathLike) -> str:

@@ -10,11 +10,12 @@ a truncated last line is dropped and the row computed again. When all ids are do
 finishes last joins the parts in the order of `ids`, so the bytes of X.jsonl depend on neither
 interruptions nor the number of processes, as far as a row does not depend on its batch (texts and
 scores in float32). Rejected rows go to `X.rejected.jsonl`.
+
+Joining removes the old record first, and the parts last, when the new record stands: a process that
+is killed in between leaves the parts, from which the next start joins again.
 """
 
-import json
 import os
-import shutil
 import time
 from collections.abc import Generator, Hashable, Iterable, Mapping
 from contextlib import closing
@@ -23,20 +24,22 @@ from types import TracebackType
 from typing import BinaryIO
 
 from filelock import FileLock, Timeout
+from pydantic import TypeAdapter
 from tqdm import tqdm
 
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import (
     PathLike,
-    Row,
     encode,
-    read_lines,
+    encode_checked,
+    parse_line,
     rejected_path,
     write_rejected,
     write_rows,
 )
 from mllmrec.stage.record import (
     Job,
+    check_described,
     process_rank,
     read_record,
     read_state,
@@ -46,11 +49,22 @@ from mllmrec.stage.record import (
     write_record,
     write_state,
 )
+from mllmrec.stage.schema import FileSchema, Row
+from mllmrec.stage.transaction import (
+    delete_output,
+    finish_deletion,
+    output_lock,
+    remove_file,
+    remove_folder,
+    remove_temporary,
+)
 
 # Counters that rows may carry, with their meaning: printed at the end and kept in the run record.
 SHORTENED = {"shortened": "prompts were shortened to fit the model"}
 
 RowId = Hashable
+# Parts keep the order of a row's keys; the schema is applied when a row is written.
+_PART_ROW = FileSchema(TypeAdapter(Row), "the same command with --overwrite true")
 Result = tuple[RowId, Row | None, str | None]
 
 
@@ -74,6 +88,7 @@ class ResumableOutput:
         counters: Mapping[str, str] | None = None,
     ) -> None:
         self.path, self.key, self.job = Path(path), key, job
+        self.keys = key if isinstance(key, tuple) else (key,)
         self.ids = list(ids)
         if len(set(self.ids)) != len(self.ids):
             raise InputError(f"{path} would hold an id twice; the input names one id in two lines")
@@ -85,8 +100,9 @@ class ResumableOutput:
         self.counters = dict(counters or {})
         self.counts: dict[str, int] = {}  # further counts for the run record
         self.rows_written = self.rows_rejected = 0
-        self._check_same_job()
-        done = self._read_done()
+        with output_lock(self.path, wait=True):
+            self._check_same_job()
+            done = self._read_done()
         self.left = {i for i in self.wanted if i not in done}  # by any process
         self.todo = [
             i for n, i in enumerate(self.wanted) if i in self.left and n % self.world == self.rank
@@ -101,15 +117,15 @@ class ResumableOutput:
         return finished
 
     def __enter__(self) -> "ResumableOutput":
-        self.parts.mkdir(parents=True, exist_ok=True)
-        self.lock = FileLock(self.parts / f"rank-{self.rank}.lock", timeout=0)
-        try:
-            self.lock.acquire()
-        except Timeout:
-            raise InputError(
-                f"{self.path} is being written by another process; wait for it or stop it"
-            ) from None
-        write_state(self.parts / "state.json", self.job)
+        with output_lock(self.path, wait=True):
+            self.parts.mkdir(parents=True, exist_ok=True)
+            self.lock = self._acquired(self.parts / f"rank-{self.rank}.lock")
+            if self.rank == 0:
+                for path in (self.path, self.rejected_path, record_path(self.path)):
+                    remove_temporary(path)
+                remove_temporary(self.parts / "state.json")
+            if not (self.parts / "state.json").exists():  # else it is of this job: checked
+                write_state(self.parts / "state.json", self.job)
         self._rows = self._open_part(f"rank-{self.rank}.jsonl")
         self._rejected = self._open_part(f"rank-{self.rank}.rejected.jsonl")
         self.rows_written = self.rows_rejected = 0
@@ -118,7 +134,7 @@ class ResumableOutput:
 
     def write(self, row: Row) -> None:
         """Append one finished row; from here on it survives the death of this process."""
-        self._rows.write(encode(row))
+        self._rows.write(encode_checked(self.path, row))
         self._rows.flush()
         self.rows_written += 1
 
@@ -197,7 +213,7 @@ class ResumableOutput:
         )
 
     def _row_id(self, row: Row) -> RowId:
-        return tuple(row[k] for k in self.key) if isinstance(self.key, tuple) else row[self.key]
+        return tuple(row[k] for k in self.keys) if isinstance(self.key, tuple) else row[self.key]
 
     def _id_fields(self, row_id: RowId) -> Row:
         if isinstance(self.key, tuple):
@@ -205,7 +221,19 @@ class ResumableOutput:
             return dict(zip(self.key, row_id, strict=True))
         return {self.key: row_id}
 
+    def _acquired(self, path: Path) -> FileLock:
+        lock = FileLock(path, timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise InputError(
+                f"{self.path} is being written by another process; wait for it or stop it"
+            ) from None
+        return lock
+
     def _check_same_job(self) -> None:
+        belonging = (self.parts, self.rejected_path, self.path, record_path(self.path))
+        finish_deletion(self.path, belonging)
         overwrite = self.job.options.overwrite
         if overwrite and self.world > 1 and (self.path.exists() or self.parts.exists()):
             raise InputError(
@@ -213,17 +241,19 @@ class ResumableOutput:
                 f"{self.parts} first"
             )
         if overwrite:
-            shutil.rmtree(self.parts, ignore_errors=True)
-            for path in (self.path, self.rejected_path, record_path(self.path)):
-                path.unlink(missing_ok=True)
+            for path in sorted(self.parts.glob("rank-*.lock")):
+                self._acquired(path).release()
+            delete_output(self.path, belonging)
             return
         record = read_record(self.path) if self.path.exists() else None
-        self.job.check_same(self.path, (record, read_state(self.parts / "state.json")))
-        if self.path.exists() and record is None:
+        state = read_state(self.parts / "state.json")
+        self.job.check_same(self.path, (record, state))
+        if record is not None:
+            check_described(self.path, record)
+        elif self.path.exists() and state is None:
             raise InputError(
                 f"{self.path} has no run record beside it, so it is unknown how it was made; move "
-                f"it "
-                "away"
+                "it away, or delete it with --overwrite true"
             )
 
     def _part_files(self, ending: str) -> list[Path]:
@@ -233,13 +263,10 @@ class ResumableOutput:
     def _read(self, joined: Path, ending: str) -> dict[RowId, Row]:
         """Rows of the joined file and all parts; a truncated last line of a part is left out."""
         rows: dict[RowId, Row] = {}
-        if joined.exists():
-            rows.update((self._row_id(row), row) for _, row in read_lines(joined, keys=()))
-        for part in self._part_files(ending):
-            for line in part.read_bytes().splitlines(keepends=True):
-                if line.endswith(b"\n"):
-                    row = json.loads(line)
-                    rows[self._row_id(row)] = row
+        for path in ([joined] if joined.exists() else []) + self._part_files(ending):
+            for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+                row = parse_line(line, _PART_ROW, f"{path}, line {number}", (self.keys, ""))
+                rows[self._row_id(row)] = row
         return rows
 
     def _read_done(self) -> set[RowId]:
@@ -257,18 +284,18 @@ class ResumableOutput:
         return open(path, "ab")
 
     def _join_if_complete(self) -> None:
-        with FileLock(self.path.with_name(f".{self.path.name}.lock")) as lock:
+        with output_lock(self.path, wait=True):
             if self.parts.exists():
                 rows = self._read(self.path, ".jsonl")
                 rejected = self._read(self.rejected_path, ".rejected.jsonl")
                 rejected = {i: row for i, row in rejected.items() if i not in rows}
                 if all(i in rows or i in rejected for i in self.wanted):
                     self._join(rows, rejected)
-            Path(lock.lock_file).unlink(missing_ok=True)
 
     def _join(self, rows: dict[RowId, Row], rejected: dict[RowId, Row]) -> None:
         rows = {i: rows[i] for i in self.ids if i in rows}
         rejected = {i: rejected[i] for i in self.ids if i in rejected}
+        remove_file(record_path(self.path))
         write_rows(self.path, rows.values())
         write_rejected(self.rejected_path, list(rejected.values()))
         self.counts |= {key: sum(r.get(key, 0) for r in rows.values()) for key in self.counters}
@@ -278,8 +305,9 @@ class ResumableOutput:
             "rejected": len(rejected),
             "written_by_this_run": self.rows_written,
         }
-        write_record(self.path, self.job, self.seconds, counts, **self.counts)
-        shutil.rmtree(self.parts)
+        outputs = [self.path, self.rejected_path]
+        write_record(self.path, self.job, self.seconds, counts, outputs, **self.counts)
+        remove_folder(self.parts)
         self.is_complete, self.n_rows, self.n_rejected = True, len(rows), len(rejected)
 
 

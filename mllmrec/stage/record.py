@@ -11,16 +11,20 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
+from typing_extensions import TypedDict
+
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import PathLike, write_json
 from mllmrec.stage.options import CommonOptions
+from mllmrec.stage.schema import problem
 
 PACKAGES = (
     "torch",
@@ -49,6 +53,24 @@ LOCATION_OPTIONS = {
 Digests = dict[str, str]
 
 
+@with_config(ConfigDict(extra="allow", strict=True))
+class _State(TypedDict):
+    settings: dict[str, Any]
+    inputs: dict[str, str]
+
+
+@with_config(ConfigDict(extra="allow", strict=True))
+class _Record(_State):
+    outputs: dict[str, str]
+    rows: dict[str, int]
+    seconds: float
+    device: str
+
+
+_STATE: TypeAdapter[Any] = TypeAdapter(_State)
+_RECORD: TypeAdapter[Any] = TypeAdapter(_Record)
+
+
 @dataclass(frozen=True)
 class Job:
     """What a stage is asked to write.
@@ -75,22 +97,6 @@ class Job:
         chosen = {k: v for k, v in asdict(options).items() if k not in left_out}
         return cls(options, json.loads(json.dumps(chosen | more)), inputs, options.limit)
 
-    def is_up_to_date(self, outputs: Sequence[PathLike]) -> bool:
-        """True, with a message, if all `outputs` exist and the first one's record is of this job.
-
-        For stages that are cheap: they simply run again when this is False.
-        """
-        record = read_record(outputs[0])
-        same = (
-            record is not None
-            and record["settings"] == self.settings
-            and record["inputs"] == self.inputs
-        )
-        if self.options.overwrite or not same or not all(Path(path).exists() for path in outputs):
-            return False
-        report_up_to_date(outputs[0])
-        return True
-
     def check_same(self, output: PathLike, earlier: Iterable[Mapping[str, Any] | None]) -> None:
         """Raise InputError if one of the `earlier` records or states (None: none) is of another
         job.
@@ -115,7 +121,8 @@ def record_path(output: PathLike) -> Path:
     adapter/run.json.
     """
     output = Path(output)
-    return output / "run.json" if output.suffix == "" else output.with_suffix(".run.json")
+    is_folder = output.is_dir() or output.suffix == ""
+    return output / "run.json" if is_folder else output.with_suffix(".run.json")
 
 
 def file_digests(*paths: PathLike) -> Digests:
@@ -141,16 +148,47 @@ def named_digests(paths: Mapping[str, PathLike]) -> Digests:
 
 
 def read_record(output: PathLike) -> dict[str, Any] | None:
-    """The run record beside `output`, or None if there is none."""
+    """The run record beside `output`, or None if there is none.
+
+    Raises InputError if the file is no run record.
+    """
     path = record_path(output)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        return _RECORD.validate_json(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    except (json.JSONDecodeError, UnicodeDecodeError):
+    except ValidationError as error:
         raise InputError(
-            f"{path} is not valid JSON; delete it together with {output} and run the stage again"
+            f"{path} is no run record of this version ({problem(error)}); delete it together "
+            f"with {output} and run the stage again"
         ) from None
+
+
+def output_digests(output: PathLike, outputs: Iterable[PathLike]) -> Digests:
+    """dict path relative to the record of `output` -> digest, of all files that it describes."""
+    folder = record_path(output).parent
+    digests = {}
+    for path in map(Path, outputs):
+        files = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
+        for file in files:
+            if file.exists() and file != record_path(output):
+                digests[Path(os.path.relpath(file, folder)).as_posix()] = _digest(file)
+    return digests
+
+
+def check_described(output: PathLike, record: Mapping[str, Any]) -> None:
+    """Raise InputError if a file that the record of `output` describes is missing or another
+    one.
+    """
+    folder = record_path(output).parent
+    for name, digest in record["outputs"].items():
+        path = folder / name
+        if not path.is_file() or _digest(path) != digest:
+            what = "was changed after it was written" if path.is_file() else "is missing"
+            raise InputError(
+                f"{path} {what}: {record_path(output)} describes another file; restore it, choose "
+                "another --output_dir, or write it again with --overwrite true"
+            )
 
 
 def first_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
@@ -169,8 +207,16 @@ def write_state(path: PathLike, job: Job, **more: Any) -> None:
 
 
 def read_state(path: Path) -> dict[str, Any] | None:
-    """What `write_state` wrote, or None."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    """What `write_state` wrote, or None. Raises InputError if the file is damaged."""
+    if not path.exists():
+        return None
+    try:
+        return _STATE.validate_json(path.read_bytes())
+    except ValidationError as error:
+        raise InputError(
+            f"{path} is damaged ({problem(error)}), so it is unknown how the rows beside it were "
+            "made; start again with --overwrite true"
+        ) from None
 
 
 def world_size() -> int:
@@ -184,11 +230,17 @@ def process_rank() -> int:
 
 
 def write_record(
-    output: PathLike, job: Job, seconds: float, rows: Mapping[str, int], **more: Any
+    output: PathLike,
+    job: Job,
+    seconds: float,
+    rows: Mapping[str, int],
+    outputs: Iterable[PathLike] = (),
+    **more: Any,
 ) -> None:
-    """Write the run record of `output`.
+    """Write the run record of `output`, after all that it describes.
 
-    seconds: wall time of the work, imports excluded; rows: counts, e.g. in / out / rejected.
+    seconds: wall time of the work, imports excluded; rows: counts, e.g. in / out / rejected;
+    outputs: the files that it describes, those that exist; default: `output`.
     """
     record = {
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
@@ -196,6 +248,7 @@ def write_record(
         "config": job.options.config,
         "settings": job.settings,
         "inputs": job.inputs,
+        "outputs": output_digests(output, outputs or [output]),
         "rows": dict(rows),
         "seconds": round(seconds, 2),
         **more,
