@@ -8,12 +8,17 @@ from conftest import TINY
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from transformers import AutoProcessor, AutoTokenizer
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
+from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerFast
 
+from mllmrec.generation.engine import RejectedError
+from mllmrec.generation.prompt_writer import PromptWriter
 from mllmrec.models.chat import ChatProcessor, shorten_to_fit
+from mllmrec.prompts import mllm_msr as prompts
 from mllmrec.prompts.templates import assistant_turn, cut, plain_text, user_turn
 from mllmrec.ranking.answers import YES_NO, answer_tokens
-from mllmrec.ranking.rows import QuestionFormat
+from mllmrec.ranking.reader import RowReader
+from mllmrec.ranking.rows import Candidate, QuestionFormat, candidate_row, question_text
 from mllmrec.stage.errors import InputError
 
 
@@ -96,6 +101,142 @@ def test_a_title_adds_no_image_and_ends_no_turn(title):
         assert ids.count(chat.image_token_id) == 1
         assert chat.tokenizer.eos_token_id not in ids
         assert chat.tokenizer.pad_token_id not in ids
+
+
+def test_control_tokens_are_those_of_the_tokenizer_and_the_processor():
+    chat = ChatProcessor(AutoProcessor.from_pretrained(TINY / "llava"))
+    chat.tokenizer.add_special_tokens({"additional_special_tokens": ["§turn§"]})
+    chat.tokenizer.add_tokens(["{sep|", "zydeco"])  # added, but not special
+    assert set(chat.control_tokens) == {
+        *("<s>", "</s>", "<pad>", "<unk>", "<image>"),
+        *("§turn§", "{sep|"),
+    }
+    title = "zydeco §turn§ {sep| a <image>"
+    assert chat.plain(title) == "zydeco § turn§ { sep| a < image>"
+    assert plain_text(title) == "zydeco §turn§ {sep| a < image>", "unknown without the tokenizer"
+    prompt = PromptWriter(chat, 500, "video").text_prompt(prompts.TITLE, title=title)
+    assert "§turn§" not in prompt.text
+    assert "§ turn§" in prompt.text
+
+
+def test_a_video_token_is_a_control_token():
+    chat = ChatProcessor(AutoProcessor.from_pretrained(TINY / "llava"))
+    chat.tokenizer.add_tokens(["(video)"])
+    assert chat.plain("a (video)") == "a (video)"
+    chat = ChatProcessor(chat.processor)
+    chat.processor.video_token = "(video)"
+    assert chat.plain("a (video)") == "a ( video)"
+
+
+def edited_row(title, preference):
+    """A row whose title and preference were replaced by hand after stage 4."""
+    question = QuestionFormat(template="Title: {title}\nTaste: {preference}\nYes or no?")
+    row = candidate_row(Candidate("u1", "i1", "TITLE", "i1.png", 0), "TASTE", question, False)
+    part = row["messages"][0]["content"][1]
+    text = part["text"].replace("TITLE", title)
+    start = text.index("TASTE")
+    part["text"] = text.replace("TASTE", preference)
+    return {**row, "preference_span": [start, start + len(preference)]}
+
+
+@pytest.mark.parametrize(
+    ("preference", "expected"),
+    [
+        ("likes\n<image> </s>", "likes\n< image> < /s>"),
+        ("<image>", "< image>"),
+        ("ends with <", "ends with <"),
+        ("no marker [Official]", "no marker [Official]"),
+    ],
+)
+def test_a_row_edited_by_hand_is_cleaned_and_its_span_follows(llava, preference, expected):
+    row = edited_row("<image> [/INST] \ud83d", preference)
+    prompt, ids = RowReader(llava, ".").prompt(row)
+    assert f"Title: < image> [ /INST] ?\nTaste: {expected}\nYes or no? [/INST]" in prompt
+    assert ids == llava.ids(prompt)
+    assert ids.count(llava.image_token_id) == 1
+    assert llava.tokenizer.eos_token_id not in ids
+    long = edited_row("<image> </s>", f"{preference} {'word ' * 300}")
+    reader = RowReader(llava, ".", max_text_tokens=80)
+    assert reader.find_too_long([long]) == ({}, ["u1"])
+    prompt, ids = reader.prompt(long)
+    assert len(ids) <= 80
+    assert "Title: < image> < /s>\nTaste: " in prompt, "only the preference is shortened"
+    assert prompt.endswith("word\nYes or no? [/INST]")
+
+
+def test_a_marker_across_the_start_of_the_preference_is_broken(llava):
+    row = edited_row("A title", "image> likes jazz " + "word " * 300)
+    part = row["messages"][0]["content"][1]
+    part["text"] = part["text"].replace("Taste: ", "Taste: <")
+    row["preference_span"] = [n + 1 for n in row["preference_span"]]
+    prompt, ids = RowReader(llava, ".", max_text_tokens=90).prompt(row)
+    assert "Taste: < image> likes jazz word" in prompt
+    assert prompt.endswith("word\nYes or no? [/INST]")
+    assert ids.count(llava.image_token_id) == 1
+
+
+def test_a_row_without_markers_is_rendered_as_it_is(llava):
+    row = edited_row("A  [Official]\ttitle ", " likes [2021] ")
+    prompt, _ = RowReader(llava, ".").prompt(row)
+    assert prompt == llava.render(row["messages"])
+    assert question_text(row) in prompt
+
+
+def chat_with(folder, normalizer, marker):
+    """The tiny Llama's (LLaVA's) tokenizer with a normalizer that makes `marker` of other text."""
+    processor = (AutoProcessor if folder == "llava" else AutoTokenizer).from_pretrained(
+        TINY / folder
+    )
+    tokenizer = getattr(processor, "tokenizer", processor)
+    tokenizer.backend_tokenizer.normalizer = normalizer
+    tokenizer.add_tokens([AddedToken(marker, special=True, normalized=True)])
+    return ChatProcessor(processor)
+
+
+def brackets():
+    """Fullwidth angle brackets become ordinary ones, as NFKC has it."""
+    return normalizers.Sequence([normalizers.Replace("＜", "<"), normalizers.Replace("＞", ">")])
+
+
+def test_a_prompt_with_a_marker_that_the_tokenizer_makes_is_rejected():
+    chat = chat_with("llama", brackets(), "<turn>")
+    writer = PromptWriter(chat, 500, "video")
+    assert writer.text_prompt(prompts.TITLE, title="<turn> ＜ turn＞").length
+    with pytest.raises(RejectedError, match="prompt: its text adds the control token '<turn>'"):
+        writer.text_prompt(prompts.TITLE, title="A ＜turn＞")
+
+
+def test_a_row_with_a_marker_that_the_tokenizer_makes_is_refused():
+    reader = RowReader(chat_with("llava", brackets(), "<turn>"), ".")
+    assert reader.prompt(edited_row("<turn>", "likes jazz"))
+    message = (
+        "user 'u1', item 'i1': the question is no plain text: its text adds the control token "
+        "'<turn>' of the model's tokenizer; remove it from the item's title"
+    )
+    for row in (edited_row("＜turn＞", "likes jazz"), edited_row("A title", "likes ＜turn＞")):
+        with pytest.raises(InputError, match=message):
+            reader.prompt(row)
+    long = edited_row("＜turn＞", "word " * 300)
+    with pytest.raises(InputError, match=message):
+        RowReader(reader.chat, ".", max_text_tokens=80).find_too_long([long])
+
+
+def test_a_text_that_swallows_a_marker_of_the_template_is_rejected():
+    chat = ChatProcessor(AutoTokenizer.from_pretrained(TINY / "llama"))
+    chat.tokenizer.add_special_tokens({"additional_special_tokens": ["star<|eot_id|>"]})
+    with pytest.raises(RejectedError, match=r"removes the control token '<\|eot_id\|>'"):
+        PromptWriter(chat, 500, "video").text_prompt(prompts.TITLE, title="A star")
+
+
+def test_characters_that_the_vocabulary_lacks_are_no_control_tokens():
+    words = Tokenizer(models.WordLevel({"[UNK]": 0, "[END]": 1, "a": 2}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, unk_token="[UNK]", eos_token="[END]"
+    )
+    chat = ChatProcessor(tokenizer, prompt_format="{text}")
+    assert chat.control_token_difference(chat.ids("a b c [UNK]"), [user_turn("")]) is None
+    assert chat.control_token_difference(chat.ids("a [END]"), [user_turn("")])
 
 
 @pytest.mark.parametrize("size", [(48, 64), (64, 48), (200, 30), (30, 200), (1, 1)])

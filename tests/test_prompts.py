@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from mllmrec.prompts import mllm_msr as prompts
 from mllmrec.prompts.mllm_msr import block_text
-from mllmrec.prompts.templates import DOMAINS, fill, plain_text
+from mllmrec.prompts.templates import DOMAINS, break_markers, fill, marker_pattern, plain_text
 from mllmrec.ranking.rows import QuestionFormat
 from mllmrec.stage.errors import InputError
 
@@ -22,6 +22,11 @@ MARKERS = [
     "<unk>",
     "<|image_pad|>",
     "[IMG]",
+    "<｜User｜>",
+    "[gMASK]",
+    "[UNUSED_TOKEN_145]",
+    "[control_8]",
+    "[unused7]",
 ]
 
 
@@ -45,6 +50,15 @@ def test_ordinary_brackets_are_unchanged():
     assert plain_text("I < 3 you [live] (1<2) 5 > 4") == "I < 3 you [live] (1<2) 5 > 4".replace(
         "1<2", "1< 2"
     )
+    for title in ("[Official] [HD 4K]", "[2021] [Mask]", "[a1] [b-2]", "｜ a | b ｜", "【官方】"):
+        assert plain_text(title) == title
+
+
+def test_markers_of_a_tokenizer_are_broken_wherever_they_begin():
+    pattern = marker_pattern(["<<a>>", "<a>", "{x}", "{xy}", "§"])
+    assert break_markers("<<a>> {xy}{x}{ x} 1§2", pattern) == "< < a>> { xy}{ x}{ x} 1 2"
+    untouched = " two\nlines\t[Official]  "
+    assert break_markers(untouched, pattern) == untouched, "blanks and line breaks stay"
 
 
 @pytest.mark.parametrize("domain", DOMAINS)

@@ -10,7 +10,7 @@ from mllmrec.generation.engine import Prompt, RejectedError
 from mllmrec.generation.preferences import HistoryItem
 from mllmrec.models.chat import Arrays, ChatProcessor, shorten_to_fit
 from mllmrec.prompts.mllm_msr import block_text
-from mllmrec.prompts.templates import fill, plain_text, user_turn
+from mllmrec.prompts.templates import fill, user_turn
 from mllmrec.stage.jsonl import Row
 
 
@@ -53,6 +53,8 @@ class ImagePrompts:
 class PromptWriter:
     """Writes the prompts of one item or user, at most `limit` tokens long.
 
+    Titles, summaries and preferences are data and stay text: their markers are broken for the
+    model's tokenizer, and a prompt whose token ids still show another chat structure is rejected.
     counts["shortened"]: how many prompts had to be shortened.
     """
 
@@ -77,17 +79,19 @@ class PromptWriter:
     def text_prompt(self, template: str, **texts: str) -> Prompt:
         """The filled template as a prompt; the longest of `texts` are cut first if it is too
         long.
+
+        Raises RejectedError if a text adds a control token.
         """
 
         def render(values: list[str]) -> str:
             return self._render(template, **dict(zip(texts, values, strict=True)))
 
-        return self._prompt(render, [plain_text(text) for text in texts.values()])
+        return self._prompt(render, [self.chat.plain(text) for text in texts.values()])
 
     def history_prompt(self, template: str, items: Sequence[HistoryItem], **texts: str) -> Prompt:
         """The prompt for some items of a history: summaries give way first, then titles.
 
-        Raises RejectedError if it is too long even without titles.
+        Raises RejectedError if it is too long even without titles, or a text adds a control token.
         """
         titles, summaries = [i.title for i in items], [i.summary for i in items]
 
@@ -105,7 +109,7 @@ class PromptWriter:
                     "titles"
                 )
         self.counts["shortened"] += shortened
-        return Prompt(prompt, self.chat.count(prompt))
+        return self._checked(prompt)
 
     def fits_whole(self, template: str, items: Sequence[HistoryItem]) -> bool:
         """True if the prompt for these items fits without shortening any text."""
@@ -119,8 +123,8 @@ class PromptWriter:
     def _render_history(
         self, template: str, titles: list[str], summaries: list[str], texts: dict[str, Any]
     ) -> str:
-        block = block_text(list(zip(titles, summaries, strict=True)), self.domain)
-        data = {name: plain_text(text) for name, text in texts.items()}
+        block = block_text(list(zip(titles, summaries, strict=True)), self.domain, self.chat.plain)
+        data = {name: self.chat.plain(text) for name, text in texts.items()}
         return self._render(template, block=block, **data)
 
     def _render(self, template: str, **texts: str) -> str:
@@ -132,4 +136,11 @@ class PromptWriter:
     def _prompt(self, render: Callable[[list[str]], str], texts: Sequence[str]) -> Prompt:
         prompt, shortened = shorten_to_fit(render, texts, self._fits)
         self.counts["shortened"] += shortened
-        return Prompt(prompt, self.chat.count(prompt))
+        return self._checked(prompt)
+
+    def _checked(self, prompt: str) -> Prompt:
+        ids = self.chat.ids(prompt)
+        difference = self.chat.control_token_difference(ids, [user_turn("")])
+        if difference is not None:
+            raise RejectedError(f"prompt: {difference}")
+        return Prompt(prompt, len(ids))

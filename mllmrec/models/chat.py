@@ -4,9 +4,14 @@ The model's own chat template renders the turns, so another model is a change of
 without one takes a plain prompt format. Images are never truncated: texts are shortened before
 rendering until the prompt fits (`shorten_to_fit`). Padding is on the left wherever the last
 position is read (generation, scoring) and on the right for training.
+
+Text that is data stays data: `plain` and `break_markers` break the control tokens of the model's
+own tokenizer in a text, and `control_token_difference` compares the token ids of a rendered prompt
+with those of the same turns without data.
 """
 
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
@@ -18,10 +23,22 @@ from transformers import BatchFeature
 
 from mllmrec.models import compat
 from mllmrec.models.padding import pad_rows
-from mllmrec.prompts.templates import Turn, cut, turn_text
+from mllmrec.prompts.templates import (
+    Turn,
+    break_markers,
+    count_images,
+    cut,
+    marker_pattern,
+    plain_text,
+    turn_text,
+    user_turn,
+)
 from mllmrec.stage.errors import InputError
 
 Arrays = dict[str, Any]  # name -> NumPy array
+# Characters of markup: an added token with one of them is a control token, even if it is not marked
+# as special; one without (a word that was added to the vocabulary) may occur in any text.
+_MARKUP_CHARACTERS = frozenset("<>[]|｜")
 
 
 class ChatProcessor:
@@ -37,6 +54,7 @@ class ChatProcessor:
         self.processor, self.single_tile, self.prompt_format = processor, single_tile, prompt_format
         self.tokenizer = getattr(processor, "tokenizer", processor)
         self.takes_images = self.tokenizer is not processor
+        self._counts_without_data: dict[tuple[tuple[str, int], ...], Counter[int]] = {}
         if prompt_format and "{text}" not in prompt_format:
             raise InputError(f"--prompt_format {prompt_format!r} lacks the place {{text}}")
         if self.takes_images and getattr(processor, "patch_size", 0) is None:
@@ -70,12 +88,86 @@ class ChatProcessor:
 
     def _render_plain(self, messages: Sequence[Turn]) -> str:
         user, *answers = messages
-        n_images = sum(part["type"] == "image" for part in user["content"])
-        image = (self.processor.image_token if n_images else "") if self.takes_images else ""
+        image = self.processor.image_token if self.takes_images and count_images(user) else ""
         places = {"{image}": str(image), "{text}": turn_text(user)}
         # One substitution for both places, so that data that holds "{image}" stays text.
         prompt = re.sub(r"\{image\}|\{text\}", lambda match: places[match[0]], self.prompt_format)
         return prompt + "".join(f" {turn_text(a)}{self.tokenizer.eos_token}" for a in answers)
+
+    @cached_property
+    def control_tokens(self) -> dict[str, int]:
+        """Control tokens of this tokenizer and processor -> their ids.
+
+        Special tokens, added tokens that look like markup, and the tokens of images and videos.
+        """
+        tokens = {str(token) for token in self.tokenizer.all_special_tokens}
+        for added in self.tokenizer.added_tokens_decoder.values():
+            if added.special or _MARKUP_CHARACTERS & set(added.content):
+                tokens.add(added.content)
+        for name in ("image_token", "video_token"):
+            tokens.add(str(getattr(self.processor, name, None) or ""))
+        ids = {t: self.tokenizer.convert_tokens_to_ids(t) for t in sorted(tokens - {""})}
+        unknown = self.tokenizer.unk_token
+        return {
+            token: token_id
+            for token, token_id in ids.items()
+            # The vocabulary lacks a token if it has no id or that of the unknown token.
+            if token_id is not None and (token == unknown or token_id != ids.get(unknown))
+        }
+
+    @cached_property
+    def marker_pattern(self) -> re.Pattern[str]:
+        """Pattern of the first character of each marker: known kinds, and this tokenizer's."""
+        return marker_pattern(self.control_tokens)
+
+    def plain(self, text: str) -> str:
+        """`plain_text`, with the control tokens of this tokenizer broken, too."""
+        return self.break_markers(plain_text(text)).strip()
+
+    def break_markers(self, text: str) -> str:
+        """`text` with each marker broken by a blank; a text without markers stays as it is."""
+        return break_markers(text, self.marker_pattern)
+
+    def control_token_difference(self, ids: Sequence[int], messages: Sequence[Turn]) -> str | None:
+        """Which control token the texts of a prompt add or remove; None if they do neither.
+
+        ids: token ids of the rendered `messages`. Their control tokens are compared with those of
+        the same turns with a neutral text. This also finds what breaking markers in the text cannot
+        prevent, such as a tokenizer that turns other characters into a marker.
+        """
+        expected = self._count_without_data(
+            tuple((turn["role"], count_images(turn)) for turn in messages)
+        )
+        counts = self._count_control_tokens(ids)
+        if counts == expected:
+            return None
+        token_id = min(i for i in counts | expected if counts[i] != expected[i])
+        change = "adds" if counts[token_id] > expected[token_id] else "removes"
+        return f"its text {change} the control token {self._checked_ids[token_id]!r}"
+
+    @cached_property
+    def _checked_ids(self) -> dict[int, str]:
+        """Ids of the control tokens that are counted -> tokens."""
+        checked = {token_id: token for token, token_id in self.control_tokens.items()}
+        tokenizer = self.tokenizer
+        if tokenizer.unk_token not in (None, tokenizer.bos_token, tokenizer.eos_token):
+            # Characters that the vocabulary lacks become this token, too, and harm nothing.
+            checked.pop(tokenizer.unk_token_id, None)
+        return checked
+
+    def _count_control_tokens(self, ids: Sequence[int]) -> Counter[int]:
+        checked = self._checked_ids
+        return Counter(token_id for token_id in ids if token_id in checked)
+
+    def _count_without_data(self, structure: tuple[tuple[str, int], ...]) -> Counter[int]:
+        """Control tokens of turns (role, number of images) with a neutral text."""
+        if structure not in self._counts_without_data:
+            turns = [
+                {**user_turn("A text.", images=images), "role": role} for role, images in structure
+            ]
+            ids = self.ids(self.render(turns))
+            self._counts_without_data[structure] = self._count_control_tokens(ids)
+        return self._counts_without_data[structure]
 
     def count(self, text: str) -> int:
         """Number of tokens of a rendered prompt, an image counted as one."""

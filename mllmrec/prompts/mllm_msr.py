@@ -5,7 +5,7 @@ The paper gives the idea of each prompt and, for some, the wording; the wording 
 and so on).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from mllmrec.prompts.templates import DOMAINS, plain_text
 
@@ -47,15 +47,20 @@ RECOMMEND = (
 )
 
 
-def block_text(items: Sequence[tuple[str, str]], domain: str) -> str:
-    """The lines of one block of a history, oldest first; items: (title, summary), may be empty."""
+def block_text(
+    items: Sequence[tuple[str, str]], domain: str, plain: Callable[[str], str] = plain_text
+) -> str:
+    """The lines of one block of a history, oldest first; items: (title, summary), may be empty.
+
+    plain: makes titles and summaries plain text, for one tokenizer or for any.
+    """
     lines = []
     for number, (title, summary) in enumerate(items, start=1):
         line = BLOCK_LINE.format(
             number=number,
-            title=plain_text(title).rstrip("."),
+            title=plain(title).rstrip("."),
             image_word=DOMAINS[domain]["image"].capitalize(),
-            summary=plain_text(summary) if summary else "not known.",
+            summary=plain(summary) if summary else "not known.",
         )
         lines.append(line)
     return "\n".join(lines)

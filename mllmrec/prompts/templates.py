@@ -2,11 +2,14 @@
 
 A template has named {places}. Titles, summaries and preferences are data: `plain_text` makes sure
 that they stay text inside a prompt, so a title that holds `<image>`, `[/INST]`, `<|eot_id|>` or a
-line break can neither add an image nor end a turn.
+line break can neither add an image nor end a turn. It knows the kinds of markers that tokenizers
+use; where the tokenizer is known, `ChatProcessor.plain` also breaks that tokenizer's own.
 """
 
+import itertools
 import re
 import string
+from collections.abc import Iterable
 from typing import Any
 
 from mllmrec.stage.errors import InputError
@@ -34,20 +37,52 @@ DOMAINS = {
 }
 
 # Characters that tokenizers read as markup when they open a marker: <image>, <|eot_id|>, <s>,
-# [INST].
-_MARKUP = re.compile(r"<(?=[<|/!\w])|\[(?=/?[A-Z_]+\])")
+# <｜User｜>, [INST], [gMASK], [UNUSED_TOKEN_145], [control_8], [unused7]. Titles such as
+# "[Official] [HD 4K] [2021]" have none.
+_KNOWN_KINDS = r"<(?=[<|｜/!\w])|\[(?=/?(?:[A-Z_]+|[a-z]MASK|[A-Za-z_]+_[0-9]+|unused[0-9]+)\])"
 _SPACE = re.compile(r"[\s\x00-\x1f\x7f]+")  # control characters, too
+
+
+def marker_pattern(markers: Iterable[str] = ()) -> re.Pattern[str]:
+    """Pattern of the first character of each marker in a text: the known kinds, and `markers`.
+
+    Markers of one character are the group `single`. The rest of a marker is not consumed, so
+    overlapping markers are all found.
+    """
+    whole = sorted({marker for marker in markers if marker})
+    single = [re.escape(marker) for marker in whole if len(marker) == 1]
+    kinds = [f"(?P<single>{'|'.join(single)})"] if single else []
+    longer = (marker for marker in whole if len(marker) > 1)
+    for first, group in itertools.groupby(longer, key=lambda marker: marker[0]):
+        kinds.append(f"{re.escape(first)}(?={'|'.join(re.escape(m[1:]) for m in group)})")
+    return re.compile("|".join([*kinds, _KNOWN_KINDS]))
+
+
+_MARKUP = marker_pattern()
+
+
+def break_markers(text: str, pattern: re.Pattern[str] = _MARKUP) -> str:
+    """`text` with a blank behind the first character of each marker; nothing else changes.
+
+    `<image>` becomes `< image>`, `[/INST]` becomes `[ /INST]`; a marker of one character becomes a
+    blank.
+    """
+    text = valid_text(text)
+    return pattern.sub(lambda m: " " if m.lastgroup == "single" else f"{m.group()} ", text)
+
+
+def valid_text(text: str) -> str:
+    """`text` with a question mark for each half of a surrogate pair, which has no tokens."""
+    return str(text).encode("utf-8", "replace").decode()
 
 
 def plain_text(text: str) -> str:
     """`text` as one line that no chat template or tokenizer can read as a control token.
 
     Line breaks and runs of blanks become one blank; a bracket that would open a marker is followed
-    by a blank, so the text stays readable: `<image>` becomes `< image>`, `[/INST]` becomes `[
-    /INST]`.
+    by a blank, so the text stays readable.
     """
-    text = str(text).encode("utf-8", "replace").decode()  # half a surrogate pair has no tokens
-    return _SPACE.sub(" ", _MARKUP.sub(lambda match: match.group() + " ", text)).strip()
+    return _SPACE.sub(" ", break_markers(text)).strip()
 
 
 def user_turn(text: str, images: int = 0) -> Turn:
@@ -64,6 +99,11 @@ def assistant_turn(text: str) -> Turn:
 def turn_text(turn: Turn) -> str:
     """The text of a turn, without its images."""
     return "".join(part.get("text", "") for part in turn["content"])
+
+
+def count_images(turn: Turn) -> int:
+    """How many images a turn has a place for."""
+    return sum(part["type"] == "image" for part in turn["content"])
 
 
 def cut(text: str, length: int) -> str:

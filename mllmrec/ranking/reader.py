@@ -10,9 +10,16 @@ from PIL import Image
 from mllmrec.data.images import ImageError, open_image
 from mllmrec.models.chat import ChatProcessor, shorten_to_fit
 from mllmrec.models.loading import load_multimodal, load_text, read_config, takes_images
+from mllmrec.prompts.templates import valid_text
 from mllmrec.ranking.answers import YES_NO, AnswerSet, AnswerTokens, answer_tokens
 from mllmrec.ranking.options import RankerOptions
-from mllmrec.ranking.rows import item_ids, question_text, replace_preference
+from mllmrec.ranking.rows import (
+    MAKE_AGAIN,
+    item_ids,
+    question_text,
+    replace_preference,
+    row_name,
+)
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import PathLike, Row
 
@@ -47,6 +54,9 @@ class RowReader:
     prompt may be, its image counted as one token (0: no limit); longer texts lose the tail of the
     preference. gray_images: every image is replaced by a gray one of the same size, to measure what
     images contribute. shortened: number of prompts that were shortened.
+
+    Markers in questions are broken again, for this model's tokenizer, and token ids are checked:
+    rows may have been edited by hand.
     """
 
     def __init__(
@@ -90,7 +100,8 @@ class RowReader:
     def prompt(self, row: Row) -> tuple[str, list[int]]:
         """(rendered question without the answer, its token ids with the image as one token).
 
-        Raises PromptTooLongError if the question is too long without any preference.
+        Raises PromptTooLongError if the question is too long without any preference, InputError if
+        its text adds or removes a control token.
         """
         prompt, ids, was_shortened = self._fitted(row)
         self.shortened += was_shortened
@@ -102,7 +113,7 @@ class RowReader:
         """
         too_long: dict[str, str] = {}
         shortened: list[str] = []
-        for row in rows:
+        for row in map(self._cleaned, rows):
             if self._may_be_long(row):
                 try:
                     shortened += [row["user_id"]] * self._fitted(row)[2]
@@ -130,12 +141,43 @@ class RowReader:
             return False
         return len(question_text(row).encode()) + TEMPLATE_TOKENS > self.max_text_tokens
 
+    def _cleaned(self, row: Row) -> Row:
+        """The row with the markers in its question broken; `preference_span` is moved accordingly.
+
+        Unlike `plain_text`, this keeps line breaks: the question is a filled template.
+        """
+        text, turn = question_text(row), row["messages"][0]
+        if self.chat.break_markers(text) == text:
+            return row
+        content = [
+            {**part, "text": self.chat.break_markers(part["text"])} if "text" in part else part
+            for part in turn["content"]
+        ]
+        # A marker of one character is replaced, so nothing behind it moves.
+        found = self.chat.marker_pattern.finditer(valid_text(text))
+        blanks = [match.end() for match in found if match.lastgroup != "single"]
+        start, end = row.get("preference_span", (0, 0))
+        span = [start + sum(n <= start for n in blanks), end + sum(n < end for n in blanks)]
+        return {**row, "messages": [{**turn, "content": content}], "preference_span": span}
+
+    def _checked(self, row: Row, ids: list[int]) -> list[int]:
+        """`ids`, if they are those of a question and nothing more."""
+        difference = self.chat.control_token_difference(ids, row["messages"][:1])
+        if difference is not None:
+            raise InputError(
+                f"{row_name(row)}: the question is no plain text: {difference} of the model's "
+                f"tokenizer; remove it from the item's title or the user's preference and "
+                f"{MAKE_AGAIN}"
+            )
+        return ids
+
     def _fitted(self, row: Row) -> tuple[str, list[int], bool]:
         """(rendered question, its token ids, whether the preference was shortened)."""
+        row = self._cleaned(row)
         prompt = self.chat.render(row["messages"][:1])
         ids = self.chat.ids(prompt)
         if not self.max_text_tokens or len(ids) <= self.max_text_tokens:
-            return prompt, ids, False
+            return prompt, self._checked(row, ids), False
         row = {
             "preference_span": (0, 0),
             **row,
@@ -157,4 +199,4 @@ class RowReader:
                 f"--max_text_tokens, or "
                 "lower --max_title_characters in stage 4"
             )
-        return prompt, ids, True
+        return prompt, self._checked(row, ids), True

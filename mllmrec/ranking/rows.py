@@ -15,8 +15,8 @@ from typing import Any
 from mllmrec.data.images import ImageError, image_size
 from mllmrec.prompts import mllm_msr as prompts
 from mllmrec.prompts.templates import (
-    Turn,
     assistant_turn,
+    count_images,
     cut,
     fill,
     plain_text,
@@ -189,10 +189,10 @@ def check_training_rows(
                 f"{where}: the answer is {answer[:40]!r}, for the label {label} it must be "
                 f"{answers[label]!r}; {MAKE_AGAIN}"
             )
-        if len(row["images"]) > 1 or len(row["images"]) != count_image_parts(row["messages"][0]):
+        if len(row["images"]) > 1 or len(row["images"]) != count_images(row["messages"][0]):
             raise InputError(
                 f"{where}: there are {len(row['images'])} images and "
-                f"{count_image_parts(row['messages'][0])} places for them, there must be one of "
+                f"{count_images(row['messages'][0])} places for them, there must be one of "
                 f"each or "
                 f"none; {MAKE_AGAIN}"
             )
@@ -201,11 +201,6 @@ def check_training_rows(
             if image not in sizes:
                 sizes[image] = _readable_size(image, f"{where}: image {name}")
     return sizes
-
-
-def count_image_parts(turn: Turn) -> int:
-    """How many images a turn has a place for."""
-    return sum(part["type"] == "image" for part in turn["content"])
 
 
 def _readable_size(image: Path, where: str) -> tuple[int, int]:
