@@ -16,8 +16,8 @@ are removed before the k-core. The pages are streamed, once for which items have
 for the texts of the core, so memory grows with the log and not with the pages. CPU.
 """
 
+import html
 import re
-import time
 from pathlib import Path
 from typing import Literal
 
@@ -28,12 +28,28 @@ import pyarrow.compute as pc
 from pydantic.dataclasses import dataclass
 
 from mllmrec.data.interactions import InteractionLog
-from mllmrec.data.split import SplitOptions, data_outputs, prepare, write_data_set
-from mllmrec.data.tables import stream_jsonl, stream_table
+from mllmrec.data.split import (
+    SplitOptions,
+    data_outputs,
+    prepare,
+    rejected_rows_path,
+    write_data_set,
+)
+from mllmrec.data.tables import (
+    Times,
+    check_raw_file,
+    id_reasons,
+    read_times,
+    require_rows,
+    stream_jsonl,
+    stream_table,
+    trimmed,
+)
 from mllmrec.stage.errors import InputError, run_main
 from mllmrec.stage.jsonl import read_by_id, read_rejected, rejected_path, write_rows
 from mllmrec.stage.options import option, parse_options, print_options
 from mllmrec.stage.record import Job, file_digests
+from mllmrec.stage.transaction import writing
 
 SECTION = "data"
 REVIEW = {"user_id": pa.string(), "parent_asin": pa.string(), "timestamp": pa.int64()}
@@ -45,6 +61,10 @@ PAGE_IMAGES = {
 }
 PAGE_TEXTS = {"description": pa.list_(pa.string()), "features": pa.list_(pa.string())}
 ENDINGS = (".jsonl", ".jsonl.gz", ".csv", ".csv.gz")
+# Elements of HTML: those that start a new line or cell, and those inside a line.
+APART = "br|p|div|li|ul|ol|dl|dt|dd|h[1-6]|hr|table|tbody|thead|tr|td|th|center|blockquote|pre"
+INLINE = "a|b|i|u|s|em|strong|span|font|sup|sub|small|big|tt|code|strike|del|ins|img"
+TAG = re.compile(rf"</?(?:({APART})|{INLINE})(?:\s[^<>]*=[^<>]*)?\s*/?>", re.IGNORECASE)
 NO_PAGE, NO_TITLE, NO_IMAGE, COMPLETE = range(4)  # what is known of an item's page
 
 
@@ -81,53 +101,41 @@ def find_files(raw_dir, category):
                 f"{folder} has both {paths[0].name} and {paths[1].name}; keep one of them there"
             )
         files.append(paths[0])
-    return tuple(files)
+    return tuple(map(check_raw_file, files))
 
 
 def read_reviews(path):
     """(InteractionLog, rejected rows) of all reviews; ids become codes while the file is
     streamed.
     """
-    rejected, malformed, chunks = [], [], {name: [] for name in REVIEW}
+    rejected, chunks, times = [], {"user_id": [], "parent_asin": []}, Times(path)
     is_table = ".csv" in path.suffixes
-    batches = stream_table(path, REVIEW, malformed) if is_table else stream_jsonl(path, REVIEW)
-    first_line = 2 if is_table else 1  # of the batch
-    for batch in batches:
-        time_column = _as_integers(batch["timestamp"]) if is_table else batch["timestamp"]
-        ids_filled = pc.and_(_is_filled(batch["user_id"]), _is_filled(batch["parent_asin"]))
-        good = pc.and_(ids_filled, pc.is_valid(time_column))
-        for place in np.flatnonzero(~good.to_numpy(zero_copy_only=False)):
-            line = first_line + int(place)
-            for skipped in malformed:  # in the order of the file
-                line += skipped["line"] <= line
-            row = " ".join(str(batch[name][place]) for name in REVIEW)
-            reason = "an id or the timestamp is missing"
-            rejected.append({"file": path.name, "line": line, "row": row, "reason": reason})
-        first_line += batch.num_rows
-        chunks["timestamp"].append(time_column.filter(good).to_numpy(zero_copy_only=False))
-        for name in ("user_id", "parent_asin"):
-            chunks[name].append(batch[name].filter(good).dictionary_encode())
-    if not any(map(len, chunks["timestamp"])):
-        raise InputError(f"{path} has no review with an id and a timestamp; fetch it again")
-    users, user = _codes(chunks.pop("user_id"))
-    items, item = _codes(chunks.pop("parent_asin"))
-    log = InteractionLog(users, items, user, item, np.concatenate(chunks["timestamp"]))
-    return log, malformed + rejected
+    for batch in stream_table(path, REVIEW, rejected) if is_table else stream_jsonl(path, REVIEW):
+        lines, found = batch["line"].to_numpy(), read_times(batch["timestamp"])
+        ids = {name: trimmed(batch[name]) for name in chunks}
+        reasons = found.reasons | {
+            n: reason for name in chunks for n, reason in id_reasons(ids[name], name).items()
+        }
+        for n in sorted(reasons):
+            row = " ".join(str(batch[name][n]) for name in REVIEW)
+            entry = {"file": path.name, "line": int(lines[n]), "row": row, "reason": reasons[n]}
+            rejected.append(entry)
+        keep = np.ones(len(lines), dtype=bool)
+        keep[list(reasons)] = False
+        times.append(found, keep, lines)
+        for name, column in ids.items():
+            column = column.filter(pa.array(keep)) if reasons else column
+            chunks[name].append(column.dictionary_encode())
+    time = times.values()
+    require_rows(len(time), path, rejected)
+    users, user = _codes(chunks["user_id"])
+    items, item = _codes(chunks["parent_asin"])
+    return InteractionLog(users, items, user, item, time), rejected
 
 
 def _is_filled(column):
     """Arrow mask: the string is neither null nor empty."""
     return pc.fill_null(pc.greater(pc.binary_length(column), 0), False)
-
-
-def _as_integers(column):
-    """Timestamps of a table; null where there is no whole number."""
-    try:
-        return pc.cast(column, pa.int64())
-    except pa.ArrowInvalid:
-        values = column.to_pylist()
-        whole = [int(value) if re.fullmatch(r"\d{1,18}", value) else None for value in values]
-        return pa.array(whole, pa.int64())
 
 
 def _codes(chunks):
@@ -161,11 +169,11 @@ def read_pages(path, item_ids, options, broken):
     places = pd.Index(item_ids)
     state = np.full(len(item_ids), NO_PAGE, dtype=np.int8)
     for batch in stream_jsonl(path, PAGE_IMAGES):
-        place = places.get_indexer(batch["parent_asin"].to_numpy(zero_copy_only=False))
+        place = places.get_indexer(page_ids(batch))
         known = place >= 0
         has_image = first_image_urls(batch, options.image_size).is_valid()
         page = np.where(has_image.to_numpy(zero_copy_only=False), COMPLETE, NO_IMAGE)
-        page[~_is_filled(batch["title"]).to_numpy(zero_copy_only=False)] = NO_TITLE
+        page[~has_text(batch["title"])] = NO_TITLE
         np.maximum.at(state, place[known], page[known].astype(np.int8))
     # The id names the image file.
     unusable = np.array([re.fullmatch(r"[\w-]+", i, re.ASCII) is None for i in item_ids], bool)
@@ -197,14 +205,14 @@ def add_texts(items, path, options):
     urls = np.full(len(items), None, dtype=object)
     columns = {**PAGE_IMAGES, **(PAGE_TEXTS if options.item_text == "full" else {})}
     for batch in stream_jsonl(path, columns):
-        place = items.index.get_indexer(batch["parent_asin"].to_numpy(zero_copy_only=False))
+        place = items.index.get_indexer(page_ids(batch))
         rows = np.flatnonzero(place >= 0)
         if not len(rows):
             continue
         pages = batch.take(pa.array(rows)).to_pylist()
         page_urls = first_image_urls(batch, options.image_size).take(pa.array(rows)).to_pylist()
         for page, n, url in zip(pages, place[rows], page_urls, strict=True):
-            if texts[n] is None and page["title"]:
+            if texts[n] is None and plain_text(page["title"] or ""):
                 texts[n] = item_text(page, options.item_text)
             urls[n] = urls[n] or url
     return items.assign(title=texts, url=urls)
@@ -214,9 +222,34 @@ def item_text(page, kind):
     """The title, or the title, features and description as one line."""
     parts = [page["title"]]
     if kind == "full":
-        more = [text for key in ("features", "description") for text in page[key] or ()]
-        parts += [text for text in more if text and text.strip()]
-    return " ".join(" ".join(parts).split())
+        parts += [text for key in ("features", "description") for text in page[key] or () if text]
+    return " ".join(" ".join(map(plain_text, parts)).split())
+
+
+def plain_text(text):
+    """One line without HTML: entities become characters, tags of HTML's elements are removed.
+
+    Some texts are escaped twice. `I <3 you`, `a < b` and `<image>` are no tags.
+    """
+    if "&" in text:
+        text = html.unescape(html.unescape(text))
+    if "<" in text:
+        text = TAG.sub(lambda tag: " " if tag[1] else "", text)
+    return " ".join(text.split())
+
+
+def has_text(titles):
+    """NumPy mask: the title is not empty without HTML and blanks."""
+    titles = pc.utf8_trim_whitespace(pc.fill_null(titles, ""))
+    found = _is_filled(titles).to_numpy(zero_copy_only=False).copy()
+    for n in np.flatnonzero(pc.match_substring_regex(titles, "^[&<]")):
+        found[n] = bool(plain_text(titles[n].as_py()))
+    return found
+
+
+def page_ids(batch):
+    """The ids of product pages as an object array, without surrounding blanks."""
+    return trimmed(batch["parent_asin"]).to_numpy(zero_copy_only=False)
 
 
 def write_image_urls(items, path, broken):
@@ -231,19 +264,13 @@ def write_image_urls(items, path, broken):
     write_rows(path, ({"item_id": item_id, "url": url} for item_id, url in urls.items()))
 
 
-def main(argv=None):
-    options = parse_options(Options, SECTION, argv, __doc__)
-    print_options(options, "stage 1, data: Amazon Reviews 2023")
-    started = time.monotonic()
-    reviews, pages = find_files(options.raw_dir, options.category)
-    images_path, urls_path = (
-        Path(options.data_dir) / name for name in ("images.jsonl", "image_urls.jsonl")
-    )
-    broken = set(read_rejected(images_path, "item_id")) if options.require_image else set()
-    raw_files = [reviews, pages, *([rejected_path(images_path)] if broken else [])]
-    job = Job.of(options, file_digests(*raw_files), limit=options.limit, raw_dir=options.raw_dir)
-    if job.is_up_to_date([*data_outputs(options), urls_path]):
-        return
+def write_all(options, raw_files, image_files, broken):
+    """Read the raw files and write all outputs; return the counts for the record.
+
+    raw_files: (reviews, pages); image_files: (images.jsonl, image_urls.jsonl); broken: ids of the
+    items whose image could not be downloaded.
+    """
+    (reviews, pages), (images_path, urls_path) = raw_files, image_files
     log, rejected = read_reviews(reviews)
     catalogue, without_page = read_pages(pages, log.item_ids, options, broken)
     if broken and catalogue["image"].isna().all():
@@ -255,12 +282,29 @@ def main(argv=None):
         )
     data = prepare(log.only_items(catalogue.index), catalogue, options)
     data.items = add_texts(data.items, pages, options)
-    items = write_data_set(data, rejected + without_page, options, job, started)
+    items, counts = write_data_set(data, rejected + without_page, options)
     write_image_urls(items, urls_path, broken)
-    print(
-        f"wrote {urls_path}; next: python data_processing/download_images.py --config "
-        f"{options.config}"
+    return counts
+
+
+def main(argv=None):
+    options = parse_options(Options, SECTION, argv, __doc__)
+    print_options(options, "stage 1, data: Amazon Reviews 2023")
+    reviews, pages = find_files(options.raw_dir, options.category)
+    images_path, urls_path = (
+        Path(options.data_dir) / name for name in ("images.jsonl", "image_urls.jsonl")
     )
+    broken = set(read_rejected(images_path, "item_id")) if options.require_image else set()
+    raw_files = [reviews, pages, *([rejected_path(images_path)] if broken else [])]
+    job = Job.of(options, file_digests(*raw_files), limit=options.limit, raw_dir=options.raw_dir)
+    outputs = [*data_outputs(options), urls_path]
+    with writing(job, outputs, [rejected_rows_path(options)]) as output:
+        if output.is_needed:
+            output.finish(write_all(options, (reviews, pages), (images_path, urls_path), broken))
+            print(
+                f"wrote {urls_path}; next: python data_processing/download_images.py --config "
+                f"{options.config}"
+            )
 
 
 if __name__ == "__main__":

@@ -13,19 +13,37 @@ CPU; about 2 seconds for MicroLens-50k.
 """
 
 import os
-import time
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
 from pydantic.dataclasses import dataclass
 
 from mllmrec.data.images import image_index
 from mllmrec.data.interactions import InteractionLog
-from mllmrec.data.split import SplitOptions, data_outputs, prepare, write_data_set
-from mllmrec.data.tables import first_fields, parse_timestamps, read_table, reject_rows
+from mllmrec.data.split import (
+    SplitOptions,
+    data_outputs,
+    prepare,
+    rejected_rows_path,
+    write_data_set,
+)
+from mllmrec.data.tables import (
+    check_raw_file,
+    clean_ids,
+    first_fields,
+    parse_timestamps,
+    read_table,
+    read_text_table,
+    reject_rows,
+    require_rows,
+)
 from mllmrec.stage.errors import InputError, run_main
 from mllmrec.stage.options import option, parse_options, print_options
 from mllmrec.stage.record import Job, file_digests
+from mllmrec.stage.transaction import writing
 
 SECTION = "data"
 
@@ -64,6 +82,8 @@ def find_files(raw_dir, name):
     if not existing:
         raise InputError(f"{titles[0]} is missing; the README (Real data) says where to get it")
     covers = folder / f"{prefix}_covers"
+    for path in (pairs[0], existing[0]):
+        check_raw_file(path)
     return pairs[0], existing[0], covers if covers.is_dir() else None
 
 
@@ -71,15 +91,25 @@ def read_pairs(path):
     """(DataFrame of user, item, time, line; rejected rows) from pairs.csv or pairs.tsv."""
     if path.suffix == ".csv":
         frame, rejected = read_table(path, ("user", "item", "timestamp"))
-        return parse_timestamps(frame, path.name, rejected)
+        frame, rejected = parse_timestamps(frame, path, rejected)
+    else:
+        frame, rejected = read_sequences(path)
+    return clean_ids(frame, ("user", "item"), path.name, rejected)
+
+
+def read_sequences(path):
+    """As `read_pairs`, from pairs.tsv. time: place in the user's line, there is nothing else."""
     columns = ("user", "items")
     frame, rejected = read_table(path, columns, delimiter="\t", header=False, quoted=False)
-    frame["items"] = frame["items"].str.split()
-    empty = frame["items"].str.len() == 0
+    empty = frame["items"] == ""
     frame, rejected = reject_rows(frame, empty, "the user has no items", path.name, rejected)
-    frame = frame.explode("items").rename(columns={"items": "item"})
-    frame["time"] = frame.groupby("line", sort=False).cumcount()  # the file has only the order
-    return frame, rejected
+    lists = pc.utf8_split_whitespace(pa.array(frame["items"].to_list(), pa.string()))
+    length = pc.list_value_length(lists).to_numpy()
+    row = np.repeat(np.arange(len(frame)), length)
+    pairs = frame[["user", "line"]].iloc[row].reset_index(drop=True)
+    pairs.insert(1, "item", pd.Series(pc.list_flatten(lists).to_pandas(), dtype="str"))
+    pairs["time"] = np.arange(len(row)) - np.repeat(length.cumsum() - length, length)
+    return pairs, rejected
 
 
 def read_titles(path):
@@ -87,15 +117,18 @@ def read_titles(path):
 
     Whether there is a header is seen from the first line.
     """
-    has_header = first_fields(path)[0].lower() in ("item", "item_id", "id", "video_id")
-    names = first_fields(path)[:2] if has_header else ["item", "title"]
-    frame, rejected = read_table(path, names, header=has_header)
+    fields = first_fields(path)
+    has_header = fields[0].lower() in ("item", "item_id", "id", "video_id")
+    names = fields[:2] if has_header else ["item", "title"]
+    frame, rejected = read_text_table(path, names, header=has_header)
     frame.columns = ["item", "title", "line"]
+    frame, rejected = clean_ids(frame, ("item",), path.name, rejected)
     repeated = frame["item"].duplicated()
     reason = "the item has a title already"
     frame, rejected = reject_rows(frame, repeated, reason, path.name, rejected)
     empty = frame["title"].str.strip() == ""
     frame, rejected = reject_rows(frame, empty, "the title is empty", path.name, rejected)
+    require_rows(len(frame), path, rejected)
     return frame.set_index("item")["title"], rejected
 
 
@@ -106,6 +139,7 @@ def load(pairs_path, titles_path, covers):
     unknown = ~pairs["item"].isin(titles.index)
     reason = f"the item has no title in {titles_path.name}"
     pairs, rejected = reject_rows(pairs, unknown, reason, pairs_path.name, rejected)
+    require_rows(len(pairs), pairs_path, rejected)
     images = pd.Series(image_index(covers), dtype=object).reindex(titles.index)
     log = InteractionLog.from_ids(pairs["user"], pairs["item"], pairs["time"])
     return log, pd.DataFrame({"title": titles, "image": images}), bad_titles + rejected
@@ -114,7 +148,6 @@ def load(pairs_path, titles_path, covers):
 def main(argv=None):
     options = parse_options(Options, SECTION, argv, __doc__)
     print_options(options, "stage 1, data: MicroLens")
-    started = time.monotonic()
     pairs, titles, covers = find_files(options.raw_dir, options.name)
     if options.require_image and covers is None:
         prefix = pairs.name.rsplit("_pairs", 1)[0]
@@ -129,10 +162,12 @@ def main(argv=None):
         raw_dir=options.raw_dir,
         images=len(os.listdir(covers)) if covers else 0,
     )
-    if not job.is_up_to_date(data_outputs(options)):
-        log, catalogue, rejected = load(pairs, titles, covers)
-        data = prepare(log, catalogue, options)
-        write_data_set(data, rejected, options, job, started)
+    with writing(job, data_outputs(options), [rejected_rows_path(options)]) as output:
+        if output.is_needed:
+            log, catalogue, rejected = load(pairs, titles, covers)
+            data = prepare(log, catalogue, options)
+            _, counts = write_data_set(data, rejected, options)
+            output.finish(counts)
     print(f"next: bash scripts/02_image_summary.sh {options.config}")
 
 

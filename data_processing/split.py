@@ -13,71 +13,103 @@ Out: {data_dir}/items.jsonl      item_id, title, image (path relative to the fil
 The rules of the split are in `mllmrec/data/split.py`. CPU, seconds.
 """
 
-import time
+import os
 from pathlib import Path
 
 import pandas as pd
+import pyarrow as pa
 
 from mllmrec.data.interactions import InteractionLog
-from mllmrec.data.split import SplitOptions, data_outputs, prepare, write_data_set
-from mllmrec.data.tables import parse_timestamps, read_table, reject_rows
+from mllmrec.data.split import (
+    SplitOptions,
+    data_outputs,
+    prepare,
+    rejected_rows_path,
+    write_data_set,
+)
+from mllmrec.data.tables import (
+    clean_ids,
+    parse_timestamps,
+    read_table,
+    reject_rows,
+    require_rows,
+    stream_jsonl,
+)
 from mllmrec.stage.errors import InputError, run_main
-from mllmrec.stage.jsonl import read_by_id, require
+from mllmrec.stage.jsonl import require
 from mllmrec.stage.options import parse_options, print_options
 from mllmrec.stage.record import Job, file_digests
+from mllmrec.stage.transaction import writing
 
 SECTION = "data"
+CATALOGUE = dict.fromkeys(("item_id", "title", "image"), pa.string())
 
 
 def load(raw_dir):
     """(InteractionLog, catalogue, rejected rows) from interactions.csv and catalogue.jsonl."""
-    pairs, rejected = read_table(Path(raw_dir) / "interactions.csv", ("user", "item", "timestamp"))
-    catalogue = read_catalogue(Path(raw_dir) / "catalogue.jsonl")
-    name = "interactions.csv"
-    pairs, rejected = parse_timestamps(pairs, name, rejected)
-    pairs, rejected = reject_rows(pairs, pairs["user"] == "", "the user is empty", name, rejected)
+    path = Path(raw_dir) / "interactions.csv"
+    catalogue, bad_items = read_catalogue(Path(raw_dir) / "catalogue.jsonl")
+    pairs, rejected = read_table(path, ("user", "item", "timestamp"))
+    pairs, rejected = parse_timestamps(pairs, path, rejected)
+    pairs, rejected = clean_ids(pairs, ("user", "item"), path.name, rejected)
     unknown = ~pairs["item"].isin(catalogue.index)
     reason = "the item is not in catalogue.jsonl"
-    pairs, rejected = reject_rows(pairs, unknown, reason, name, rejected)
+    pairs, rejected = reject_rows(pairs, unknown, reason, path.name, rejected)
+    require_rows(len(pairs), path, rejected)
     log = InteractionLog.from_ids(pairs["user"], pairs["item"], pairs["time"])
-    return log, catalogue, rejected
+    return log, catalogue, bad_items + rejected
 
 
 def read_catalogue(path):
-    """DataFrame indexed by item_id, columns title and image (path, None if there is no such
-    file).
+    """(DataFrame indexed by item_id, rejected rows). Columns: title and image (path, None if there
+    is no such file).
     """
-    rows = list(read_by_id(path, "item_id", keys=("item_id", "title", "image")).values())
-    for row in rows:
-        if not isinstance(row["title"], str) or not isinstance(row["image"], str | None):
+    batches = list(stream_jsonl(path, CATALOGUE))
+    schema = pa.schema([*CATALOGUE.items(), ("line", pa.int64())])
+    frame = pa.Table.from_batches(batches, schema).to_pandas()
+    for column in ("item_id", "title"):
+        missing = frame[column].isna()
+        if missing.any():
             raise InputError(
-                f"{path}, item {row['item_id']!r}: title must be a string, image a string or null; "
-                "correct the line"
+                f"{path}, line {frame.loc[missing, 'line'].iloc[0]}: {column} is missing or null; "
+                "it must be a string"
             )
-    images = [path.parent / row["image"] if row["image"] else None for row in rows]
-    return pd.DataFrame(
-        {
-            "title": [row["title"] for row in rows],
-            "image": [str(image) if image and image.is_file() else None for image in images],
-        },
-        index=[row["item_id"] for row in rows],
-    )
+    frame, rejected = clean_ids(frame, ("item_id",), path.name, [])
+    require_rows(len(frame), path, rejected)
+    repeated = frame["item_id"].duplicated()
+    if repeated.any():
+        item_id, line = frame.loc[repeated, ["item_id", "line"]].iloc[0]
+        other = frame.loc[frame["item_id"] == item_id, "line"].iloc[0]
+        raise InputError(
+            f"{path}, line {line}: item_id {item_id!r} is already in line {other}; remove one of "
+            "the two"
+        )
+    images = [
+        str(path.parent / name) if isinstance(name, str) and name else None
+        for name in frame["image"]
+    ]
+    catalogue = {
+        "title": frame["title"].to_list(),
+        "image": [image if image and os.path.isfile(image) else None for image in images],
+    }
+    return pd.DataFrame(catalogue, index=frame["item_id"].to_list()), rejected
 
 
 def main(argv=None):
     options = parse_options(SplitOptions, SECTION, argv, __doc__)
     print_options(options, "stage 1, data: your own interactions.csv and catalogue.jsonl")
-    started = time.monotonic()
     remedy = (
         "you; the README (Real data) describes its form, or name another --raw_dir. Nothing else"
     )
     names = ("interactions.csv", "catalogue.jsonl")
     raw_files = [require(Path(options.raw_dir) / name, maker=remedy) for name in names]
     job = Job.of(options, file_digests(*raw_files), limit=options.limit, raw_dir=options.raw_dir)
-    if not job.is_up_to_date(data_outputs(options)):
-        log, catalogue, rejected = load(options.raw_dir)
-        data = prepare(log, catalogue, options)
-        write_data_set(data, rejected, options, job, started)
+    with writing(job, data_outputs(options), [rejected_rows_path(options)]) as output:
+        if output.is_needed:
+            log, catalogue, rejected = load(options.raw_dir)
+            data = prepare(log, catalogue, options)
+            _, counts = write_data_set(data, rejected, options)
+            output.finish(counts)
     print(f"next: bash scripts/02_image_summary.sh {options.config}")
 
 

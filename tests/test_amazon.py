@@ -4,6 +4,8 @@ import gzip
 import json
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import read_by_id, read_rows
@@ -190,8 +192,8 @@ def test_rejected_rows_are_kept_with_their_reason(tmp_path):
     }
     assert rejected == {
         (13, None): "3 fields instead of 4",
-        (10, None): "an id or the timestamp is missing",
-        (11, None): "an id or the timestamp is missing",
+        (10, None): "the timestamp is not a number",
+        (11, None): "the user_id is empty",
         (None, "QQ"): "the item has no page",
     }
     stats = json.loads((data / "stats.json").read_text())
@@ -217,6 +219,23 @@ def test_rejected_rows_are_kept_with_their_reason(tmp_path):
             "Toys.jsonl, line 1: timestamp must be int64, not 'ten'; correct or",
         ),
         ("Toys.jsonl", lambda b: b"", "Toys.jsonl is empty; fetch it again"),
+        ("Toys.jsonl", lambda b: b"null\n" + b, "Toys.jsonl, line 1: a line must hold one object"),
+        (
+            "Toys.jsonl",
+            lambda b: b.replace(b": 10}", b": 1589233210123}"),
+            "Toys.jsonl mixes units of time: line 1 has milliseconds, line 2 has seconds",
+        ),
+        (
+            "Toys.jsonl",
+            lambda b: b'{"user_id": "u", "parent_asin": "A"}\n' * 2,
+            "Toys.jsonl, line 1: the timestamp is missing; none of the 2 rows can be used",
+        ),
+        (
+            "meta_Toys.jsonl",
+            lambda b: b.replace(b'"12.0"', b"1" * 5000).replace(b'"Toy"', rb'"\ud83d"'),
+            "meta_Toys.jsonl, line 4: not valid JSON .an integer has too many digits",
+        ),
+        ("meta_Toys.jsonl", lambda b: b"<html>" + b, "meta_Toys.jsonl is a web page"),
         (
             "meta_Toys.jsonl",
             lambda b: b.replace(b'"title": "Toy"', b'"title": 5'),
@@ -234,6 +253,80 @@ def test_bad_files_are_named_with_line_and_remedy(tmp_path, name, change, messag
     (folder / name).write_bytes(change((folder / name).read_bytes()))
     with pytest.raises(InputError, match=message):
         load(folder)
+
+
+@pytest.mark.parametrize("form", [".jsonl.gz", ".csv.gz"])
+def test_plain_text_with_the_name_of_a_gzipped_file_is_read(tmp_path, form):
+    raw(tmp_path, form)
+    for path in list(tmp_path.glob("*.gz")):
+        path.write_bytes(gzip.decompress(path.read_bytes()))
+    assert len(read_rows(load(tmp_path, "--require_image", "false") / "users.jsonl")) == 3
+
+
+def test_bad_ids_and_times_of_reviews_are_rejected_with_their_lines(tmp_path):
+    folder = raw(tmp_path, ".jsonl")
+    more = [("u4\x07", "A", 5), ("u4", None, 5), (" u1 ", "\u00a0D", 30), ("u4", "A", -5)]
+    review = {"user_id": "", "parent_asin": "", "timestamp": 0}
+    with open(folder / "Toys.jsonl", "a") as file:
+        file.write("\n")
+        for row in more:
+            file.write(json.dumps(dict(zip(review, row, strict=True))) + "\n")
+        file.write('{"user_id": "\\ud83d", "parent_asin": "A", "timestamp": 5}\n')
+    data = load(folder, "--require_image", "false")
+    rejected = read_rows(data / "interactions.rejected.jsonl")
+    control = "the user_id has a control character or half a surrogate pair"
+    assert [(row["line"], row["reason"]) for row in rejected] == [
+        (10, control),
+        (11, "the parent_asin is empty"),
+        (13, "the timestamp is negative"),
+        (14, control),
+    ]
+    assert read_by_id(data / "users.jsonl", "user_id")["u1"]["target"] == "D"
+
+
+def test_fractions_of_a_second_are_in_order(tmp_path):
+    folder = raw(tmp_path, ".csv")
+    text = (folder / "Toys.csv").read_text()
+    lines = [line + (".5" if line.endswith(",15") else "") for line in text.splitlines()]
+    lines = [line.replace(",10", ",15.25") for line in lines]
+    (folder / "Toys.csv").write_text("\n".join(lines))
+    users = read_by_id(load(folder, "--require_image", "false") / "users.jsonl", "user_id")
+    assert [*users["u1"]["history"], users["u1"]["target"]] == ["A", "C", "B"]
+
+
+@pytest.mark.parametrize(
+    ("text", "plain"),
+    [
+        ("Cups &amp; Saucers", "Cups & Saucers"),
+        ("Mom&amp;#39;s &quot;best&quot;", 'Mom\'s "best"'),
+        ("&amp;amp;amp;", "&amp;"),
+        ("<b>Cup</b>s <BR/>and<br>more", "Cups and more"),
+        ('<p class="x">One</p><p>Two</p>', "One Two"),
+        ("<ul><li>a</li><li>b</li></ul>H<sub>2</sub>O", "a b H2O"),
+        ("&lt;b&gt;bold&lt;/b&gt;", "bold"),
+        ('<a href="http://x/?a=1&b=2">link</a> <h1>T</h1>', "link T"),
+        ("I <3 you, a < b and b > a, <image>", "I <3 you, a < b and b > a, <image>"),
+        ("x <b and y> z, <bib>, </image>", "x <b and y> z, <bib>, </image>"),
+        ("&#xD83D; AT&T &unknown; R&D", "\ufffd AT&T &unknown; R&D"),
+    ],
+)
+def test_html_becomes_text(text, plain):
+    assert load_script("data_processing/amazon.py").plain_text(text) == plain
+
+
+def test_html_and_half_surrogate_pairs_of_pages_become_text(tmp_path):
+    folder = raw(tmp_path, ".jsonl")
+    pages = [*PAGES[:-1], {**PAGES[-1], "title": "<b> </b>&nbsp;"}]
+    pages[0] = {**PAGES[0], "title": "\ud83d <i>Cup</i> &amp; saucer", "features": ["<p>a</p>b"]}
+    (folder / "meta_Toys.jsonl").write_text("".join(json.dumps(page) + "\n" for page in pages))
+    data = load(folder, "--require_image", "false", "--item_text", "full")
+    items = read_by_id(data / "items.jsonl", "item_id")
+    assert items["A"]["title"] == "\ufffd Cup & saucer a b keeps warm"
+    assert set(items) == set("ABC")
+    rejected = read_rows(data / "interactions.rejected.jsonl")
+    assert [(row["item_id"], row["reason"]) for row in rejected] == [
+        ("D", "the item's page has no title")
+    ]
 
 
 def test_a_truncated_gzipped_file_is_reported(tmp_path):
@@ -266,6 +359,9 @@ def test_missing_files_are_named(tmp_path):
     write(tmp_path / "Toys.jsonl", as_lines([]))
     with pytest.raises(InputError, match=r"has no meta_Toys.jsonl"):
         load(tmp_path)
+    write(tmp_path / "meta_Toys.jsonl", as_lines(PAGES))
+    with pytest.raises(InputError, match=r"Toys.jsonl is empty"):
+        load(tmp_path)
 
 
 def test_an_id_that_is_no_file_name_is_rejected(tmp_path):
@@ -275,3 +371,40 @@ def test_an_id_that_is_no_file_name_is_rejected(tmp_path):
     data = load(folder)
     assert "../D" not in read_by_id(data / "items.jsonl", "item_id")
     assert [row["item_id"] for row in read_rows(data / "interactions.rejected.jsonl")] == ["../D"]
+
+
+CELL = st.sampled_from(["u1", " u1", "", "5", "1.5", "-1", "1e30", '"', '"x"', "\ufeff"])
+CELL |= st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\n\r"), max_size=3)
+REVIEW = st.fixed_dictionaries(
+    {
+        "user_id": st.none() | st.text(max_size=3),
+        "parent_asin": st.none() | st.text(max_size=3),
+        "timestamp": st.none() | st.integers(-1, 9) | st.integers(),
+    }
+)
+
+
+@pytest.fixture(scope="module")
+def loader_and_folder(tmp_path_factory):
+    return load_script("data_processing/amazon.py"), tmp_path_factory.mktemp("raw")
+
+
+@given(
+    st.lists(st.lists(CELL, min_size=3, max_size=4).map(",".join), max_size=6),
+    st.lists(REVIEW, max_size=6),
+    st.booleans(),
+)
+@settings(max_examples=50, deadline=None, derandomize=True)
+def test_every_review_is_kept_or_rejected(loader_and_folder, table, reviews, is_table):
+    loader, folder = loader_and_folder
+    path = folder / f"x.{'csv' if is_table else 'jsonl'}"
+    lines = ["user_id,parent_asin,timestamp", *table] if is_table else map(json.dumps, reviews)
+    path.write_text("".join(f"{line}\n" for line in lines), newline="\n")
+    try:
+        log, rejected = loader.read_reviews(path)
+    except InputError as error:
+        assert "\n" not in str(error)
+        return
+    rows = [line for line in table if line] if is_table else reviews
+    assert len(log.user) + len(rejected) == len(rows)
+    assert len(log.user) == len(log.item) == len(log.time)

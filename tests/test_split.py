@@ -275,6 +275,104 @@ def test_own_files_are_read_and_rejected_rows_are_kept(tmp_path, monkeypatch):
     }
 
 
+def own_files(folder, rows, catalogue):
+    """interactions.csv and catalogue.jsonl of the lines."""
+    folder.mkdir(exist_ok=True)
+    text = "\n".join(["user,item,timestamp", *rows])
+    (folder / "interactions.csv").write_text(text, newline="\n")
+    (folder / "catalogue.jsonl").write_text("\n".join(catalogue), newline="\n")
+    return folder
+
+
+def load_own(folder):
+    return load_script("data_processing/split.py").load(folder)
+
+
+CATALOGUE = ['{"item_id": "a", "title": "A", "image": null}', '{"item_id": "b", "title": "B"}']
+
+
+def test_ids_of_own_files_are_checked(tmp_path):
+    catalogue = [*CATALOGUE, '{"item_id": "\\ud83d", "title": "x"}', '{"item_id": "", "title": ""}']
+    catalogue += ['{"item_id": " c\u00a0", "title": "\\ud83d C", "image": "' + "x" * 5000 + '"}']
+    rows = ["u, a,5", " u ,b,4", ",a,3", "u\t1,a,2", "u,c,9"]
+    log, items, rejected = load_own(own_files(tmp_path, rows, catalogue))
+    assert log.user_ids.tolist() == ["u"]
+    assert log.item_ids.tolist() == ["a", "b", "c"]
+    assert items.loc["c"].to_dict() == {"title": "\ufffd C", "image": None}
+    control = "has a control character or half a surrogate pair"
+    assert [(row["file"], row["line"], row["reason"]) for row in rejected] == [
+        ("catalogue.jsonl", 3, f"the item_id {control}"),
+        ("catalogue.jsonl", 4, "the item_id is empty"),
+        ("interactions.csv", 4, "the user is empty"),
+        ("interactions.csv", 5, f"the user {control}"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("rows", "catalogue", "message"),
+    [
+        (["u,a,2020-01-01", "u,b,soon"], CATALOGUE, r"interactions.csv, line 2: .*'2020-01-01'"),
+        (["u,x,1", "u,y,2"], CATALOGUE, r"line 2: the item is not in .*; none of the 2 rows can"),
+        (
+            ["u,a,1", 'u,"b,2', "u,b,3"],
+            CATALOGUE,
+            r"interactions.csv, line 3: a double quote opens",
+        ),
+        (["u,a,5", "u,b,1589233210123"], CATALOGUE, r"line 2 has seconds, line 3 has milliseconds"),
+        ([], CATALOGUE, "interactions.csv has no rows"),
+        (["u,a,1"], [*CATALOGUE, "[]"], "catalogue.jsonl, line 3: a line must hold one object"),
+        (["u,a,1"], [*CATALOGUE, '{"item_id": 5}'], "catalogue.jsonl, line 3: item_id must be str"),
+        (["u,a,1"], ['{"item_id": "a"}'], "catalogue.jsonl, line 1: title is missing or null"),
+        (["u,a,1"], ['{"title": "a"}'], "catalogue.jsonl, line 1: item_id is missing or null"),
+        (
+            ["u,a,1"],
+            [*CATALOGUE, '{"item_id": " a", "title": "C"}'],
+            "catalogue.jsonl, line 3: item_id 'a' is already in line 1; remove one",
+        ),
+        (["u,a,1"], [], "catalogue.jsonl is empty"),
+        (["u,a,1"], ['{"item_id": "", "title": ""}'], "line 1: the item_id is empty; none of"),
+    ],
+)
+def test_bad_own_files_are_one_sentence(tmp_path, rows, catalogue, message):
+    with pytest.raises(InputError, match=message) as caught:
+        load_own(own_files(tmp_path, rows, catalogue))
+    assert "\n" not in str(caught.value)
+
+
+def test_own_catalogues_start_with_any_line(tmp_path):
+    """A first line `null` crashes Arrow's reader."""
+    with pytest.raises(InputError, match=r"catalogue.jsonl, line 1: a line must hold one object"):
+        load_own(own_files(tmp_path, ["u,a,1"], ["null", *CATALOGUE]))
+
+
+CELL = st.sampled_from(["u", " u", "a", "b", "\u00a0b", "", "5", "1.5", "-1", '"', '"a"'])
+CELL |= st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\n\r"), max_size=3)
+IDS = st.none() | st.sampled_from(["a", "b", "a ", ""]) | st.text(max_size=2)
+
+
+@pytest.fixture(scope="module")
+def loader_and_folder(tmp_path_factory):
+    return load_script("data_processing/split.py"), tmp_path_factory.mktemp("raw")
+
+
+@given(
+    st.lists(st.lists(CELL, min_size=2, max_size=4).map(",".join), max_size=6),
+    st.lists(st.fixed_dictionaries({"item_id": IDS, "title": IDS, "image": IDS}), max_size=3),
+    st.booleans(),
+)
+@settings(max_examples=50, deadline=None, derandomize=True)
+def test_every_row_of_own_files_is_kept_or_rejected(loader_and_folder, rows, catalogue, is_good):
+    lines = CATALOGUE if is_good else [json.dumps(row) for row in catalogue]
+    loader, folder = loader_and_folder
+    own_files(folder, rows, lines)
+    try:
+        log, items, rejected = loader.load(folder)
+    except InputError as error:
+        assert "\n" not in str(error)
+        return
+    assert len(log.user) + len(items) + len(rejected) == len(lines) + len([r for r in rows if r])
+
+
 def test_a_log_without_a_core_is_an_error_with_the_numbers():
     with pytest.raises(
         InputError,
