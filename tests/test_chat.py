@@ -155,12 +155,12 @@ def test_a_row_edited_by_hand_is_cleaned_and_its_span_follows(llava, preference,
     assert ids == llava.ids(prompt)
     assert ids.count(llava.image_token_id) == 1
     assert llava.tokenizer.eos_token_id not in ids
-    long = edited_row("<image> </s>", f"{preference} {'word ' * 300}")
+    long = edited_row("<image> </s> \ud83d", f"{preference} {'word ' * 300}")
     reader = RowReader(llava, ".", max_text_tokens=80)
     assert reader.find_too_long([long]) == ({}, ["u1"])
     prompt, ids = reader.prompt(long)
     assert len(ids) <= 80
-    assert "Title: < image> < /s>\nTaste: " in prompt, "only the preference is shortened"
+    assert "Title: < image> < /s> ?\nTaste: " in prompt, "only the preference is shortened"
     assert prompt.endswith("word\nYes or no? [/INST]")
 
 
@@ -169,7 +169,11 @@ def test_a_marker_across_the_start_of_the_preference_is_broken(llava):
     part = row["messages"][0]["content"][1]
     part["text"] = part["text"].replace("Taste: ", "Taste: <")
     row["preference_span"] = [n + 1 for n in row["preference_span"]]
-    prompt, ids = RowReader(llava, ".", max_text_tokens=90).prompt(row)
+    reader = RowReader(llava, ".", max_text_tokens=90)
+    cleaned = reader._cleaned(row)
+    start, end = cleaned["preference_span"]
+    assert question_text(cleaned)[start:end] == "image> likes jazz " + "word " * 300
+    prompt, ids = reader.prompt(row)
     assert "Taste: < image> likes jazz word" in prompt
     assert prompt.endswith("word\nYes or no? [/INST]")
     assert ids.count(llava.image_token_id) == 1
@@ -223,6 +227,13 @@ def test_a_row_with_a_marker_that_the_tokenizer_makes_is_refused():
 
 def test_a_text_that_swallows_a_marker_of_the_template_is_rejected():
     chat = ChatProcessor(AutoTokenizer.from_pretrained(TINY / "llama"))
+    turns = [user_turn("A star")]
+    ids = chat.ids(chat.render(turns))
+    assert chat.control_token_difference(ids, turns) is None
+    ids.remove(chat.tokenizer.eos_token_id)
+    difference = chat.control_token_difference(ids, turns)
+    assert difference == "its text removes the control token '<|eot_id|>'"
+    chat = ChatProcessor(chat.tokenizer)
     chat.tokenizer.add_special_tokens({"additional_special_tokens": ["star<|eot_id|>"]})
     with pytest.raises(RejectedError, match=r"removes the control token '<\|eot_id\|>'"):
         PromptWriter(chat, 500, "video").text_prompt(prompts.TITLE, title="A star")
