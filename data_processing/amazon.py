@@ -101,7 +101,7 @@ def find_files(raw_dir, category):
                 f"{folder} has both {paths[0].name} and {paths[1].name}; keep one of them there"
             )
         files.append(paths[0])
-    return tuple(map(check_raw_file, files))
+    return tuple(map(check_raw_file, files))  # both, before the reviews are read for minutes
 
 
 def read_reviews(path):

@@ -31,7 +31,6 @@ from mllmrec.data.split import (
     write_data_set,
 )
 from mllmrec.data.tables import (
-    check_raw_file,
     clean_ids,
     first_fields,
     parse_timestamps,
@@ -82,8 +81,6 @@ def find_files(raw_dir, name):
     if not existing:
         raise InputError(f"{titles[0]} is missing; the README (Real data) says where to get it")
     covers = folder / f"{prefix}_covers"
-    for path in (pairs[0], existing[0]):
-        check_raw_file(path)
     return pairs[0], existing[0], covers if covers.is_dir() else None
 
 

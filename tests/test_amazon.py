@@ -362,6 +362,17 @@ def test_missing_files_are_named(tmp_path):
     write(tmp_path / "meta_Toys.jsonl", as_lines(PAGES))
     with pytest.raises(InputError, match=r"Toys.jsonl is empty"):
         load(tmp_path)
+    (tmp_path / "Toys.jsonl").unlink()
+    (tmp_path / "Toys.jsonl").mkdir()
+    with pytest.raises(InputError, match=r"Toys.jsonl is a folder; put the file"):
+        load(tmp_path)
+
+
+def test_the_kind_of_both_files_is_checked_before_one_is_read(tmp_path):
+    write(tmp_path / "Toys.jsonl", "null")
+    write(tmp_path / "meta_Toys.jsonl", "<html>")
+    with pytest.raises(InputError, match=r"meta_Toys.jsonl is a web page"):
+        load(tmp_path)
 
 
 def test_an_id_that_is_no_file_name_is_rejected(tmp_path):

@@ -616,10 +616,7 @@ def _split_header(form: _TableForm, line: str) -> list[str]:
 
 
 def _header_names(path: Path, line: int, fields: Sequence[str], wanted: Sequence[str]) -> list[str]:
-    """One name for each column, those that are not wanted numbered.
-
-    Raises InputError if a wanted one is missing or there twice.
-    """
+    """Names without surrounding blanks; InputError if a wanted one is missing or there twice."""
     fields = [name.strip(BLANKS) for name in fields]
     if len(fields) < 2:
         raise InputError(
@@ -638,7 +635,7 @@ def _header_names(path: Path, line: int, fields: Sequence[str], wanted: Sequence
                 f"{path}, line {line}: column {name!r} is there {fields.count(name)} times; rename "
                 "or remove the others"
             )
-    return [name if name in wanted else f"\0{n}" for n, name in enumerate(fields)]
+    return fields
 
 
 def _text_records(path: Path, lines: list[str]) -> Iterator[tuple[int, int, list[str]]]:
