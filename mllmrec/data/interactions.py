@@ -17,7 +17,7 @@ Array = np.ndarray[Any, Any]
 class InteractionLog:
     """Interactions as columns of one length, in raw order.
 
-    user, item: integer codes into user_ids, item_ids; time: integers of any one unit.
+    user, item: integer codes into user_ids, item_ids; time: integers of any one unit, or ranks.
     """
 
     user_ids: Array
