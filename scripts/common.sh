@@ -1,12 +1,35 @@
-# Sourced by the numbered scripts: goes to the repository's root, takes the config from the arguments ($CONFIG), leaves
-# the options in "$@" and finds the interpreter ($PYTHON: yours if set, else .venv, else the active environment).
+# Sourced by the numbered scripts: goes to the repository's root, takes the config from the arguments ($CONFIG: the
+# first one, or --config), leaves the options in "$@" and finds the interpreter ($PYTHON: yours if set, else .venv,
+# else the active environment).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-CONFIG=configs/microlens.yaml
+
+usage_error() {
+    echo "error: $1" >&2
+    exit 2
+}
+
+CONFIG=
 if [[ $# -gt 0 && $1 != --* ]]; then
     CONFIG=$1
     shift
 fi
+words=()
+while [[ $# -gt 0 ]]; do
+    if [[ $1 == --config || $1 == --config=* ]]; then
+        [[ -z $CONFIG ]] || usage_error "two configs are named, $CONFIG and by $1; name one"
+        if [[ $1 == --config ]]; then
+            [[ $# -gt 1 && $2 != --* ]] || usage_error "--config needs a value"
+            shift
+        fi
+        CONFIG=${1#--config=}
+    else
+        words+=("$1")
+    fi
+    shift
+done
+set -- ${words[@]+"${words[@]}"}
+CONFIG=${CONFIG:-configs/microlens.yaml}
 if [[ -z ${PYTHON:-} ]]; then
     if [[ -x .venv/bin/python ]]; then PYTHON=.venv/bin/python; else PYTHON=python; fi
 fi
@@ -20,10 +43,16 @@ fi
 # Runs a script that loads a model: on one device, or as $ACCELERATE says, e.g.
 #   ACCELERATE="--config_file configs/accelerate/multi_gpu.yaml --num_processes 4" bash scripts/02_image_summary.sh …
 launch() {
-    local words
+    local words n
     read -ra words <<< "${ACCELERATE:-}"
     if [[ ${#words[@]} -gt 0 ]]; then
-        "$PYTHON" -m accelerate.commands.launch "${words[@]}" "$@"
+        for n in "${!words[@]}"; do # the stage compares it with the number of processes that were started
+            case ${words[n]} in
+                --num_processes) export MLLM_MSR_PROCESSES=${words[n + 1]:-} ;;
+                --num_processes=*) export MLLM_MSR_PROCESSES=${words[n]#*=} ;;
+            esac
+        done
+        "$PYTHON" -m accelerate.commands.launch --quiet "${words[@]}" "$@"
     else
         "$PYTHON" "$@"
     fi
@@ -32,11 +61,20 @@ launch() {
 # The options that every script has, for the scripts of a stage that are not its main one.
 common_overrides() {
     COMMON=()
+    local kept=false
     while [[ $# -gt 0 ]]; do
         case $1 in
-            --data_dir | --output_dir | --domain | --seed | --limit | --overwrite) COMMON+=("$1" "${2:-}") && shift ;;
-            --data_dir=* | --output_dir=* | --domain=* | --seed=* | --limit=* | --overwrite=*) COMMON+=("$1") ;;
+            --data_dir | --output_dir | --domain | --seed | --limit)
+                [[ $# -gt 1 && $2 != --* ]] || usage_error "$1 needs a value"
+                kept=true
+                ;;
+            --overwrite | --image_roots) kept=true ;; # with values or without
+            --data_dir=* | --output_dir=* | --domain=* | --seed=* | --limit=* | --overwrite=* | --image_roots=*)
+                kept=true
+                ;;
+            --*) kept=false ;;
         esac
+        if $kept; then COMMON+=("$1"); fi
         shift
     done
 }

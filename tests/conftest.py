@@ -1,5 +1,6 @@
 """What several test files need: one small run of all stages, unusual images, the real data."""
 
+import json
 import os
 import struct
 import subprocess
@@ -51,6 +52,11 @@ def saved(model_and_processor, folder):
     return str(folder)
 
 
+def write_unchecked(path, rows):
+    """A JSONL file with rows that the schema would refuse to write."""
+    Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
 def small_config(folder):
     """configs/sample.yaml with a world of 30 users and one epoch, in `folder`; returns its path."""
     text = (ROOT / "configs/sample.yaml").read_text()
@@ -60,6 +66,8 @@ def small_config(folder):
     text = text.replace("epochs: 4", "epochs: 1").replace(
         "validation_fraction: 0.06", "validation_fraction: 0.2"
     )
+    # Tests make copies of the run elsewhere, with links to its covers.
+    text = text.replace("  domain: video", f"  domain: video\n  image_roots: [{folder}]")
     path = Path(folder) / "small.yaml"
     path.write_text(text)
     return path

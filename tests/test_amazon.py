@@ -92,7 +92,7 @@ def load(folder, *options, cores=("2", "1")):
     words = ["--config", "configs/amazon_baby.yaml", "--category", "Toys"]
     words += ["--raw_dir", str(folder), "--data_dir", str(data)]
     words += ["--user_core", cores[0], "--item_core", cores[1]]
-    words += ["--negatives", "0", "--train_negatives", "0", *options]
+    words += ["--negatives", "0", "--train_negatives", "0", "--train_fraction", "0.5", *options]
     load_script("data_processing/amazon.py").main(words)
     return data
 

@@ -14,10 +14,11 @@ from urllib.parse import parse_qs, quote, urlsplit
 
 import pytest
 import tenacity
+from conftest import write_unchecked
 from PIL import Image
 
 from mllmrec.stage.errors import InputError
-from mllmrec.stage.jsonl import read_by_id, write_rows
+from mllmrec.stage.jsonl import read_by_id
 from mllmrec.stage.scripts import load_script as script
 
 PRIVATE = ("--allow_private", "true")
@@ -145,7 +146,7 @@ def download(stage, tmp_path, monkeypatch):
     def call(urls, *options):
         """Run the stage on dict item_id -> url; returns dicts item_id -> row and -> reason."""
         rows = [{"item_id": name, "url": url} for name, url in urls.items()]
-        write_rows(tmp_path / "image_urls.jsonl", rows)
+        write_unchecked(tmp_path / "image_urls.jsonl", rows)
         stage.main(["--config", str(config), "--data_dir", str(tmp_path), *options])
         rejected, reasons = tmp_path / "images.rejected.jsonl", {}
         if rejected.exists():

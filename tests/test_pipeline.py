@@ -362,7 +362,7 @@ def test_real_data_passes_all_stages(tmp_path, monkeypatch):
     config = tmp_path / "small.yaml"
     config.write_text(f"""
 base: {ROOT}/configs/microlens.yaml
-common: {{data_dir: {data}, output_dir: {outputs}}}
+common: {{data_dir: {data}, output_dir: {outputs}, image_roots: [{raw}]}}
 image_summary: {{model: Inference/tiny_models/llava, max_new_tokens: 20}}
 preference: {{model: Inference/tiny_models/llama, max_new_tokens: 40}}
 train: {{model: Inference/tiny_models/llava, epochs: 1, workers: 0}}

@@ -469,7 +469,7 @@ def test_leave_one_out_by_brute_force(sequences, max_history, seed):
 
 def test_a_limit_keeps_whole_users_of_a_leave_one_out_split(tmp_path):
     rows = [(f"u{u}", f"i{(u * 7 + n) % 40}", n) for u in range(30) for n in range(5)]
-    options = {"negatives": 3, "train_negatives": 1, "data_dir": str(tmp_path)}
+    options = {"negatives": 3, "train_negatives": 1, "data_dir": str(tmp_path), "raw_dir": "."}
     data, pilot = prepared(rows, split_by="leave_one_out", user_core=4, limit=7, **options)
     assert data.statistics["written_users"] == dict.fromkeys(SPLITS, 7)
     items = write_data(data, pilot)

@@ -21,6 +21,7 @@ from mllmrec.ranking.sampler import EpochSampler, EpochSettings, pack_into_batch
 from mllmrec.ranking.trainer import check_plain_positions, check_shared_prefix
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import read_rows, write_rows
+from mllmrec.stage.record import file_digests
 from mllmrec.stage.scripts import load_script
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -381,7 +382,7 @@ def learned(tmp_path_factory):
             {
                 "user_id": user["user_id"],
                 "preference": world.preference_text(kept[-1]),
-                "blocks": [],
+                "blocks": [{"items": user["history"], "preference": "any"}],
             }
         )
     system = folder / "mllm_msr"
@@ -466,6 +467,7 @@ def test_the_adapter_of_another_base_is_refused(small_run, tmp_path, monkeypatch
     (tmp_path / "adapter_config.json").write_text(
         json.dumps({**config, "base_model_name_or_path": "someone/other-model"})
     )
+    shutil.copy(adapter / "adapter_model.safetensors", tmp_path)
     with pytest.raises(
         InputError, match=r"was trained on someone/other-model, not on .*llava; pass the matching"
     ):
@@ -487,6 +489,7 @@ def test_the_adapter_of_another_base_is_refused(small_run, tmp_path, monkeypatch
     record["inputs"] = {
         name: digest for name, digest in record["inputs"].items() if "/" not in name
     }
+    record["outputs"] |= file_digests(hub / "adapter_config.json")
     (hub / "run.json").write_text(json.dumps(record))
     with monkeypatch.context() as patch:
         patch.setattr("mllmrec.models.lora.model_identity", lambda name: record["base"])

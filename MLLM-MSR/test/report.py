@@ -70,7 +70,7 @@ def write_report(metrics_path, outputs, published, options):
     stages = report.stage_rows(stage_outputs(options))
     scores = score_files(folder)
     plotted = {name: scores[name] for name in PLOTTED if name in scores}
-    files = report.RunFiles(data_dir, options.system_dir, plotted)
+    files = report.RunFiles(data_dir, options.system_dir, plotted, options.image_roots)
     page = report.render_page(
         rows=rows,
         stages=stages,

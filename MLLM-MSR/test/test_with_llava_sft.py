@@ -24,8 +24,9 @@ from typing import Literal
 from pydantic.dataclasses import dataclass
 from tqdm import tqdm
 
+from mllmrec.data.images import check_image_paths
 from mllmrec.ranking.options import RankerOptions
-from mllmrec.ranking.rows import first_users, replace_preference
+from mllmrec.ranking.rows import first_users, image_names, replace_preference
 from mllmrec.stage.errors import InputError, run_main
 from mllmrec.stage.jsonl import read_rows
 from mllmrec.stage.options import CommonOptions, option, parse_options, print_options
@@ -111,6 +112,8 @@ def main(argv=None):
     rows = read_rows(test_path)
     if len({(row["user_id"], row["item_id"]) for row in rows}) != len(rows):
         raise InputError(f"{test_path} has a row twice; make it again with scripts/04_datasets.sh")
+    names = image_names(rows)
+    check_image_paths(names, test_path, options.data_dir, options.image_roots)
     adapter = None if options.adapter == "none" else Path(options.adapter or folder / "adapter")
     if adapter is not None:
         from mllmrec.models.lora import check_adapter
@@ -120,9 +123,12 @@ def main(argv=None):
     outputs = open_outputs(rows, inputs, options)
     if outputs:
         # Imported here, so that --help and a missing input are answered at once.
+        from mllmrec.evaluation.metrics import CandidateLists
         from mllmrec.models.lora import load_adapter
         from mllmrec.ranking.reader import RowReader, load_ranker
 
+        # Lists that cannot be ranked are refused before the model is loaded.
+        CandidateLists.of([{**row, "score": 0.0} for row in rows], test_path)
         model, chat = load_ranker(options)
         if adapter is not None:
             model = load_adapter(model, adapter, options.model)

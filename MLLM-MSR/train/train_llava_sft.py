@@ -25,11 +25,12 @@ from typing import Literal, NamedTuple
 
 from pydantic.dataclasses import dataclass
 
+from mllmrec.data.images import check_image_paths
 from mllmrec.evaluation.metrics import CandidateLists
 from mllmrec.models.options import LoraOptions
 from mllmrec.ranking.checkpoints import is_trained, last_complete_checkpoint, training_lock
 from mllmrec.ranking.options import RankerOptions
-from mllmrec.ranking.rows import check_training_rows, first_users
+from mllmrec.ranking.rows import check_training_rows, first_users, image_names
 from mllmrec.stage.errors import InputError, run_main
 from mllmrec.stage.jsonl import read_rows, write_rejected
 from mllmrec.stage.options import option, parse_options, print_options
@@ -272,6 +273,7 @@ def train(rows, validation, sizes, job, options):
 
 def save_adapter(trainer, chat, counts, job, started):
     """Write adapter/ with its record, from the main process."""
+    from mllmrec.models.loading import check_finite
     from mllmrec.models.lora import model_identity
     from mllmrec.ranking.callbacks import mean_loss
 
@@ -282,6 +284,7 @@ def save_adapter(trainer, chat, counts, job, started):
         return
     options, state = job.options, trainer.state
     adapter = options.system_dir / "adapter"
+    check_finite("the trained adapter", trainer.model, only="lora_")
     dtype = "bfloat16" if trainer.args.bf16 else "float16" if trainer.args.fp16 else "float32"
     with new_folder(adapter) as folder:
         trainer.model.save_pretrained(folder, state_dict=weights)
@@ -327,6 +330,9 @@ def main(argv=None):
         if not is_trained(adapter, job):
             rows = rows[: options.limit or None]
             validation = first_users(validation, options.validation_users)
+            for split, path in zip((rows, validation), paths, strict=True):
+                names = image_names(split)
+                check_image_paths(names, path, options.data_dir, options.image_roots)
             sizes = check_training_rows(rows, paths[0]) | check_training_rows(validation, paths[1])
             if validation:  # lists that cannot be ranked are refused here
                 CandidateLists.of([{**row, "score": 0.0} for row in validation], paths[1])

@@ -1,12 +1,19 @@
 """Opening images of unknown origin: one RGB image, or one reason why not."""
 
 import io
+import os
 import warnings
+from collections.abc import Iterable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageOps
 
+from mllmrec.stage.errors import InputError
+
+# Pillow knows more, and starts other programs for some of them.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")  # in this order, in lower and upper case
 MAX_PIXELS = 100_000_000  # more is no cover but an attack on memory, or a mistake
 
@@ -31,7 +38,7 @@ def open_image(path: str | Path | io.BytesIO) -> Image.Image:
             warnings.simplefilter(
                 "ignore", Image.DecompressionBombWarning
             )  # judged by MAX_PIXELS instead
-            image = Image.open(path)
+            image = Image.open(path, formats=FORMATS)
         if image.width * image.height > MAX_PIXELS:
             raise ImageError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS}")
         image.load()
@@ -55,7 +62,7 @@ def image_size(path: str | Path) -> tuple[int, int]:
     Raises ImageError for what the header reveals.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             width, height = image.size
             rotated = image.getexif().get(0x0112) in (5, 6, 7, 8)  # by a quarter
             return (height, width) if rotated else (width, height)
@@ -63,6 +70,31 @@ def image_size(path: str | Path) -> tuple[int, int]:
         raise ImageError("the file is missing") from None
     except Exception as error:  # as above
         raise ImageError(f"not a readable image ({type(error).__name__})") from None
+
+
+def check_image_paths(
+    names: Iterable[str], of_file: str | Path, data_dir: str | Path, roots: Sequence[str]
+) -> None:
+    """Raise InputError if an image of the file `of_file` lies outside `data_dir` and `roots`.
+
+    names: paths relative to the file. Links are resolved: a data set of others must not make a
+    stage open, or a report show, any file of this machine.
+    """
+    allowed = [os.path.realpath(root) for root in (data_dir, *roots)]
+    for name in dict.fromkeys(names):
+        path = os.path.join(os.path.dirname(of_file), name)
+        place = os.path.realpath(path) if os.path.islink(path) else _resolved(os.path.dirname(path))
+        if not any(place == root or place.startswith(root + os.sep) for root in allowed):
+            raise InputError(
+                f"{of_file}: the image {name} lies in {place}, outside {data_dir} and "
+                f"--image_roots ({' '.join(roots) or 'none'}); if that is right, name its folder "
+                "with --image_roots, also in the later stages"
+            )
+
+
+@cache  # thousands of images lie in one folder
+def _resolved(folder: str) -> str:
+    return os.path.realpath(folder)
 
 
 def image_index(folder: str | Path | None) -> dict[str, str]:

@@ -22,6 +22,7 @@ import numpy as np
 import pandas as pd
 from pydantic.dataclasses import dataclass as options_dataclass
 
+from mllmrec.data.images import check_image_paths
 from mllmrec.data.interactions import (
     Array,
     InteractionLog,
@@ -51,7 +52,7 @@ SPLITS = ("train", "validation", "test")
 class SplitOptions(CommonOptions):
     """Options of every loader: what becomes of the log once it is read."""
 
-    raw_dir: str = option("data/raw", "folder of the raw files")
+    raw_dir: str = option("data/raw", "folder of the raw files", min_length=1)
     user_core: int = option(
         6, "fewest interactions of a user (6 gives the paper's 25,411 users)", ge=2
     )
@@ -300,6 +301,12 @@ def write_data(data: PreparedData, options: SplitOptions) -> pd.DataFrame:
     With --limit only the items that the written users need are written.
     """
     users_path, items_path, stats_path = data_outputs(options)
+    images = [relative_path(i, items_path) for i in data.items["image"] if isinstance(i, str)]
+    try:
+        check_image_paths(images, items_path, options.data_dir, options.image_roots)
+    except InputError as reason:  # here the images of the raw files are those that were named
+        check_image_paths(images, items_path, options.data_dir, [options.raw_dir])
+        print(f"note: {reason}")
     used: set[str] = set()
     with atomic_file(users_path) as file:
         for line in data.lines(options):
@@ -331,6 +338,12 @@ def write_data_set(
 
     rejected: rows of the raw files.
     """
+    for name in ("train", "test"):  # without validation users, the last epoch is kept
+        if data.statistics["written_users"][name] == 0 and not options.limit:
+            raise InputError(
+                f"of {len(data.user_ids)} users none is in the {name} split; change "
+                "--train_fraction, --validation_fraction or --folds"
+            )
     data.statistics["rejected_rows"] = len(rejected)
     items = write_data(data, options)
     outputs = data_outputs(options)

@@ -12,7 +12,7 @@ from typing import Any
 from jinja2 import Environment
 
 from mllmrec.data.candidates import read_users, users_of_split
-from mllmrec.data.images import ImageError, open_image
+from mllmrec.data.images import ImageError, check_image_paths, open_image
 from mllmrec.evaluation import plots
 from mllmrec.evaluation.metrics import SHOWN
 from mllmrec.stage.jsonl import Row, read_by_id, read_rows
@@ -24,11 +24,15 @@ THUMBNAIL = (96, 96)  # pixels
 
 @dataclass
 class RunFiles:
-    """Where the files of a run are. scores: variant -> scores.jsonl, the main variant first."""
+    """Where the files of a run are.
+
+    scores: variant -> scores.jsonl, the main variant first; image_roots: see CommonOptions.
+    """
 
     data_dir: Path
     system_dir: Path
     scores: Mapping[str, Path]
+    image_roots: Sequence[str] = ()
 
 
 def stage_rows(stages: Sequence[tuple[str, Path]]) -> list[tuple[str, str, str, str]]:
@@ -73,6 +77,8 @@ def user_examples(files: RunFiles, n_users: int) -> list[dict[str, Any]]:
     users = {user["user_id"]: user for user in test_users}
     items_path = files.data_dir / "items.jsonl"
     items = read_by_id(items_path, "item_id")
+    images = [item["image"] for item in items.values() if item["image"] is not None]
+    check_image_paths(images, items_path, files.data_dir, files.image_roots)
     preferences = _read_preferences(files.system_dir / "user_preferences.jsonl")
     lists: dict[str, list[Row]] = {}
     for row in read_rows(next(iter(files.scores.values()))):

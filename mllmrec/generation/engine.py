@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
-from transformers import GenerationConfig, LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from mllmrec.generation import prefill, sampling
 from mllmrec.models.chat import Arrays, ChatProcessor, to_model
@@ -77,6 +77,19 @@ class _Request:
     number: int
     dialogue: Dialogue
     prompt: Prompt
+
+
+class FiniteLogits(LogitsProcessor):
+    """Notes which rows had a logit that is not finite. broken: bool (rows,), on the device."""
+
+    def __init__(self) -> None:
+        self.broken: torch.Tensor | None = None
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        """scores: (rows, vocabulary), returned as they are."""
+        broken = ~torch.isfinite(scores).all(-1)
+        self.broken = broken if self.broken is None else self.broken | broken
+        return scores
 
 
 class GenerationEngine:
@@ -157,14 +170,21 @@ class GenerationEngine:
                 self.model, chunks, self.chat.tokenizer.pad_token_id, self.max_new_tokens
             )
         prompt_length = batch["input_ids"].shape[1]
-        processors: list[Any] = []
+        finite = FiniteLogits()
+        processors: list[Any] = [finite]
         if self.options.temperature > 0:
             streams = [sampling.stream_id(self.options.seed, r.row_id, r.number) for r in requests]
-            processors = [
+            processors += [
                 *sampling.warpers(self.options.temperature, self.options.top_p),
                 sampling.GumbelMaxSampler(streams, prompt_length),
             ]
         ids = self.model.generate(**batch, logits_processor=LogitsProcessorList(processors))
+        if finite.broken is not None and finite.broken.any():
+            row_id = requests[int(finite.broken.nonzero()[0])].row_id
+            raise InputError(
+                f"the model's logits for {row_id!r} are not finite numbers: its weights are "
+                "damaged, or --dtype float16 is too narrow for them; finished rows are kept"
+            )
         return [self.chat.decode(row) for row in ids[:, prompt_length:]]
 
     def _encode(self, requests: list[_Request]) -> Any:

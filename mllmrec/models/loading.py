@@ -5,10 +5,13 @@ checkpoints.
 import importlib.util
 import logging
 import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -21,12 +24,14 @@ from transformers.utils import logging as transformers_logging
 
 from mllmrec.models.compat import processor_without_video
 from mllmrec.models.options import ModelOptions
-from mllmrec.stage.errors import InputError
+from mllmrec.stage.errors import InputError, machine_fault
 
 # Without an optional kernel for processors with bfloat16 instructions bitsandbytes warns at import;
 # nothing here needs it.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
+# Buffers that models compute themselves; old checkpoints hold them beside the weights.
+COMPUTED = re.compile(r"(position_ids|rotary_emb\.inv_freq)$")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -76,8 +81,8 @@ def read_config(name: str) -> Any:
             f"{name} has no config.json, so it is no model folder; name another --model"
         )
     try:
-        return AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
+        return AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
         raise InputError(f"the model {name} cannot be read: {one_line(error)}") from None
 
 
@@ -144,9 +149,15 @@ def _load_model(auto_class: Any, name: str, config: Any, options: ModelOptions) 
     device = pick_device()
     dtype = pick_dtype(options.dtype, device)
     transformers_logging.disable_progress_bar()
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # its table of keys: `check_keys` refuses instead
     try:
-        model = auto_class.from_pretrained(
+        model, keys = auto_class.from_pretrained(
             name,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below, by name
+            trust_remote_code=False,  # else a folder may ask on the terminal to run its code
+            use_safetensors=True,  # other formats can hold code
             dtype=dtype,
             attn_implementation=pick_attention(options.attention, device, dtype),
             device_map={"": device},
@@ -154,7 +165,11 @@ def _load_model(auto_class: Any, name: str, config: Any, options: ModelOptions) 
                 options.quantization, auto_class, config, dtype
             ),
         )
-    except (OSError, ValueError) as error:
+    except (KeyError, OSError, SafetensorError, TypeError, ValueError) as error:
+        raise InputError(f"the model {name} cannot be loaded: {one_line(error)}") from None
+    except RuntimeError as error:
+        if machine_fault(error) is not None:
+            raise
         raise InputError(f"the model {name} cannot be loaded: {one_line(error)}") from None
     except ImportError as error:
         wanted = f"--quantization {options.quantization} --attention {options.attention}"
@@ -162,16 +177,59 @@ def _load_model(auto_class: Any, name: str, config: Any, options: ModelOptions) 
             f"the model {name} cannot be loaded with {wanted}, a package is missing: "
             f"{one_line(error)}"
         ) from None
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+    check_keys(name, keys)
+    check_finite(name, model)
     return model.eval()
+
+
+def check_keys(name: str, keys: Mapping[str, Iterable[Any]]) -> None:
+    """Raise InputError unless the checkpoint `name` has exactly the weights of its model.
+
+    keys: what `from_pretrained` returns as loading info; tied weights are in none of its lists.
+    transformers would initialise what is missing at random, and only print a table.
+    """
+    unexpected = [k for k in keys["unexpected_keys"] if not COMPUTED.search(k)]
+    found = {
+        "missing": sorted(keys["missing_keys"]),
+        "unexpected": sorted(unexpected),
+        "of another shape": sorted(str(k[0]) for k in keys["mismatched_keys"]),
+    }
+    if any(found.values()):
+        raise InputError(
+            f"the checkpoint {name} does not hold the weights of its model ({listed(found)}); "
+            "fetch it again or name another --model"
+        )
+
+
+def listed(keys: Mapping[str, Sequence[str]]) -> str:
+    """What is wrong with some keys -> the keys, as half a sentence that names the first three."""
+    return ", ".join(
+        f"{len(names)} {what}: {' '.join(names[:3])}{' ...' if len(names) > 3 else ''}"
+        for what, names in keys.items()
+        if names
+    )
+
+
+def check_finite(name: str, model: torch.nn.Module, only: str = "") -> None:
+    """Raise InputError if a weight is not finite. only: check parameters whose name holds this."""
+    for key, parameter in model.named_parameters():
+        is_checked = only in key and parameter.is_floating_point()
+        if is_checked and not torch.isfinite(parameter).all():
+            raise InputError(
+                f"the weights {key} of {name} are not all finite numbers: the file is damaged, the "
+                "training diverged, or --dtype float16 is too narrow for them"
+            )
 
 
 def _load_processor(auto_class: Any, name: str, config: Any, options: ModelOptions) -> Any:
     try:
-        processor = auto_class.from_pretrained(name)
-    except (ImportError, KeyError, OSError, ValueError) as error:
+        processor = auto_class.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:  # `tokenizers` raises nothing narrower for a damaged file
         try:  # processors with a video part need torchvision for it alone; no stage has video input
             processor = processor_without_video(config.model_type).from_pretrained(name)
-        except (ImportError, KeyError, OSError, ValueError):
+        except Exception:
             raise InputError(
                 f"{name} has no usable tokenizer or processor: {one_line(error)}"
             ) from None

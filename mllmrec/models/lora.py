@@ -1,18 +1,30 @@
 """LoRA on the language model: which layers, attaching, loading, and checks that an adapter fits."""
 
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from peft import (
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    prepare_model_for_kbit_training,
+)
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
-from mllmrec.models.loading import module_path, one_line, read_config
+from mllmrec.models.loading import check_finite, listed, module_path, one_line, read_config
 from mllmrec.models.options import LoraOptions
-from mllmrec.stage.errors import InputError
+from mllmrec.stage.errors import InputError, machine_fault
 from mllmrec.stage.jsonl import PathLike
-from mllmrec.stage.record import file_digests, first_difference, read_record
+from mllmrec.stage.record import check_described, file_digests, first_difference, read_record
+
+WEIGHTS = "adapter_model.safetensors"
 
 
 def language_model_linear_layers(model: Any, names: Sequence[str] = ()) -> tuple[str, list[str]]:
@@ -90,13 +102,19 @@ def adapter_base(folder: PathLike) -> str:
 
     Raises InputError if there are none.
     """
-    if not (Path(folder) / "adapter_config.json").exists():
+    for name in ("adapter_config.json", WEIGHTS):
+        if not (Path(folder) / name).is_file():
+            raise InputError(
+                f"{folder} is missing or has no {name}; scripts/05_train.sh makes it, or pass "
+                "--adapter none"
+            )
+    try:
+        return PeftConfig.from_pretrained(str(folder)).base_model_name_or_path or ""
+    except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
         raise InputError(
-            f"{folder} is missing or has no adapter_config.json; scripts/05_train.sh makes it, or "
-            f"pass "
-            "--adapter none"
-        )
-    return PeftConfig.from_pretrained(str(folder)).base_model_name_or_path or ""
+            f"{folder}/adapter_config.json cannot be read ({one_line(error)}); restore it, or "
+            "train again with scripts/05_train.sh --overwrite true"
+        ) from None
 
 
 def check_adapter(folder: PathLike, name: str, image_tiles: str | None = None) -> None:
@@ -107,6 +125,8 @@ def check_adapter(folder: PathLike, name: str, image_tiles: str | None = None) -
     the names if both are hub ids; else the bare names.
     """
     base, record = adapter_base(folder), read_record(folder) or {}
+    if record:  # the weights, r, alpha and the layers are those of the training
+        check_described(folder, record)
     remedy = "pass the matching --model or --adapter"
     if "base" not in record:
         if base and Path(base).name != Path(name).name:
@@ -143,11 +163,34 @@ def _other_files(recorded: Mapping[str, str], base: str, name: str) -> str | Non
 def load_adapter(model: Any, folder: PathLike, name: str) -> Any:
     """`model` (of the name `name`) with the LoRA weights of `folder`, in evaluation mode.
 
-    Raises InputError if they do not fit.
+    Raises InputError if they do not fit: PEFT would only warn, and go on without them.
     """
     try:
-        return PeftModel.from_pretrained(model, str(folder)).eval()
-    except (RuntimeError, ValueError) as error:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Found missing adapter keys")
+            warnings.filterwarnings("ignore", category=FutureWarning)  # renamings inside peft
+            adapted = PeftModel.from_pretrained(model, str(folder)).eval()
+        in_file = load_file(Path(folder) / WEIGHTS)
+    except SafetensorError as error:
+        raise InputError(
+            f"{Path(folder) / WEIGHTS} cannot be read ({one_line(error)}); restore it, or train "
+            "again with scripts/05_train.sh --overwrite true"
+        ) from None
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:
+        if machine_fault(error) is not None:
+            raise
         raise InputError(
             f"the adapter {folder} does not fit the model {name}: {one_line(error)}"
         ) from None
+    in_model = get_peft_model_state_dict(adapted).keys()
+    found = {
+        "of the file are not in the model": sorted(in_file.keys() - in_model),
+        "of the model are not in the file": sorted(in_model - in_file.keys()),
+    }
+    if any(found.values()) or not in_model:
+        raise InputError(
+            f"the adapter {folder} does not fit the model {name}: of its LoRA weights "
+            f"{listed(found) or 'there are none'}; pass the matching --model or --adapter"
+        )
+    check_finite(str(folder), adapted, only="lora_")
+    return adapted

@@ -44,7 +44,12 @@ class Collator:
         return list(self.reader.answer_tokens.ids[row["label"]])
 
     def __call__(self, rows: Sequence[Row]) -> Any:
-        """A batch of these rows."""
+        """A batch of these rows; `row_names` is for messages and not for the model."""
+        batch = self._batch(rows)
+        batch["row_names"] = [row_name(row) for row in rows]
+        return batch
+
+    def _batch(self, rows: Sequence[Row]) -> Any:
         if self.share_prefix:
             return self._packed_batch(rows)
         images = [self.reader.image(row) for row in rows]

@@ -19,7 +19,7 @@ from mllmrec.data.candidates import (
     user_key,
     users_of_split,
 )
-from mllmrec.data.images import ImageError, open_image
+from mllmrec.data.images import ImageError, check_image_paths, open_image
 from mllmrec.prompts import mllm_msr as prompts
 from mllmrec.ranking.rows import Candidate, QuestionFormat, candidate_row
 from mllmrec.stage.errors import InputError
@@ -162,7 +162,10 @@ def write_splits(splits: Sequence[str], options: DatasetOptions, with_answer: bo
         path = options.system_dir / f"{split}.jsonl"
         with writing(job, [path], [rejected_path(path)]) as output:
             if output.is_needed:
-                sources = sources or Sources(*paths)
+                if sources is None:
+                    sources = Sources(*paths)
+                    images = [i["image"] for i in sources.items.values() if i["image"] is not None]
+                    check_image_paths(images, paths[1], data, options.image_roots)
                 output.finish(_write_split(split, path, sources, options, with_answer))
 
 

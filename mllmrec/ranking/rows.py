@@ -164,6 +164,11 @@ def first_users(rows: Sequence[Row], n: int) -> list[Row]:
     return [row for row in rows if row["user_id"] in users]
 
 
+def image_names(rows: Sequence[Row]) -> list[str]:
+    """Paths of the images of some rows, relative to their file."""
+    return [name for row in rows for name in row["images"]]
+
+
 def check_training_rows(
     rows: Sequence[Row], path: PathLike, answers: Sequence[str] = YES_NO_ANSWERS
 ) -> dict[Path, tuple[int, int]]:

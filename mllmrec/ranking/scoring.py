@@ -6,6 +6,7 @@ same history. So rows are grouped: keys and values of what the prompts of a grou
 once, and extended by each row's own text.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,8 @@ from mllmrec.models.compat import has_plain_positions, select_cache_rows
 from mllmrec.models.padding import common_prefix_length, pad_with_mask
 from mllmrec.ranking.answers import AnswerSet
 from mllmrec.ranking.reader import RowReader
-from mllmrec.ranking.rows import group_rows
+from mllmrec.ranking.rows import group_rows, row_name
+from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import Row
 
 GROUPS_PER_CHUNK = 32  # the unit of work that processes share and that a resumed run repeats
@@ -109,7 +111,14 @@ def score_rows(
             else:
                 flat = [row for group in batch for row in group]
                 scored = _score_plainly(model, reader, flat, options.batch_tokens)
-            yield from (one for one in scored if wanted is None or one[0] in wanted)
+            for index, logits in scored:
+                if not all(map(math.isfinite, logits)):
+                    raise InputError(
+                        f"{row_name(rows[index])}: the logits {logits} are not finite numbers: "
+                        "the weights are damaged, or --dtype float16 is too narrow for them"
+                    )
+                if wanted is None or index in wanted:
+                    yield index, logits
 
 
 def _batches(

@@ -3,6 +3,7 @@
 from typing import Any
 
 import numpy as np
+import torch
 from accelerate.utils import gather_object
 
 from mllmrec.evaluation.metrics import CandidateLists, hit_rate, pooled_auc
@@ -22,6 +23,18 @@ class RankingTrainer(SamplerTrainer):
     ) -> None:
         super().__init__(*args, **kwargs)
         self.train_sampler, self.reader, self.batch_tokens = sampler, reader, batch_tokens
+
+    def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """One micro-batch. Raises InputError, naming its rows, if the loss is not finite."""
+        names = inputs.pop("row_names")
+        loss: torch.Tensor = super().training_step(model, inputs, *args, **kwargs)
+        if not torch.isfinite(loss):
+            raise InputError(
+                f"the loss in step {self.state.global_step + 1} is {loss.item()} ({names[0]}"
+                f"{' and others' if len(names) > 1 else ''}): the training diverged; start again "
+                "with a lower --learning_rate, or with --dtype float32"
+            )
+        return loss
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Score the validation rows; the processes share them, but with FSDP each scores all."""

@@ -91,7 +91,7 @@ def _undecodable_byte(raw: bytes) -> int | None:
 
 
 def whole_characters(value: Any) -> Any:
-    """`value` with U+FFFD in place of half surrogate pairs, which no UTF-8 file can hold."""
+    """`value` with U+FFFD for each half of a surrogate pair, which UTF-8 cannot express."""
     if isinstance(value, str):
         return value.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
     if isinstance(value, list):

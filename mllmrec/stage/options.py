@@ -40,13 +40,21 @@ NOT_SECTIONS = ("dataset", "base")  # top-level keys that are no sections
 
 NAME = r"^[\w-]+$"  # of a folder below output_dir: no path can leave it
 
+LARGEST = 2**31 - 1  # of a whole number; libraries take it as 32 bit
+
 T = TypeVar("T", bound="CommonOptions")
 
 
 def option(default: Any, text: str, **limits: Any) -> Any:
     """A field of an options class: its default, its help text, and pydantic limits such as
     `ge=1`.
+
+    Every whole number has an upper limit and no number is infinite or NaN, whatever the field says.
     """
+    if isinstance(default, int) and not isinstance(default, bool) and "lt" not in limits:
+        limits.setdefault("le", LARGEST)
+    if isinstance(default, float):
+        limits["allow_inf_nan"] = False
     if isinstance(default, list):
         return Field(default_factory=lambda: list(default), description=text, **limits)
     return Field(default=default, description=text, **limits)
@@ -57,12 +65,17 @@ class CommonOptions:
     """Options of every stage. The options class of a stage adds its own."""
 
     config: str = option("", f"YAML file (default: ${CONFIG_VARIABLE}, else {DEFAULT_CONFIG})")
-    data_dir: str = option("data/microlens", "folder of items.jsonl and users.jsonl")
-    output_dir: str = option("outputs/microlens", "folder of outputs, one subfolder per system")
+    data_dir: str = option("data/microlens", "folder of items.jsonl and users.jsonl", min_length=1)
+    output_dir: str = option(
+        "outputs/microlens", "folder of outputs, one subfolder per system", min_length=1
+    )
     system: str = option(
         "mllm_msr", "subfolder of output_dir for the outputs of this system", pattern=NAME
     )
-    domain: str = option("video", "wording of the prompts: video or product")
+    image_roots: list[str] = option(
+        ["data/raw"], "folders that images may lie in, besides data_dir; links are resolved"
+    )
+    domain: Literal["video", "product"] = option("video", "wording of the prompts")
     seed: int = option(42, "seed of every random generator (released code: 42)", ge=0)
     limit: int = option(0, "only the first N rows, 0 = all; a later run without it resumes", ge=0)
     overwrite: bool = option(False, "delete what an earlier run with other settings wrote")
@@ -86,6 +99,7 @@ def parse_options(
     type or outside its range.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
+    check_processes()
     parser = _parser(options_class, description)
     if "-h" in argv or "--help" in argv:
         parser.print_help()
@@ -105,6 +119,19 @@ def parse_options(
         return TypeAdapter(options_class).validate_python(from_config | given)
     except ValidationError as error:
         raise InputError(_message(error, given, section)) from None
+
+
+def check_processes() -> None:
+    """Raise InputError if a shell script asked for another number of processes than were started.
+
+    `accelerate launch --cpu --num_processes 2` starts one, without a word.
+    """
+    asked, started = os.environ.get("MLLM_MSR_PROCESSES", ""), os.environ.get("WORLD_SIZE", "1")
+    if asked and asked != started:
+        raise InputError(
+            f"ACCELERATE asks for {asked} processes and accelerate started {started}; add "
+            "--multi_gpu, or a --config_file of configs/accelerate/"
+        )
 
 
 def print_options(options: CommonOptions, title: str) -> None:

@@ -46,6 +46,7 @@ LOCATION_OPTIONS = {
     "data_dir",
     "output_dir",
     "raw_dir",
+    "image_roots",
     "system",
     "limit",
     "overwrite",
