@@ -12,6 +12,8 @@ resumes. Sample: 200 covers in a few seconds on 2 CPU cores. LLaVA-v1.6-Mistral-
 weights take 15 GB in bfloat16; memory and time: not measured yet.
 """
 
+from mllmrec.stage.main import run_main
+
 from pathlib import Path
 from typing import Literal
 
@@ -21,7 +23,6 @@ from mllmrec.data.images import check_image_paths
 from mllmrec.models.options import GenerationStageOptions
 from mllmrec.prompts import mllm_msr as prompts
 from mllmrec.prompts.templates import fill, user_turn
-from mllmrec.stage.errors import run_main
 from mllmrec.stage.jsonl import read_by_id
 from mllmrec.stage.options import option, parse_options, print_options
 from mllmrec.stage.output import SHORTENED, ResumableOutput
@@ -44,6 +45,7 @@ class Options(GenerationStageOptions):
         -1,
         "processes that read images ahead of the model; -1: up to 8 beside a GPU, none on a CPU",
         ge=-1,
+        le=256,
     )
     image_prompt: str = option(prompts.IMAGE, "template of the image prompt")
     title_prompt: str = option(prompts.TITLE, "template of the text prompt (fused)")

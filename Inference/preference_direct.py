@@ -12,13 +12,14 @@ A history that is too long for the model loses its oldest items first; the row t
 measured yet.
 """
 
+from mllmrec.stage.main import run_main
+
 from functools import partial
 
 from pydantic.dataclasses import dataclass
 
 from mllmrec.generation.preferences import PreferenceOptions, open_preferences, read_histories
 from mllmrec.prompts import mllm_msr as prompts
-from mllmrec.stage.errors import run_main
 from mllmrec.stage.options import option, parse_options, print_options
 
 SECTION = "preference"
@@ -26,7 +27,7 @@ SECTION = "preference"
 
 @dataclass
 class Options(PreferenceOptions):
-    block_size: int = option(3, "not used; option of the recurrent form in the same section")
+    block_size: int = option(3, "not used; option of the recurrent form in the same section", ge=1)
     next_prompt: str = option(prompts.PREFERENCE_NEXT, "not used, likewise")
 
 

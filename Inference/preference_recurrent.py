@@ -13,13 +13,14 @@ resumes. Sample: 1,100 users in about 20 seconds on 2 CPU cores. Llama-3-8B: a G
 16 GB in bfloat16; memory and time: not measured yet.
 """
 
+from mllmrec.stage.main import run_main
+
 from functools import partial
 
 from pydantic.dataclasses import dataclass
 
 from mllmrec.generation.preferences import PreferenceOptions, open_preferences, read_histories
 from mllmrec.prompts import mllm_msr as prompts
-from mllmrec.stage.errors import run_main
 from mllmrec.stage.options import option, parse_options, print_options
 
 SECTION = "preference"

@@ -16,6 +16,8 @@ are removed before the k-core. The pages are streamed, once for which items have
 for the texts of the core, so memory grows with the log and not with the pages. CPU.
 """
 
+from mllmrec.stage.main import run_main
+
 import html
 import re
 from pathlib import Path
@@ -45,9 +47,9 @@ from mllmrec.data.tables import (
     stream_table,
     trimmed,
 )
-from mllmrec.stage.errors import InputError, run_main
+from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import read_by_id, read_rejected, rejected_path, write_rows
-from mllmrec.stage.options import option, parse_options, print_options
+from mllmrec.stage.options import NAME, option, parse_options, print_options
 from mllmrec.stage.record import Job, file_digests
 from mllmrec.stage.transaction import writing
 
@@ -71,7 +73,9 @@ NO_PAGE, NO_TITLE, NO_IMAGE, COMPLETE = range(4)  # what is known of an item's p
 @dataclass
 class Options(SplitOptions):
     category: str = option(
-        "Baby_Products", "as Amazon Reviews 2023 spells it, e.g. Baby_Products, Video_Games"
+        "Baby_Products",
+        "as Amazon Reviews 2023 spells it, e.g. Baby_Products, Video_Games",
+        pattern=NAME,
     )
     item_text: Literal["title", "full"] = option("title", "full: title, features and description")
     image_size: Literal["large", "hi_res", "thumb"] = option(

@@ -12,6 +12,8 @@ https; servers at non-public addresses are not contacted, also not after a redir
 `--allow_private true`. Runs on a CPU; the time depends on the network.
 """
 
+from mllmrec.stage.main import run_main
+
 import asyncio
 import errno
 import io
@@ -27,7 +29,7 @@ import tenacity
 from pydantic.dataclasses import dataclass
 
 from mllmrec.data.images import ImageError, open_image
-from mllmrec.stage.errors import InputError, run_main
+from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import atomic_file, read_by_id, require
 from mllmrec.stage.options import CommonOptions, option, parse_options, print_options
 from mllmrec.stage.output import ResumableOutput

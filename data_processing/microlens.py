@@ -12,6 +12,8 @@ Out: see `split.py`; the rules of the split are in `mllmrec/data/split.py`.
 CPU; about 2 seconds for MicroLens-50k.
 """
 
+from mllmrec.stage.main import run_main
+
 import os
 from pathlib import Path
 
@@ -39,7 +41,7 @@ from mllmrec.data.tables import (
     reject_rows,
     require_rows,
 )
-from mllmrec.stage.errors import InputError, run_main
+from mllmrec.stage.errors import InputError
 from mllmrec.stage.options import option, parse_options, print_options
 from mllmrec.stage.record import Job, file_digests
 from mllmrec.stage.transaction import writing
@@ -49,7 +51,11 @@ SECTION = "data"
 
 @dataclass
 class Options(SplitOptions):
-    name: str = option("", "prefix of the files, e.g. MicroLens-50k; needed if there are several")
+    name: str = option(
+        "",
+        "prefix of the files, e.g. MicroLens-50k; needed if there are several",
+        pattern=r"^[\w.-]*$",
+    )
 
 
 def find_files(raw_dir, name):

@@ -12,6 +12,8 @@ Out: {data_dir}/covers/*.png, then users.jsonl, items.jsonl, stats.json as for a
 CPU; about 3 seconds. No downloaded data: the catalogue, titles and covers are made here.
 """
 
+from mllmrec.stage.main import run_main
+
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +31,7 @@ from mllmrec.data.candidates import (
 from mllmrec.data.interactions import InteractionLog
 from mllmrec.data.split import SplitOptions, data_outputs, prepare, write_data_set
 from mllmrec.evaluation.metrics import evaluate
-from mllmrec.stage.errors import run_main
+from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import write_rows
 from mllmrec.stage.options import option, parse_options, print_options
 from mllmrec.stage.record import Job
@@ -121,8 +123,18 @@ def rule_outputs(options):
     return {rule: folder / rule / "scores.jsonl" for rule in RULES}
 
 
+def check_options(options):
+    """Raise InputError for lengths of histories that no user can have."""
+    if not options.min_length <= options.max_length <= options.n_items:
+        raise InputError(
+            "--min_length, --max_length and --n_items must rise in this order, since no item "
+            f"repeats, not {options.min_length}, {options.max_length}, {options.n_items}"
+        )
+
+
 def main(argv=None):
     options = parse_options(Options, SECTION, argv, __doc__)
+    check_options(options)
     print_options(options, "stage 1, data: the bundled sample")
     covers_dir = Path(options.data_dir) / "covers"
     cover_paths = [covers_dir / f"i{number:03d}.png" for number in range(options.n_items)]

@@ -13,6 +13,8 @@ Out: {data_dir}/items.jsonl      item_id, title, image (path relative to the fil
 The rules of the split are in `mllmrec/data/split.py`. CPU, seconds.
 """
 
+from mllmrec.stage.main import run_main
+
 import os
 from pathlib import Path
 
@@ -35,7 +37,7 @@ from mllmrec.data.tables import (
     require_rows,
     stream_jsonl,
 )
-from mllmrec.stage.errors import InputError, run_main
+from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import require
 from mllmrec.stage.options import parse_options, print_options
 from mllmrec.stage.record import Job, file_digests

@@ -3,12 +3,15 @@
 A mistake is one sentence that names the option.
 """
 
+import re
 from typing import Literal
 
 import pytest
 from conftest import ROOT
+from pydantic import TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
+from mllmrec.data.split import SplitOptions
 from mllmrec.stage import options as options_module
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.options import (
@@ -264,6 +267,81 @@ def test_sections_are_those_of_the_stage_scripts():
     }
     for script in ("Inference/image_summary.py", "MLLM-MSR/train/train_llava_sft.py"):
         assert load_script(script).SECTION in known_sections()
+
+
+def stage_options():
+    """[(script, its options class)] of all stages."""
+    found = []
+    for folder in options_module.STAGE_FOLDERS:
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            if 'SECTION = "' in path.read_text():
+                stage = load_script(path.relative_to(ROOT))
+                name = "DatasetOptions" if hasattr(stage, "DatasetOptions") else "Options"
+                found.append((path.name, getattr(stage, name, SplitOptions)))
+    return found
+
+
+def test_every_number_has_a_range_and_every_name_stays_in_its_folder():
+    """Lower and upper limit of whole numbers; a lower limit of the others, and no infinity."""
+    checked = 0
+    for script, options_class in stage_options():
+        for name, field in options_class.__pydantic_fields__.items():
+            limits = set(re.findall(r"(\w+)=", str(field.metadata)))
+            if field.annotation in (int, float):
+                upper = {"le", "lt"} if field.annotation is int else {"allow_inf_nan"}
+                assert limits & {"ge", "gt"}, f"{script}: {name} has no lower limit"
+                assert limits & upper, f"{script}: {name} has no upper limit"
+                checked += 1
+            if name in ("system", "variant", "name", "category"):
+                options = {"config": "c", name: "../../escape"}
+                with pytest.raises(ValidationError, match="pattern"):
+                    TypeAdapter(options_class).validate_python(options)
+                checked += 1
+    assert checked > 100
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "1e999", "-1", "10" * 20, "", "1,5"])
+def test_no_number_takes_a_value_that_is_none(tmp_path, value):
+    """All numeric options of all stages."""
+    for script, options_class in stage_options():
+        for name, field in options_class.__pydantic_fields__.items():
+            if field.annotation not in (int, float):
+                continue
+            if value == "-1" and name == "workers" and script == "image_summary.py":
+                continue  # -1: chosen by the machine
+            if value == "10" * 20 and field.annotation is float:
+                continue
+            with pytest.raises(ValidationError) as caught:
+                TypeAdapter(options_class).validate_python({"config": "c", name: value})
+            assert caught.value.errors()[0]["loc"] == (name,)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--min_length", "9", "--max_length", "8"], "must rise in this order"),
+        (["--n_items", "5"], "must rise in this order"),
+        (["--train_fraction", "0.9", "--validation_fraction", "0.1"], "must leave users"),
+        (["--folds", "1"], "--folds must be 0 or at least 2"),
+        (["--folds", "5", "--test_fold", "5"], "and --test_fold one of them"),
+        (["--train_fraction", "1e-9"], "none is in the train split"),
+        (["--n_users", "3", "--folds", "5", "--test_fold", "4"], "none is in the test split"),
+    ],
+)
+def test_combinations_that_cannot_work_are_refused(tmp_path, monkeypatch, argv, message):
+    monkeypatch.chdir(ROOT)
+    where = ["--data_dir", str(tmp_path), "--output_dir", str(tmp_path)]
+    words = ["--config", "configs/sample.yaml", "--n_users", "30", *where, *argv]
+    with pytest.raises(InputError, match=message):
+        load_script("data_processing/sample.py").main(words)
+    assert not (tmp_path / "users.run.json").exists()
+
+
+def test_another_number_of_processes_than_asked_for_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLLM_MSR_PROCESSES", "2")
+    assert "asks for 2 processes and accelerate started 1" in error_of(tmp_path, "")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert parse(tmp_path, "").limit == 0
 
 
 def test_a_new_stage_script_brings_its_section(tmp_path, monkeypatch):

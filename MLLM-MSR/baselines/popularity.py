@@ -9,14 +9,15 @@ Out: {output_dir}/baselines/popularity/scores.jsonl   score = interactions in al
 Every learned row should be compared with this one. CPU, seconds.
 """
 
+from mllmrec.stage.main import run_main
+
 from pathlib import Path
 
 from pydantic.dataclasses import dataclass
 
 from mllmrec.data.candidates import popularity_scores, read_users
-from mllmrec.stage.errors import run_main
 from mllmrec.stage.jsonl import require, write_rows
-from mllmrec.stage.options import CommonOptions, option, parse_options, print_options
+from mllmrec.stage.options import NAME, CommonOptions, option, parse_options, print_options
 from mllmrec.stage.record import Job, file_digests
 from mllmrec.stage.transaction import writing
 
@@ -25,7 +26,7 @@ SECTION = "popularity"
 
 @dataclass
 class Options(CommonOptions):
-    system: str = option("baselines", "subfolder of output_dir for the scores")
+    system: str = option("baselines", "subfolder of output_dir for the scores", pattern=NAME)
 
 
 def main(argv=None):

@@ -12,13 +12,15 @@ HR@k is also Recall@k. Ties count as a random order would on average. Intervals:
 users; over several runs (folds or seeds) Student's t over the runs. CPU, seconds.
 """
 
+from mllmrec.stage.main import run_main
+
 from pathlib import Path
 
 from pydantic.dataclasses import dataclass
 
 from mllmrec.evaluation.metrics import aggregate, evaluate
 from mllmrec.evaluation.tables import print_metrics, score_files
-from mllmrec.stage.errors import InputError, run_main
+from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import read_json, read_rows, write_json
 from mllmrec.stage.options import CommonOptions, option, parse_options, print_options
 from mllmrec.stage.record import Job, named_digests

@@ -13,8 +13,9 @@ Out: {output_dir}/{system}/test.jsonl   user_id, item_id, label (0/1), images: [
 CPU, seconds.
 """
 
+from mllmrec.stage.main import run_main
+
 from mllmrec.ranking.datasets import DatasetOptions, write_splits
-from mllmrec.stage.errors import run_main
 from mllmrec.stage.options import parse_options, print_options
 
 SECTION = "datasets"

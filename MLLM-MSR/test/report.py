@@ -12,13 +12,15 @@ history, the preference after each block, and the candidates in rank order; user
 and selected, `report.html#user-17` opens at one. CPU, seconds.
 """
 
+from mllmrec.stage.main import run_main
+
 from pathlib import Path
 
 import yaml
 from pydantic.dataclasses import dataclass
 
 from mllmrec.evaluation.tables import as_markdown, metric_rows, score_files
-from mllmrec.stage.errors import InputError, run_main
+from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import atomic_file, read_json, require
 from mllmrec.stage.options import CommonOptions, option, parse_options, print_options
 from mllmrec.stage.record import Job, file_digests

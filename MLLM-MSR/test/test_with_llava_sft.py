@@ -17,6 +17,8 @@ Sample: 10,164 rows in about 12 seconds on 2 CPU cores. LLaVA-v1.6-Mistral-7B: a
 take 15 GB in bfloat16; memory and time: not measured yet.
 """
 
+from mllmrec.stage.main import run_main
+
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -27,7 +29,7 @@ from tqdm import tqdm
 from mllmrec.data.images import check_image_paths
 from mllmrec.ranking.options import RankerOptions
 from mllmrec.ranking.rows import first_users, image_names, replace_preference
-from mllmrec.stage.errors import InputError, run_main
+from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import read_rows
 from mllmrec.stage.options import CommonOptions, option, parse_options, print_options
 from mllmrec.stage.output import ResumableOutput

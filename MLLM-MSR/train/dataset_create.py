@@ -16,8 +16,9 @@ The messages are chat turns in the Hugging Face multimodal format, so other trai
 files. CPU, seconds.
 """
 
+from mllmrec.stage.main import run_main
+
 from mllmrec.ranking.datasets import DatasetOptions, write_splits
-from mllmrec.stage.errors import run_main
 from mllmrec.stage.options import parse_options, print_options
 
 SECTION = "datasets"

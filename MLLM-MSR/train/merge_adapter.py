@@ -10,12 +10,14 @@ As much memory as the model's weights take (7B: 15 GB in 16 bit). dtype: that of
 unless --dtype is set.
 """
 
+from mllmrec.stage.main import run_main
+
 from pathlib import Path
 
 from pydantic.dataclasses import dataclass
 
 from mllmrec.models.options import ModelOptions
-from mllmrec.stage.errors import InputError, run_main
+from mllmrec.stage.errors import InputError
 from mllmrec.stage.options import option, parse_options, print_options
 from mllmrec.stage.record import Job, file_digests, read_record
 from mllmrec.stage.transaction import new_folder, writing

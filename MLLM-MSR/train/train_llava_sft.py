@@ -16,6 +16,8 @@ A text model (`--model`) trains on rows without images. Sample: 552 steps in abo
 CPU cores. LLaVA-v1.6-Mistral-7B: a GPU (README, "Which card for what"); time: not measured yet.
 """
 
+from mllmrec.stage.main import run_main
+
 import importlib.util
 import os
 import time
@@ -31,7 +33,7 @@ from mllmrec.models.options import LoraOptions
 from mllmrec.ranking.checkpoints import is_trained, last_complete_checkpoint, training_lock
 from mllmrec.ranking.options import RankerOptions
 from mllmrec.ranking.rows import check_training_rows, first_users, image_names
-from mllmrec.stage.errors import InputError, run_main
+from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import read_rows, write_rejected
 from mllmrec.stage.options import option, parse_options, print_options
 from mllmrec.stage.record import Job, file_digests, world_size, write_record, write_state
@@ -80,7 +82,7 @@ class Options(RankerOptions, LoraOptions):
         0, "users whose candidate lists are scored after each epoch, 0 = all", ge=0
     )
     score_batch_tokens: int = option(16384, "tokens in a batch of the validation", ge=1)
-    workers: int = option(0, "processes that read images ahead of the model", ge=0)
+    workers: int = option(0, "processes that read images ahead of the model", ge=0, le=256)
     checkpoint_steps: int = option(
         200, "steps between checkpoints, besides the one after each epoch", ge=0
     )

@@ -78,11 +78,11 @@ class SplitOptions(CommonOptions):
     test_fold: int = option(0, "with folds: the fold that is the test set", ge=0)
     negatives: int = option(20, "negatives of a validation or test user (paper: 20)", ge=0, le=1000)
     train_negatives: int = option(1, "negatives of a training user (paper: 1)", ge=0, le=1000)
-    paper_users: int = option(0, "the paper's number, printed beside ours; 0 = none")
-    paper_items: int = option(0, "likewise")
-    paper_interactions: int = option(0, "likewise")
-    paper_average_length: float = option(0.0, "likewise")
-    paper_sparsity: float = option(0.0, "likewise, in per cent")
+    paper_users: int = option(0, "the paper's number, printed beside ours; 0 = none", ge=0)
+    paper_items: int = option(0, "likewise", ge=0)
+    paper_interactions: int = option(0, "likewise", ge=0)
+    paper_average_length: float = option(0.0, "likewise", ge=0)
+    paper_sparsity: float = option(0.0, "likewise, in per cent", ge=0, le=100)
 
 
 @dataclass

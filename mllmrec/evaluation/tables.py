@@ -1,5 +1,6 @@
 """Finding the scores of all systems, and the tables of their metrics."""
 
+import html
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,12 @@ def as_markdown(
     ]
     lines += [f"| system | source | {' | '.join(name.upper() for name in SHOWN)} |"]
     lines += ["|---|---|" + "---:|" * len(SHOWN)]
-    lines += [f"| {system} | {source} | {' | '.join(cells)} |" for system, source, cells in rows]
+    lines += [_line([system, source, *cells]) for system, source, cells in rows]
     lines += ["", "| stage | seconds | rows | device |", "|---|---:|---|---|"]
-    return "\n".join(lines + [f"| {' | '.join(stage)} |" for stage in stages]) + "\n"
+    return "\n".join(lines + [_line(stage) for stage in stages]) + "\n"
+
+
+def _line(cells: Sequence[str]) -> str:
+    """A line of a Markdown table. Names of folders are text, whatever characters they have."""
+    texts = [html.escape(" ".join(cell.split())).replace("|", "&#124;") for cell in cells]
+    return f"| {' | '.join(texts)} |"

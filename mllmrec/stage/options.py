@@ -271,6 +271,6 @@ def _shortened(value: Any) -> str:
 
 
 if __name__ == "__main__":  # for shell scripts: the data set that a config names
-    from mllmrec.stage.errors import run_main
+    from mllmrec.stage.main import run_main
 
     run_main(lambda: print(load_config(Path(sys.argv[1])).get("dataset", "")))

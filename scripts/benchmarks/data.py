@@ -12,6 +12,8 @@
 Out: outputs/benchmark/data.json. 30 million interactions need 4 GB of disk in the temporary folder.
 """
 
+from mllmrec.stage.main import run_main
+
 import json
 import random
 import resource
@@ -31,7 +33,6 @@ from tools import new_parser, parse, print_row, write_report
 
 from mllmrec.data.interactions import k_core
 from mllmrec.data.split import prepare, write_data
-from mllmrec.stage.errors import run_main
 from mllmrec.stage.scripts import load_script
 
 MICROLENS = load_script("data_processing/microlens.py")

@@ -17,6 +17,8 @@ tokens per second. The bandwidth is measured in the same run by copying a large 
 Out: outputs/benchmark/inference.json.
 """
 
+from mllmrec.stage.main import run_main
+
 import numpy as np
 import torch
 from PIL import Image
@@ -41,7 +43,6 @@ from mllmrec.models.loading import DTYPES, pick_device
 from mllmrec.models.random_models import random_llama, random_llava
 from mllmrec.prompts import mllm_msr as prompts
 from mllmrec.prompts.templates import fill, user_turn
-from mllmrec.stage.errors import run_main
 from mllmrec.stage.scripts import load_script
 
 SUMMARY = (

@@ -11,6 +11,8 @@ of the plain procedure are compared with ours, so that no time is saved by wrong
 Out: outputs/benchmark/scoring.json.
 """
 
+from mllmrec.stage.main import run_main
+
 import tempfile
 
 import numpy as np
@@ -36,7 +38,6 @@ from mllmrec.models.random_models import LLAVA_SIZES, random_llava
 from mllmrec.prompts import mllm_msr as prompts
 from mllmrec.ranking.reader import RowReader
 from mllmrec.ranking.scoring import ScoringOptions, score_rows
-from mllmrec.stage.errors import run_main
 
 PUBLISHED_TOKENS = 30
 

@@ -19,6 +19,8 @@ product reaches in the same run.
 Out: outputs/benchmark/train.json.
 """
 
+from mllmrec.stage.main import run_main
+
 import itertools
 import json
 import resource
@@ -52,7 +54,6 @@ from mllmrec.models.random_models import LLAVA_SIZES, random_llava
 from mllmrec.ranking.collator import Collator
 from mllmrec.ranking.reader import RowReader
 from mllmrec.ranking.sampler import EpochSampler, EpochSettings
-from mllmrec.stage.errors import run_main
 
 GROUP_FRACTIONS = (0.22, 0.22, 0.17, 0.39)  # of groups of one to four rows, MicroLens-50k
 GROUP_BY = {"published": "none", "length": "length", "item": "item"}

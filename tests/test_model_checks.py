@@ -1,0 +1,230 @@
+"""A model is what it claims to be, or is refused: keys, shapes, digests, finite numbers.
+
+transformers initialises missing weights at random and PEFT leaves keys out that do not fit; both
+only warn, and every figure after that would be of another model.
+"""
+
+import json
+import shutil
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY
+from safetensors.numpy import load_file, save_file
+
+from mllmrec.generation.engine import GenerationEngine, GenerationOptions, Prompt, run_dialogues
+from mllmrec.models.chat import ChatProcessor
+from mllmrec.models.loading import load_multimodal, load_text
+from mllmrec.models.lora import adapter_base, check_adapter, load_adapter
+from mllmrec.prompts.templates import user_turn
+from mllmrec.ranking.reader import RowReader
+from mllmrec.ranking.scoring import score_rows
+from mllmrec.stage.errors import InputError
+from mllmrec.stage.jsonl import read_rows
+from mllmrec.stage.scripts import load_script
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+TRAIN = "MLLM-MSR/train/train_llava_sft.py"
+
+
+def changed(folder, name, change):
+    """The weights file `name` in `folder`, after `change(dict of arrays)`."""
+    weights = load_file(folder / name)
+    change(weights)
+    save_file(weights, folder / name, metadata={"format": "pt"})
+
+
+def a_key(weights):
+    """A key of a linear layer of the language model, else of LoRA."""
+    return next(key for key in sorted(weights) if "layers.1.mlp.down_proj" in key)
+
+
+def remove(weights):
+    del weights[a_key(weights)]
+
+
+def remove_half(weights):
+    for key in sorted(weights)[::2]:
+        del weights[key]
+
+
+def rename(weights):
+    for key in sorted(weights):
+        weights[key.replace("layers", "blocks")] = weights.pop(key)
+
+
+def add(weights):
+    weights["another.weight"] = np.zeros((2, 2), np.float32)
+
+
+def reshape(weights):
+    weights[a_key(weights)] = weights[a_key(weights)][:-1].copy()
+
+
+def poison(weights):
+    weights[a_key(weights)][0, 0] = np.nan
+
+
+def overflow(weights):
+    weights[a_key(weights)][0, 0] = np.inf
+
+
+BASE_DAMAGES = [
+    (remove, r"does not hold the weights of its model \(1 missing: .*layers.1.mlp.down_proj"),
+    (rename, r"\(\d+ missing: .*, \d+ unexpected: .*blocks.0"),
+    (add, r"\(1 unexpected: another.weight\); fetch it again or name another --model"),
+    (reshape, r"\(1 of another shape: .*layers.1.mlp.down_proj.weight\)"),
+    (poison, r"down_proj.weight of .* are not all finite numbers"),
+    (overflow, r"down_proj.weight of .* are not all finite numbers"),
+]
+
+
+@pytest.mark.parametrize("model", ["llama", "llava"])
+@pytest.mark.parametrize(("change", "message"), BASE_DAMAGES)
+def test_a_base_whose_weights_do_not_fit_is_refused(tmp_path, capfd, model, change, message):
+    folder = tmp_path / "model"
+    shutil.copytree(TINY / model, folder)
+    changed(folder, "model.safetensors", change)
+    with pytest.raises(InputError, match=message):
+        (load_multimodal if model == "llava" else load_text)(str(folder))
+    assert "LOAD REPORT" not in capfd.readouterr().err, "one sentence, and no table"
+
+
+def test_a_folder_with_code_of_its_own_is_refused_without_a_question(tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(TINY / "llama", folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "mine.py").write_text("raise SystemExit('this code was run')\n")
+    with pytest.raises(InputError, match="cannot be read"):
+        load_text(str(folder))
+
+
+def test_weights_that_can_hold_code_are_refused(tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(TINY / "llama", folder)
+    weights = {name: torch.tensor(a) for name, a in load_file(folder / "model.safetensors").items()}
+    torch.save(weights, folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(InputError, match="cannot be loaded"):
+        load_text(str(folder))
+
+
+ADAPTER_DAMAGES = [
+    (remove, r"1 of the model are not in the file: .*lora_A.weight; pass the matching"),
+    (remove_half, r"\d+ of the model are not in the file"),
+    (rename, r"\d+ of the file are not in the model: .*blocks.0.*, \d+ of the model are not in"),
+    (add, r"1 of the file are not in the model: another.weight"),
+    (reshape, r"does not fit the model .*size mismatch"),
+    (poison, r"lora_A.default.weight of .* are not all finite numbers"),
+]
+
+
+@pytest.fixture
+def adapter(small_run, tmp_path):
+    """A copy of the run's adapter without its record, as one from elsewhere has none."""
+    folder = tmp_path / "adapter"
+    shutil.copytree(small_run.system / "adapter", folder)
+    (folder / "run.json").unlink()
+    return folder
+
+
+@pytest.mark.parametrize(("change", "message"), ADAPTER_DAMAGES)
+def test_an_adapter_whose_weights_do_not_fit_is_refused(adapter, change, message):
+    changed(adapter, "adapter_model.safetensors", change)
+    model, _ = load_multimodal(str(TINY / "llava"))
+    with pytest.raises(InputError, match=message):
+        load_adapter(model, adapter, "llava")
+
+
+@pytest.mark.parametrize("key", ["target_modules", "r"])
+def test_an_adapter_whose_config_is_of_other_weights_is_refused(adapter, key):
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    config[key] = {"target_modules": ["q_proj"], "r": 3}[key]
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    model, _ = load_multimodal(str(TINY / "llava"))
+    with pytest.raises(InputError, match="does not fit the model"):
+        load_adapter(model, adapter, "llava")
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json"])
+@pytest.mark.parametrize("content", [b"", b"<html>", b"version https://git-lfs", None])
+def test_a_damaged_file_of_an_adapter_is_refused(adapter, name, content):
+    if content is None:
+        (adapter / name).unlink()
+    else:
+        (adapter / name).write_bytes(content)
+    model, _ = load_multimodal(str(TINY / "llava"))
+    with pytest.raises(InputError, match=rf"{name}"):
+        adapter_base(adapter)
+        load_adapter(model, adapter, "llava")
+
+
+@pytest.mark.parametrize("key", ["lora_alpha", "r"])
+def test_an_adapter_that_is_not_what_its_record_says_is_refused(small_run, tmp_path, key):
+    folder = tmp_path / "adapter"
+    shutil.copytree(small_run.system / "adapter", folder)
+    check_adapter(folder, str(TINY / "llava"), "full")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    config[key] += 1
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=r"adapter_config.json was changed after it was written"):
+        check_adapter(folder, str(TINY / "llava"), "full")
+
+
+@pytest.fixture
+def broken_head():
+    """(model, chat) of the tiny Llama with a weight that makes every logit NaN."""
+    model, tokenizer = load_text(str(TINY / "llama"))
+    with torch.no_grad():
+        model.get_decoder().norm.weight[0] = torch.nan
+    return model, ChatProcessor(tokenizer)
+
+
+def test_generation_stops_at_logits_that_are_not_finite(broken_head):
+    model, chat = broken_head
+    engine = GenerationEngine(model, chat, GenerationOptions(max_new_tokens=3))
+
+    def dialogue():
+        text = chat.render([user_turn("A question.")])
+        return (yield Prompt(text, chat.count(text)))
+
+    with pytest.raises(InputError, match="logits for 'item 7' are not finite"):
+        list(run_dialogues(engine, [("item 7", dialogue())]))
+
+
+def test_scoring_stops_at_logits_that_are_not_finite(small_run, broken_head):
+    model, chat = broken_head
+    row = {**read_rows(small_run.system / "test.jsonl")[0], "images": []}
+    row["messages"] = [user_turn("Yes or no?")]
+    row["preference_span"] = [0, 0]
+    name = f"user '{row['user_id']}', item '{row['item_id']}': the logits"
+    with pytest.raises(InputError, match=rf"{name} .*are not finite"):
+        list(score_rows(model, RowReader(chat, small_run.system), [row]))
+
+
+def test_a_training_that_diverges_stops_and_writes_no_adapter(small_run, tmp_path):
+    (tmp_path / "mllm_msr").mkdir()
+    for name in ("train.jsonl", "validation.jsonl"):
+        shutil.copy(small_run.system / name, tmp_path / "mllm_msr")
+    (tmp_path / "covers").symlink_to(small_run.folder / "covers")
+    run = partial(small_run.run, TRAIN, "--output_dir", str(tmp_path), "--clip", "1e30")
+    with pytest.raises(InputError, match=r"the loss in step \d+ is nan \(user 'u.*diverged"):
+        run("--learning_rate", "1e30")
+    assert not (tmp_path / "mllm_msr" / "adapter").exists()
+
+
+def test_the_training_script_checks_the_adapter_before_it_is_saved(small_run, monkeypatch):
+    stage = load_script(TRAIN)
+    model, _ = stage.load_model(stage.Options(model=str(TINY / "llama"), lora_layers=["q_proj"]))
+    with torch.no_grad():
+        next(p for p in model.parameters() if p.requires_grad)[0, 0] = torch.inf
+    trainer = type("T", (), {"is_fsdp_enabled": False, "model": model})()
+    trainer.is_world_process_zero = lambda: True
+    trainer.state = None
+    job = type("J", (), {"options": stage.Options()})()
+    with pytest.raises(InputError, match="of the trained adapter are not all finite"):
+        stage.save_adapter(trainer, None, {}, job, 0.0)
