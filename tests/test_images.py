@@ -1,13 +1,22 @@
 """Images of unknown origin: one RGB image, or one reason why not."""
 
 import io
+import re
+import shutil
 
 import numpy as np
 import pytest
 from conftest import bomb
 from PIL import Image
 
-from mllmrec.data.images import ImageError, image_index, open_image
+from mllmrec.data.images import (
+    ImageError,
+    check_image_paths,
+    image_index,
+    image_size,
+    open_image,
+)
+from mllmrec.stage.errors import InputError
 
 RED = (200, 30, 30)
 
@@ -111,3 +120,66 @@ def test_images_are_found_under_any_suffix(tmp_path):
         "1": "1.jpg", "2": "2.PNG", "3": "3.webp", "4": "4.JPEG", "6": "6.jpg",
     }  # fmt: skip
     assert image_index(None) == {}
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "MPO"])
+def test_the_usual_formats_are_read(tmp_path, kind):
+    Image.new("RGB", (8, 8), RED).save(tmp_path / "x.jpg", format=kind)
+    assert open_image(tmp_path / "x.jpg").size == image_size(tmp_path / "x.jpg") == (8, 8)
+
+
+@pytest.mark.parametrize("kind", ["EPS", "PDF", "PPM", "ICO", "TGA"])
+def test_other_formats_are_refused_whatever_the_file_is_called(tmp_path, kind, monkeypatch):
+    """Pillow would start Ghostscript for an EPS."""
+    Image.new("RGB", (8, 8), RED).save(tmp_path / "x.jpg", format=kind)
+    monkeypatch.setattr("subprocess.check_call", None)
+    for opener in (open_image, image_size):
+        with pytest.raises(ImageError, match="not a readable image"):
+            opener(tmp_path / "x.jpg")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("../secret.png", "lies in .*, outside .*data and --image_roots"),
+        ("/etc/passwd", "the image /etc/passwd lies in /etc"),
+        ("linked.png", "the image linked.png lies in .*secret.png"),
+        ("folder/secret.png", "the image folder/secret.png lies in"),
+        ("../data_of_others/x.png", "lies in .*data_of_others"),
+    ],
+)
+def test_images_outside_the_data_folder_are_refused(tmp_path, name, message):
+    data = tmp_path / "data"
+    (data / "images").mkdir(parents=True)
+    (tmp_path / "secret.png").write_bytes(b"secret")
+    (data / "linked.png").symlink_to(tmp_path / "secret.png")
+    (data / "folder").symlink_to(tmp_path)
+    inside = ["images/1.png", "images/../images/2.png", str(data / "images/3.png")]
+    check_image_paths(inside, data / "items.jsonl", data, [])
+    with pytest.raises(InputError, match=message):
+        check_image_paths([*inside, name], data / "items.jsonl", data, [])
+    check_image_paths([*inside, name], data / "items.jsonl", data, [str(tmp_path), "/etc"])
+
+
+@pytest.mark.parametrize(
+    ("stage", "name"),
+    [
+        ("Inference/image_summary.py", "items.jsonl"),
+        ("MLLM-MSR/test/multi_col_dataset.py", "items.jsonl"),
+        ("MLLM-MSR/test/report.py", "items.jsonl"),
+        ("MLLM-MSR/train/train_llava_sft.py", "mllm_msr/train.jsonl"),
+        ("MLLM-MSR/test/test_with_llava_sft.py", "mllm_msr/test.jsonl"),
+    ],
+)
+def test_every_stage_that_opens_images_refuses_those_outside(small_run, tmp_path, stage, name):
+    copy = tmp_path / "copy"
+    shutil.copytree(small_run.folder, copy)
+    path = copy / name
+    row, *rows = path.read_text().splitlines()
+    other = re.sub(r'"[^"]*covers/[^"]*"', '"/etc/passwd.png"', row)
+    assert other != row
+    path.write_text("\n".join([other, *rows]) + "\n")
+    words = ["--data_dir", str(copy), "--output_dir", str(copy), "--overwrite", "true"]
+    words += ["--model", "nowhere"] if "llava_sft" in stage or "summary" in stage else []
+    with pytest.raises(InputError, match=r"the image /etc/passwd.png lies in /etc, outside"):
+        small_run.run(stage, *words)

@@ -58,7 +58,7 @@ def _terminate(number: int, frame: FrameType | None) -> NoReturn:
 def _excepthook(
     kind: type[BaseException], error: BaseException, trace: TracebackType | None
 ) -> None:
-    if issubclass(kind, KeyboardInterrupt):  # python then exits with 130 by itself
+    if issubclass(kind, KeyboardInterrupt):  # a shell then sees the exit code 130
         print(f"interrupted; {RESUME}", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)

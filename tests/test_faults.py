@@ -1,0 +1,171 @@
+"""Faults of machine and operator end a stage with one line, and shell scripts pass words on."""
+
+from mllmrec.stage.main import run_main
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT, call
+
+from mllmrec.stage.errors import InputError, machine_fault
+
+
+def outcome(capsys, error):
+    """(exit code, stderr) of a script whose main raises `error`."""
+
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as caught:
+        run_main(main)
+    return caught.value.code, capsys.readouterr().err
+
+
+@pytest.fixture(autouse=True)
+def keep_handler():
+    handler = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, handler)
+
+
+class OutOfMemoryError(RuntimeError):
+    """As torch.OutOfMemoryError is called."""
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (InputError("a.csv, line 3: no"), 1, "error: a.csv, line 3: no"),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "x.jsonl"),
+            1,
+            "error: x.jsonl: No space left on device; free some space; the same command resumes",
+        ),
+        (
+            OSError(errno.EROFS, "Read-only file system", "out"),
+            1,
+            "error: out: Read-only file system; make it writable, or name another folder; the same "
+            "command resumes",
+        ),
+        (
+            IsADirectoryError(errno.EISDIR, "Is a directory", "x"),
+            1,
+            "error: x: Is a directory; a folder is where a file belongs; move it away; the same "
+            "command resumes",
+        ),
+        (
+            MemoryError(),
+            1,
+            "error: out of memory (MemoryError); free some, or lower the batch size; the same "
+            "command resumes",
+        ),
+        (
+            OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore"),
+            1,
+            "error: out of memory (CUDA out of memory. Tried to allocate 2 GiB); free some, or "
+            "lower the batch size; the same command resumes",
+        ),
+        (
+            RuntimeError("[enforce fail] PytorchStreamWriter failed writing file data/0"),
+            1,
+            "error: a file cannot be written ([enforce fail] PytorchStreamWriter failed writing "
+            "file data/0); free some space; the same command resumes",
+        ),
+        (KeyboardInterrupt(), 130, "interrupted; the same command resumes"),
+    ],
+)
+def test_a_fault_is_one_line_and_an_exit_code(capsys, error, code, line):
+    assert outcome(capsys, error) == (code, line + "\n")
+
+
+def test_a_mistake_in_the_code_keeps_its_traceback():
+    assert machine_fault(ValueError("x")) is None
+
+    def main():
+        raise ValueError("a bug")
+
+    with pytest.raises(ValueError, match="a bug"):
+        run_main(main)
+
+
+def test_sigterm_is_one_line():
+    code = "import os, signal; from mllmrec.stage.main import run_main; "
+    code += "run_main(lambda: os.kill(os.getpid(), signal.SIGTERM))"
+    done = call("-c", code)
+    assert (done.returncode, done.stderr) == (143, "terminated; the same command resumes\n")
+
+
+@pytest.mark.parametrize("stage", ["data_processing/split.py", "MLLM-MSR/test/report.py"])
+def test_ctrl_c_while_libraries_are_imported_is_one_line(tmp_path, stage):
+    """A module `yaml` that takes long."""
+    (tmp_path / "yaml.py").write_text("print('here', flush=True)\nimport time; time.sleep(60)\n")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    words = {"cwd": ROOT, "env": environment, "text": True}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen([sys.executable, stage], **words, **pipes)
+    assert process.stdout.readline() == "here\n"
+    time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    # Python ends itself by the signal, which a shell reports as 130.
+    assert process.returncode == -signal.SIGINT
+    assert stderr == "interrupted; the same command resumes\n"
+
+
+@pytest.fixture
+def script(tmp_path):
+    """Runs a shell script of scripts/; its Python only prints its words, one line per call."""
+    stub = tmp_path / "python"
+    stub.write_text('#!/bin/sh\n[ "$2" = mllmrec.stage.options ] && echo sample || echo "$@"\n')
+    stub.chmod(0o755)
+
+    def run(name, *words, **environment):
+        environment = {**os.environ, "PYTHON": str(stub), **environment}
+        command = ["bash", f"scripts/{name}", *words]
+        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+    return run
+
+
+def test_a_config_may_be_named_by_option(script):
+    for words in (["c.yaml", "--limit", "3"], ["--limit", "3", "--config", "c.yaml"]):
+        lines = script("06_score.sh", *words).stdout.splitlines()
+        assert len(lines) == 3
+        assert all(line.split()[1:5] == ["--config", "c.yaml", "--limit", "3"] for line in lines)
+    assert script("06_score.sh", "--config=c.yaml").stdout.count("--config c.yaml") == 3
+
+
+def test_common_options_reach_every_script_of_a_stage(script):
+    words = ["--output_dir", "o", "--image_roots", "a", "b", "--users", "3", "--overwrite"]
+    metrics, report = script("07_report.sh", "c.yaml", *words).stdout.splitlines()
+    assert metrics.endswith("--config c.yaml --output_dir o --image_roots a b --overwrite")
+    assert report.endswith("--config c.yaml " + " ".join(words))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["c.yaml", "--output_dir"], "--output_dir needs a value"),
+        (["c.yaml", "--output_dir", "--seed", "3"], "--output_dir needs a value"),
+        (["c.yaml", "--config", "d.yaml"], "two configs are named"),
+        (["--config"], "--config needs a value"),
+    ],
+)
+def test_a_wrapper_says_what_is_wrong(script, words, message):
+    done = script("07_report.sh", *words)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: ")
+    assert message in done.stderr
+
+
+@pytest.mark.parametrize("word", ["--num_processes 2", "--num_processes=2"])
+def test_the_number_of_processes_is_passed_on_to_be_compared(script, tmp_path, word):
+    stub = tmp_path / "python"
+    stub.write_text('#!/bin/sh\necho "$MLLM_MSR_PROCESSES" "$@"\n')
+    done = script("02_image_summary.sh", "c.yaml", ACCELERATE=f"--cpu {word}")
+    assert done.stdout.startswith("2 -m accelerate.commands.launch --quiet --cpu")
