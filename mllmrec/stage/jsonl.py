@@ -160,7 +160,7 @@ def encode(row: Row) -> bytes:
 
 def encode_checked(path: PathLike, row: Row) -> bytes:
     """`encode(row)`, for the file `path`. Raises InputError if the row breaks the file's schema."""
-    schema = schema_of(Path(path).name)
+    schema = schema_of(os.path.basename(path))
     if schema is not None:
         try:
             schema.row.validate_python(row)
