@@ -29,7 +29,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic.dataclasses import dataclass
 
+from mllmrec.data.columns import id_reasons, require_rows, trimmed
 from mllmrec.data.interactions import InteractionLog
+from mllmrec.data.raw_files import check_raw_file
 from mllmrec.data.split import (
     SplitOptions,
     data_outputs,
@@ -37,16 +39,8 @@ from mllmrec.data.split import (
     rejected_rows_path,
     write_data_set,
 )
-from mllmrec.data.tables import (
-    Times,
-    check_raw_file,
-    id_reasons,
-    read_times,
-    require_rows,
-    stream_jsonl,
-    stream_table,
-    trimmed,
-)
+from mllmrec.data.tables import stream_jsonl, stream_table
+from mllmrec.data.timestamps import Times, read_times
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import read_by_id, read_rejected, rejected_path, write_rows
 from mllmrec.stage.options import NAME, option, parse_options, print_options

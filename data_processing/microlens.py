@@ -23,6 +23,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic.dataclasses import dataclass
 
+from mllmrec.data.columns import clean_ids, reject_rows, require_rows
 from mllmrec.data.images import image_index
 from mllmrec.data.interactions import InteractionLog
 from mllmrec.data.split import (
@@ -32,15 +33,8 @@ from mllmrec.data.split import (
     rejected_rows_path,
     write_data_set,
 )
-from mllmrec.data.tables import (
-    clean_ids,
-    first_fields,
-    parse_timestamps,
-    read_table,
-    read_text_table,
-    reject_rows,
-    require_rows,
-)
+from mllmrec.data.tables import first_fields, read_table, read_text_table
+from mllmrec.data.timestamps import parse_timestamps
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.options import option, parse_options, print_options
 from mllmrec.stage.record import Job, file_digests

@@ -21,6 +21,7 @@ from pathlib import Path
 import pandas as pd
 import pyarrow as pa
 
+from mllmrec.data.columns import clean_ids, reject_rows, require_rows
 from mllmrec.data.interactions import InteractionLog
 from mllmrec.data.split import (
     SplitOptions,
@@ -29,14 +30,8 @@ from mllmrec.data.split import (
     rejected_rows_path,
     write_data_set,
 )
-from mllmrec.data.tables import (
-    clean_ids,
-    parse_timestamps,
-    read_table,
-    reject_rows,
-    require_rows,
-    stream_jsonl,
-)
+from mllmrec.data.tables import read_table, stream_jsonl
+from mllmrec.data.timestamps import parse_timestamps
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import require
 from mllmrec.stage.options import parse_options, print_options

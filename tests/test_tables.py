@@ -15,18 +15,17 @@ from conftest import REAL, skip_without_real_data
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mllmrec.data import tables
+from mllmrec.data import raw_files, tables
+from mllmrec.data.columns import BLANKS, clean_ids, require_rows
+from mllmrec.data.raw_files import check_raw_file
 from mllmrec.data.tables import (
-    check_raw_file,
-    clean_ids,
     first_fields,
-    parse_timestamps,
     read_table,
     read_text_table,
-    require_rows,
     stream_jsonl,
     stream_table,
 )
+from mllmrec.data.timestamps import parse_timestamps
 from mllmrec.stage.errors import InputError
 
 COLUMNS = ("user", "item", "timestamp")
@@ -93,16 +92,16 @@ def test_a_file_is_recognised_by_its_content(write, name, pack, mark):
     [
         (b"", "is empty; fetch it again"),
         (b"\xef\xbb\xbf", "is empty; fetch it again"),
-        (gzip.compress(b""), "is empty; fetch it again"),
+        (gzip.compress(b"", mtime=0), "is empty; fetch it again"),
         (bz2.compress(PLAIN), r"is packed \(bzip2\); unpack it"),
         (lzma.compress(PLAIN), r"is packed \(xz\); unpack it"),
         (b"PK\x03\x04" + bytes(30), r"is packed \(zip\); unpack it"),
         (b"x.csv".ljust(257, b"\0") + b"ustar", r"is packed \(tar\); unpack it"),
-        (gzip.compress(gzip.compress(PLAIN)), r"is packed \(gzip, twice\); unpack it"),
-        (gzip.compress(PLAIN)[:6], r"truncated or damaged after line 0 .*; fetch it again"),
+        (gzip.compress(gzip.compress(PLAIN, mtime=0), mtime=0), r"is packed \(gzip, twice\); unpack it"),
+        (gzip.compress(PLAIN, mtime=0)[:6], r"truncated or damaged after line 0 .*; fetch it again"),
         (b"\x1f\x8b", r"truncated or damaged after line 0 .*; fetch it again"),
-        (gzip.compress(PLAIN)[:-3], r"truncated or damaged after line 3 .*; fetch it again"),
-        (gzip.compress(PLAIN) + b"rest", r"truncated or damaged after line 3 .*; fetch it again"),
+        (gzip.compress(PLAIN, mtime=0)[:-3], r"truncated or damaged after line 3 .*; fetch it again"),
+        (gzip.compress(PLAIN, mtime=0) + b"rest", r"truncated or damaged after line 3 .*; fetch it again"),
         (b"\x1f\x8b\x08" + bytes(40), r"truncated or damaged after line 0 .*; fetch it again"),
         (PLAIN.decode().encode("utf-16"), "is UTF-16 text; save it as UTF-8"),
         (PLAIN.decode().encode("utf-16-le"), "holds NUL bytes, .*; save it as UTF-8"),
@@ -192,8 +191,8 @@ OPEN = "a double quote opens a field and is not closed in it; close it, or write
 )
 def test_a_quote_that_is_not_closed_in_its_line_is_an_error(write, rows, line, monkeypatch):
     path = write("user,item,timestamp\n" + rows)
-    for block in (tables.BLOCK, 7):
-        monkeypatch.setattr(tables, "BLOCK", block)
+    for block in (raw_files.BLOCK, 7):
+        monkeypatch.setattr(raw_files, "BLOCK", block)
         for work in (rows_of, streamed):
             assert f"line {line}: {OPEN}" in error_of(work, path)
 
@@ -210,9 +209,9 @@ def test_quoted_fields_and_unquoted_quotes_are_read(write):
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
-@pytest.mark.parametrize("block", [tables.BLOCK, 5])
+@pytest.mark.parametrize("block", [raw_files.BLOCK, 5])
 def test_lines_are_those_of_the_file(write, end, block, monkeypatch):
-    monkeypatch.setattr(tables, "BLOCK", block)
+    monkeypatch.setattr(raw_files, "BLOCK", block)
     lines = ["", "user,item,timestamp", "u1,a,1", "", "", "u2,b", "u3,c,3", "", "u4,d,4", "x"]
     path = write(end.join(lines))
     for kept, rejected in (rows_of(path), streamed(path)):
@@ -227,8 +226,8 @@ def test_lines_are_those_of_the_file(write, end, block, monkeypatch):
 
 def test_an_undecodable_byte_is_named_with_its_line(write, monkeypatch):
     path = write(PLAIN + b"u3,\xc3\xa9\xff,3\n")
-    for block in (tables.BLOCK, 5):
-        monkeypatch.setattr(tables, "BLOCK", block)
+    for block in (raw_files.BLOCK, 5):
+        monkeypatch.setattr(raw_files, "BLOCK", block)
         for work in (rows_of, streamed, lambda path: read_text_table(path, COLUMNS)):
             assert "x.csv, line 4: byte 6 is not UTF-8; save" in error_of(work, path)
         path_json = write(b'{"id": "a"}\n{"id": "\xff"}\n', "x.jsonl")
@@ -296,7 +295,7 @@ def test_only_the_block_with_a_half_surrogate_pair_is_read_again(write, monkeypa
     monkeypatch.setattr(
         tables, "_json_table_by_line", lambda *call: calls.append(call[2]) or read_again(*call)
     )
-    monkeypatch.setattr(tables, "BLOCK", 400)
+    monkeypatch.setattr(raw_files, "BLOCK", 400)
     lines = [json.dumps({"id": f"i{n}", "n": n}) for n in range(100)]
     lines[50] = r'{"id": "\ud83d", "n": 50}'
     rows = json_rows(write("\n".join(lines) + "\n", "x.jsonl"))
@@ -456,14 +455,14 @@ def file(tmp_path_factory):
     return tmp_path_factory.mktemp("raw") / "x"
 
 
-@given(CONTENTS, st.sampled_from([9, tables.BLOCK]))
+@given(CONTENTS, st.sampled_from([9, raw_files.BLOCK]))
 @FAST
 def test_every_row_of_a_table_is_kept_or_rejected(file, content, block):
     file.write_bytes(content)
     results = []
     for work in (rows_of, streamed):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(tables, "BLOCK", block)
+            patch.setattr(raw_files, "BLOCK", block)
             try:
                 kept, rejected = work(file)
             except InputError as error:
@@ -494,12 +493,12 @@ def test_every_row_of_a_text_table_is_kept_or_rejected(file, content):
     assert len(set(numbers)) == len(numbers)
 
 
-@given(st.lists(JSON_LINES, max_size=6).map("\n".join), st.sampled_from([9, tables.BLOCK]))
+@given(st.lists(JSON_LINES, max_size=6).map("\n".join), st.sampled_from([9, raw_files.BLOCK]))
 @FAST
 def test_every_line_of_jsonl_is_a_row_or_an_error(file, text, block):
     file.write_bytes(text.encode(errors="surrogatepass"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tables, "BLOCK", block)
+        patch.setattr(raw_files, "BLOCK", block)
         try:
             rows = json_rows(file)
         except InputError as error:
@@ -529,7 +528,7 @@ def test_times_have_the_order_of_the_exact_decimals(texts):
         assert "\n" not in str(error)
         return
     assert len(frame) + len(rejected) == len(texts)
-    exact = [Decimal(texts[line - 2].strip(tables.BLANKS)) for line in frame["line"]]
+    exact = [Decimal(texts[line - 2].strip(BLANKS)) for line in frame["line"]]
     ranks = {value: rank for rank, value in enumerate(sorted(set(exact)))}
     expected = [ranks[value] for value in exact]
     assert np.unique(frame["time"], return_inverse=True)[1].tolist() == expected
