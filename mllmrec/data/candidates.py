@@ -5,7 +5,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from mllmrec.stage.errors import InputError
-from mllmrec.stage.jsonl import PathLike, Row, read_lines
+from mllmrec.stage.jsonl import PathLike, read_lines
+from mllmrec.stage.schema import Row
 
 
 def candidates(user: Row) -> list[tuple[str, int]]:

@@ -16,7 +16,8 @@ from scipy import stats
 from sklearn.metrics import roc_auc_score
 
 from mllmrec.stage.errors import InputError
-from mllmrec.stage.jsonl import PathLike, Row
+from mllmrec.stage.jsonl import PathLike
+from mllmrec.stage.schema import Row
 
 CUTOFFS = (3, 5, 10)
 SHOWN = ("auc", "hr@5", "mrr@5", "ndcg@5")  # the columns of every table

@@ -8,7 +8,7 @@ import matplotlib
 import numpy as np
 from sklearn.metrics import roc_curve
 
-from mllmrec.stage.jsonl import Row
+from mllmrec.stage.schema import Row
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -15,8 +15,9 @@ from mllmrec.data.candidates import read_users, users_of_split
 from mllmrec.data.images import ImageError, check_image_paths, open_image
 from mllmrec.evaluation import plots
 from mllmrec.evaluation.metrics import SHOWN
-from mllmrec.stage.jsonl import Row, read_by_id, read_rows
+from mllmrec.stage.jsonl import read_by_id, read_rows
 from mllmrec.stage.record import read_record
+from mllmrec.stage.schema import Row
 
 TEMPLATE = Path(__file__).parent / "report.html.j2"
 THUMBNAIL = (96, 96)  # pixels

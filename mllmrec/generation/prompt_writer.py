@@ -11,7 +11,7 @@ from mllmrec.generation.preferences import HistoryItem
 from mllmrec.models.chat import Arrays, ChatProcessor, shorten_to_fit
 from mllmrec.prompts.mllm_msr import block_text
 from mllmrec.prompts.templates import fill, user_turn
-from mllmrec.stage.jsonl import Row
+from mllmrec.stage.schema import Row
 
 
 class EncodedImage(NamedTuple):

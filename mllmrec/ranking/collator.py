@@ -15,7 +15,7 @@ from mllmrec.models.padding import common_prefix_length, pad_rows
 from mllmrec.ranking.reader import RowReader
 from mllmrec.ranking.rows import group_rows, row_name
 from mllmrec.stage.errors import InputError
-from mllmrec.stage.jsonl import Row
+from mllmrec.stage.schema import Row
 
 
 class Collator:

@@ -21,7 +21,8 @@ from mllmrec.ranking.rows import (
     row_name,
 )
 from mllmrec.stage.errors import InputError
-from mllmrec.stage.jsonl import PathLike, Row
+from mllmrec.stage.jsonl import PathLike
+from mllmrec.stage.schema import Row
 
 TEMPLATE_TOKENS = 128  # more than a chat template adds to a question
 

@@ -24,7 +24,8 @@ from mllmrec.prompts.templates import (
     user_turn,
 )
 from mllmrec.stage.errors import InputError
-from mllmrec.stage.jsonl import PathLike, Row
+from mllmrec.stage.jsonl import PathLike
+from mllmrec.stage.schema import Row
 
 _PREFERENCE = (
     "\0"  # placeholder of the preference; `plain_text` leaves no such character in a title

@@ -9,7 +9,7 @@ import torch
 
 from mllmrec.models.compat import length_grouped_order
 from mllmrec.ranking.rows import group_rows
-from mllmrec.stage.jsonl import Row
+from mllmrec.stage.schema import Row
 
 
 @dataclass(frozen=True)

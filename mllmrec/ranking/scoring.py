@@ -22,7 +22,7 @@ from mllmrec.ranking.answers import AnswerSet
 from mllmrec.ranking.reader import RowReader
 from mllmrec.ranking.rows import group_rows, row_name
 from mllmrec.stage.errors import InputError
-from mllmrec.stage.jsonl import Row
+from mllmrec.stage.schema import Row
 
 GROUPS_PER_CHUNK = 32  # the unit of work that processes share and that a resumed run repeats
 
