@@ -152,6 +152,12 @@ def main(argv=None):
             f"{options.raw_dir} has no folder {prefix}_covers; put the covers there, or pass "
             "--require_image false to prepare the log without them"
         )
+    if options.split_by == "released" and pairs.suffix == ".tsv":
+        raise InputError(
+            f"{pairs} has no timestamps, so the order of the users' first interactions, which "
+            "decides the released split, is not known; give MicroLens-50k_pairs.csv, or use "
+            "--split_by user"
+        )
     job = Job.of(
         options,
         file_digests(pairs, titles),

@@ -80,7 +80,10 @@ def test_max_history_keeps_the_latest_and_released_the_most_popular():
     )
     assert split_log(rows, max_history=2)["u"][:2] == (["f", "g"], "h")
     history, target, *_ = split_log(rows, history="released")["u"]
-    assert (history, target) == (["c", "b", "a", "d", "e", "f"], "h")
+    assert (history, target) == (["a", "b", "c", "d", "e"], "f"), "in the order of time"
+    by_popularity = {"history": "released", "released_order": "popularity"}
+    history, target, *_ = split_log(rows, **by_popularity)["u"]
+    assert (history, target) == (["c", "b", "a", "d", "e"], "f")
 
 
 def brute_core(rows, user_core, item_core):

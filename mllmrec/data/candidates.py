@@ -50,6 +50,15 @@ def read_users(path: PathLike) -> list[Row]:
     return users
 
 
+def check_negatives(user: Row, where: str) -> None:
+    """Raise InputError if a line of users.jsonl has no negatives. where: file and line."""
+    if not user["negatives"]:
+        raise InputError(
+            f"{where}: user {user['user_id']!r} has no negatives, so nothing could be ranked; make "
+            "the file again with --negatives and --train_negatives above 0"
+        )
+
+
 def is_leave_one_out(users: Sequence[Row]) -> bool:
     """True if users.jsonl has one line per user and split, as `split_by: leave_one_out` writes
     it.

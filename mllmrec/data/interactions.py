@@ -78,28 +78,46 @@ def k_core(user: Array, item: Array, user_core: int, item_core: int) -> Array:
 
 
 def sample_negatives(
-    touched: Array, users: Array, n_items: int, how_many: int, rng: np.random.Generator
+    touched: Array,
+    users: Array,
+    n_items: int,
+    how_many: int,
+    rng: np.random.Generator,
+    weights: Array | None = None,
 ) -> Array:
-    """Items that the users never touched, uniform without replacement.
+    """Items that the users never touched, without replacement.
 
     touched: sorted int64 keys user * n_items + item; users: integer codes, shape (n,); items are
-    0 ... n_items - 1. Returns int64 of shape (n, how_many); a row that cannot be filled holds -1.
+    0 ... n_items - 1; weights: the next item is drawn in proportion to them, None: uniformly.
+    Returns int64 of shape (n, how_many); a row that cannot be filled holds -1.
     """
     users = users.astype(np.int64)
     if how_many == 0:
         return np.empty((len(users), 0), dtype=np.int64)
-    drawn = rng.integers(0, n_items, size=(len(users), 2 * how_many + 8))
+    size = (len(users), 2 * how_many + 8)
+    if weights is None:
+        drawn = rng.integers(0, n_items, size=size)
+    else:
+        ends = np.cumsum(weights, dtype=np.float64)
+        drawn = np.searchsorted(ends, rng.random(size) * ends[-1], side="right")
     good = ~_is_in(users[:, None] * n_items + drawn, touched) & ~_repeats_in_row(drawn)
     good &= good.cumsum(1) <= how_many
     negatives = np.full((len(users), how_many), -1, dtype=np.int64)
     full = good.sum(1) == how_many
     negatives[full] = drawn[full][good[full]].reshape(-1, how_many)
     for row in np.flatnonzero(~full):  # rare, unless the catalogue is tiny: go through all items
-        order = rng.permutation(n_items)
+        order = rng.permutation(n_items) if weights is None else _weighted_order(weights, rng)
         free = order[~_is_in(users[row] * n_items + order, touched)]
         if len(free) >= how_many:
             negatives[row] = free[:how_many]
     return negatives
+
+
+def _weighted_order(weights: Array, rng: np.random.Generator) -> Array:
+    """Items in the order in which they are drawn without replacement (exponential races)."""
+    with np.errstate(divide="ignore"):
+        arrival = rng.exponential(size=len(weights)) / weights
+    return np.argsort(arrival, kind="stable")
 
 
 def split_users(

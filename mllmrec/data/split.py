@@ -5,12 +5,16 @@ Rules, in this order:
 2. of a user's repeated interactions with one item the earliest is kept;
 3. users with fewer than `user_core` and items with fewer than `item_core` interactions are removed,
    until none is left to remove;
-4. a user's items are put in time order, ties in the order of the raw file; the last is the target;
-5. split by user: `seed` decides which users are for training, validation and test. Leave-one-out:
-   each user's last item is the test target, the second last the validation target, the third last
-   the target of the training line, each after the history before it;
-6. negatives are drawn uniformly, without replacement, from the remaining items that the user never
-   touched anywhere in the log - also in the parts that steps 2 and 3 removed.
+4. a user's items are put in time order, ties in the order of the raw file; the last is the target.
+   With `history: released` only the six most popular of them are kept before that, as the released
+   code does, in the order of time or of popularity;
+5. split by user: `seed` decides which users are for training, validation and test; `released`: as
+   scikit-learn's `train_test_split` decides, users in the order of their first interaction.
+   Leave-one-out: each user's last item is the test target, the second last the validation target,
+   the third last the target of the training line, each after the history before it;
+6. negatives are drawn without replacement from the remaining items that the user never touched
+   anywhere in the log - also in the parts that steps 2 and 3 removed: uniformly, or in proportion
+   to their interactions.
 """
 
 from collections.abc import Iterator, Sequence
@@ -46,6 +50,7 @@ from mllmrec.stage.options import CommonOptions, option
 from mllmrec.stage.schema import Row
 
 SPLITS = ("train", "validation", "test")
+RELEASED_ITEMS = 6  # of a user, target included, in the released code
 
 
 @options_dataclass
@@ -58,16 +63,21 @@ class SplitOptions(CommonOptions):
     )
     item_core: int = option(5, "fewest interactions of an item", ge=1)
     require_image: bool = option(True, "remove items without an image")
-    split_by: Literal["user", "leave_one_out"] = option(
+    split_by: Literal["user", "released", "leave_one_out"] = option(
         "user",
-        "user: each user is in one split (paper); leave_one_out: the last item is for the test, "
-        "the "
-        "second last for validation (MLLM4Rec)",
+        "user: each user is in one split (paper); released: the released code's split, lines in "
+        "its order (80/10/10, seed 42); leave_one_out: the last item is for the test, the second "
+        "last for validation (MLLM4Rec)",
     )
     history: Literal["chronological", "released"] = option(
         "chronological",
-        "released: the six most popular items of the history, most popular first (the released "
-        "code chooses among all items of the user: README, Deviations)",
+        "released: the last of the user's six most popular items is the target, the other five "
+        "are the history, as in the released code",
+    )
+    released_order: Literal["time", "popularity"] = option(
+        "time",
+        "order of the released history's six items: time, as its committed notebook says; "
+        "popularity: as the version with saved outputs has them",
     )
     max_history: int = option(0, "keep only the last N items of a history, 0 = all (paper)", ge=0)
     train_fraction: float = option(0.8, "fraction of users (paper: 80/10/10)", gt=0, lt=1)
@@ -78,6 +88,11 @@ class SplitOptions(CommonOptions):
     test_fold: int = option(0, "with folds: the fold that is the test set", ge=0)
     negatives: int = option(20, "negatives of a validation or test user (paper: 20)", ge=0, le=1000)
     train_negatives: int = option(1, "negatives of a training user (paper: 1)", ge=0, le=1000)
+    negative_sampling: Literal["uniform", "popularity"] = option(
+        "uniform",
+        "uniform (paper, released code); popularity: in proportion to an item's interactions, "
+        "since popularity alone ranks well among uniform ones",
+    )
     paper_users: int = option(0, "the paper's number, printed beside ours; 0 = none", ge=0)
     paper_items: int = option(0, "likewise", ge=0)
     paper_interactions: int = option(0, "likewise", ge=0)
@@ -113,14 +128,13 @@ class PreparedData:
     negatives: Array
 
     def lines(self, options: SplitOptions) -> Iterator[Row]:
-        """The lines of users.jsonl, users in id order."""
+        """The lines of users.jsonl: users in id order, or in that of the released split."""
         for line, user in enumerate(self.line_user):
             start = self.ends[user - 1] if user else 0
             seen = self.sequences[start : self.ends[user] - self.line_skip[line]]
+            if options.history == "released":
+                seen = seen[self._released_places(seen, options.released_order)]
             history, target = seen[:-1], seen[-1]
-            if options.history == "released":  # the user's six most popular items, in that order
-                by_popularity = np.argsort(-self.popularity[history], kind="stable")
-                history = history[by_popularity][:6]
             if options.max_history:
                 history = history[-options.max_history :]
             negatives = self.negatives[line]
@@ -132,6 +146,14 @@ class PreparedData:
                 "split": str(self.split[line]),
                 "fold": int(self.fold[line]) if options.folds else None,
             }
+
+    def _released_places(self, seen: Array, order: str) -> Array:
+        """Which of a user's items the released code keeps, in its order: the six most popular.
+
+        seen: item codes, oldest first; of equally popular items the oldest come first.
+        """
+        places = np.argsort(-self.popularity[seen], kind="stable")[:RELEASED_ITEMS]
+        return np.sort(places) if order == "time" else places
 
 
 def check_options(options: SplitOptions) -> None:
@@ -152,8 +174,13 @@ def check_options(options: SplitOptions) -> None:
         "--split_by leave_one_out needs --history chronological: popularity knows later targets": (
             options.split_by == "leave_one_out" and options.history == "released"
         ),
-        "--split_by leave_one_out cannot be used with --folds": (
-            options.split_by == "leave_one_out" and options.folds > 0
+        f"--split_by {options.split_by} cannot be used with --folds": (
+            options.split_by != "user" and options.folds > 0
+        ),
+        "--split_by released has fractions of its own: leave --train_fraction at 0.8 and "
+        "--validation_fraction at 0.1": (
+            options.split_by == "released"
+            and (options.train_fraction, options.validation_fraction) != (0.8, 0.1)
         ),
     }
     for message, is_wrong in wrong.items():
@@ -180,12 +207,16 @@ def prepare(log: InteractionLog, catalogue: pd.DataFrame, options: SplitOptions)
     rows = order[keep[order]]
     sequences = item[rows][np.argsort(user[rows], kind="stable")]
     ends = np.cumsum(np.bincount(user[rows], minlength=n_users))
+    popularity = np.bincount(sequences, minlength=n_items)
     if options.split_by == "leave_one_out":
         columns = _leave_one_out_lines(n_users, options)
+    elif options.split_by == "released":
+        by_time = rows[np.argsort(log.time[rows], kind="stable")]
+        columns = _released_split_lines(pd.unique(user[by_time]), options)
     else:
         columns = _user_split_lines(n_users, options)
     line_user, line_skip, split, fold = columns
-    negatives = _negatives(touched, (line_user, split), user_ids, n_items, options)
+    negatives = _negatives(touched, (line_user, split), user_ids, popularity, options)
     chosen = np.isin(line_user, _pilot_users(n_users, split, options))
     statistics["written_users"] = {name: int((split[chosen] == name).sum()) for name in SPLITS}
     return PreparedData(
@@ -195,7 +226,7 @@ def prepare(log: InteractionLog, catalogue: pd.DataFrame, options: SplitOptions)
         item_ids=item_ids,
         sequences=sequences,
         ends=ends,
-        popularity=np.bincount(sequences, minlength=n_items),
+        popularity=popularity,
         line_user=line_user[chosen],
         line_skip=line_skip[chosen],
         split=split[chosen],
@@ -237,6 +268,20 @@ def _user_split_lines(n_users: int, options: SplitOptions) -> tuple[Array, Array
     return np.arange(n_users), np.zeros(n_users, dtype=np.int64), split, fold
 
 
+def _released_split_lines(users: Array, options: SplitOptions) -> tuple[Array, Array, Array, Array]:
+    """(user, skip, split, fold) of one line per user, in the order of the released split.
+
+    users: codes in the order of their first interaction.
+    """
+    from sklearn.model_selection import train_test_split  # a second to import
+
+    train, rest = train_test_split(users, test_size=0.2, random_state=options.seed)
+    validation, test = train_test_split(rest, test_size=0.5, random_state=options.seed)
+    line_user = np.concatenate([train, validation, test])
+    split = np.repeat(np.array(SPLITS), [len(train), len(validation), len(test)])
+    return line_user, np.zeros(len(line_user), dtype=np.int64), split, np.full(len(line_user), -1)
+
+
 def _leave_one_out_lines(n_users: int, options: SplitOptions) -> tuple[Array, Array, Array, Array]:
     """(user, skip, split, fold) of three lines per user: the last item is the test's target."""
     return (
@@ -251,20 +296,22 @@ def _negatives(
     touched: Array,
     lines: tuple[Array, Array],
     user_ids: Array,
-    n_items: int,
+    popularity: Array,
     options: SplitOptions,
 ) -> Array:
     """Item codes of shape (lines, most negatives), -1 behind the last.
 
-    lines: (user, split) of each.
+    lines: (user, split) of each; popularity: interactions of each item.
     """
     line_user, split = lines
+    n_items = len(popularity)
+    weights = popularity if options.negative_sampling == "popularity" else None
     most = max(options.negatives, options.train_negatives)
     negatives = np.full((len(line_user), most), -1, dtype=np.int64)
     for is_train, how_many in ((True, options.train_negatives), (False, options.negatives)):
         where = np.flatnonzero((split == "train") == is_train)
         rng = np.random.default_rng([options.seed, 2, is_train])
-        drawn = sample_negatives(touched, line_user[where], n_items, how_many, rng)
+        drawn = sample_negatives(touched, line_user[where], n_items, how_many, rng, weights)
         negatives[where, :how_many] = drawn
         short = (drawn < 0).any(1)
         if short.any():

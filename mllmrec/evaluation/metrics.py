@@ -61,7 +61,7 @@ class CandidateLists:
                 )
             own[row["item_id"]] = (row["label"], float(row["score"]))
         if not lists:
-            raise InputError(f"{where} holds no scores")
+            raise InputError(f"{where} holds no scores; make it again with scripts/06_score.sh")
         length = max(map(len, lists.values()))
         users, labels, scores, user = sorted(lists), [], [], []
         for number, name in enumerate(users):

@@ -15,6 +15,7 @@ from mllmrec.data.candidates import read_users, users_of_split
 from mllmrec.data.images import ImageError, check_image_paths, open_image
 from mllmrec.evaluation import plots
 from mllmrec.evaluation.metrics import SHOWN
+from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import read_by_id, read_rows
 from mllmrec.stage.record import read_record
 from mllmrec.stage.schema import Row
@@ -74,28 +75,31 @@ def user_examples(files: RunFiles, n_users: int) -> list[dict[str, Any]]:
     """
     if not files.scores:
         return []
-    test_users = users_of_split(read_users(files.data_dir / "users.jsonl"), "test")
+    users_path, items_path = files.data_dir / "users.jsonl", files.data_dir / "items.jsonl"
+    preferences_path = files.system_dir / "user_preferences.jsonl"
+    scores_path = next(iter(files.scores.values()))
+    test_users = users_of_split(read_users(users_path), "test")
     users = {user["user_id"]: user for user in test_users}
-    items_path = files.data_dir / "items.jsonl"
     items = read_by_id(items_path, "item_id")
     images = [item["image"] for item in items.values() if item["image"] is not None]
     check_image_paths(images, items_path, files.data_dir, files.image_roots)
-    preferences = _read_preferences(files.system_dir / "user_preferences.jsonl")
+    preferences = _read_preferences(preferences_path)
     lists: dict[str, list[Row]] = {}
-    for row in read_rows(next(iter(files.scores.values()))):
+    for row in read_rows(scores_path):
         lists.setdefault(row["user_id"], []).append(row)
 
-    def shown(item_id: str) -> dict[str, Any]:
-        item = items[item_id]
+    def shown(item_id: str, named_by: Path) -> dict[str, Any]:
+        item = _known(item_id, items, items_path, named_by)
         image = _thumbnail(items_path.parent / item["image"]) if item["image"] else None
         return {"title": item["title"], "image": image}
 
     examples = []
     for user_id in list(lists)[:n_users]:
-        history = users[user_id]["history"]
+        history = _known(user_id, users, users_path, scores_path)["history"]
         # A system without preferences: the history as one block.
         whole = {"blocks": [{"items": history, "preference": ""}]}
         preference = preferences.get(user_id, whole)
+        named_by = preferences_path if user_id in preferences else users_path
         ranked = sorted(lists[user_id], key=lambda row: -row["score"])
         left_out = preference.get("items_left_out", 0)
         examples.append(
@@ -103,16 +107,30 @@ def user_examples(files: RunFiles, n_users: int) -> list[dict[str, Any]]:
                 "user_id": user_id,
                 "left_out": history[:left_out],
                 "blocks": [
-                    {**block, "items": [shown(i) for i in block["items"]]}
+                    {**block, "items": [shown(i, named_by) for i in block["items"]]}
                     for block in preference["blocks"]
                 ],
                 "candidates": [
-                    {**shown(row["item_id"]), "score": row["score"], "label": row["label"]}
+                    {
+                        **shown(row["item_id"], scores_path),
+                        "score": row["score"],
+                        "label": row["label"],
+                    }
                     for row in ranked
                 ],
             }
         )
     return examples
+
+
+def _known(row_id: str, rows: Mapping[str, Row], path: Path, named_by: Path) -> Row:
+    """The row of an id. Raises InputError if `path`, where the rows are from, has none."""
+    if row_id not in rows:
+        raise InputError(
+            f"{named_by} names {row_id!r}, which is not in {path}; the two are not of one run, "
+            "make the first again"
+        )
+    return rows[row_id]
 
 
 def _read_preferences(path: Path) -> dict[str, Row]:

@@ -3,15 +3,37 @@
 import html
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from mllmrec.evaluation.metrics import SHOWN
 from mllmrec.stage.errors import InputError
-from mllmrec.stage.jsonl import PathLike
+from mllmrec.stage.jsonl import PathLike, read_json
+from mllmrec.stage.schema import problem
 
 FIRST = ("zero_shot", "sft")  # these rows lead a table, the others follow by name
 Metrics = Mapping[str, Mapping[str, Any]]
 Published = Sequence[Sequence[Any]]  # (system, source, AUC, HR@5, MRR@5), x100
+_Number = Annotated[float, Field(allow_inf_nan=False)]
+_Interval = Annotated[list[_Number], Field(min_length=2, max_length=2)]
+_METRICS: TypeAdapter[Any] = TypeAdapter(
+    dict[str, dict[str, _Number | _Interval]], config=ConfigDict(strict=True)
+)
+
+
+def read_metrics(path: PathLike) -> dict[str, dict[str, Any]]:
+    """metrics.json, variant -> its metrics. Raises InputError if it holds anything else."""
+    metrics, remedy = read_json(path), "delete it and make it again with scripts/07_report.sh"
+    try:
+        _METRICS.validate_python(metrics)
+    except ValidationError as error:
+        raise InputError(f"{path}: {problem(error)}; {remedy}") from None
+    for variant, row in metrics.items():
+        for name in (*SHOWN, "users"):
+            if not isinstance(row.get(name), int | float):
+                raise InputError(f"{path}: {variant} has no number {name!r}; {remedy}")
+    return metrics
 
 
 def score_files(output_dir: PathLike) -> dict[str, Path]:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from pydantic.dataclasses import dataclass as options_dataclass
 
-from mllmrec.data.candidates import is_leave_one_out, read_users, user_key
+from mllmrec.data.candidates import check_negatives, is_leave_one_out, read_users, user_key
 from mllmrec.models.options import GenerationStageOptions
 from mllmrec.prompts import mllm_msr as prompts
 from mllmrec.stage.errors import InputError
@@ -92,11 +92,7 @@ def _check_history(user: Row, where: str, known: dict[Path, dict[str, Row]]) -> 
             f"makes "
             "the file again"
         )
-    if not user["negatives"]:
-        raise InputError(
-            f"{where}: user {user['user_id']!r} has no negatives, so nothing could be ranked for "
-            "this preference; make the file again with --negatives and --train_negatives above 0"
-        )
+    check_negatives(user, where)
     for item_id in user["history"]:
         if item_id not in items:
             raise InputError(

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from mllmrec.data.candidates import (
     candidates,
+    check_negatives,
     is_leave_one_out,
     read_users,
     user_key,
@@ -25,7 +26,7 @@ from mllmrec.ranking.rows import Candidate, QuestionFormat, candidate_row
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import (
     read_by_id,
-    read_rows,
+    read_lines,
     rejected_path,
     relative_path,
     require,
@@ -68,16 +69,41 @@ class Sources:
         self.users = read_users(self.users_path)
         self.items = read_by_id(self.items_path, "item_id")
         self.leave_one_out = is_leave_one_out(self.users)
-        self.preferences = self._by_user(read_rows(self.preferences_path))
+        self.preferences = self._by_user(self.preferences_path)
         rejected = rejected_path(self.preferences_path)
-        self.rejected = self._by_user(read_rows(rejected)) if rejected.exists() else {}
+        self.rejected = self._by_user(rejected) if rejected.exists() else {}
+        self._check_users()
         self._image_problems: dict[Path | None, str | None] = {}
 
-    def _by_user(self, rows: Sequence[Row]) -> dict[RowId, Row]:
-        found = {user_key(row, self.leave_one_out): row for row in rows}
-        if len(found) < len(rows):
-            raise InputError(f"{self.preferences_path} has a user twice; remove one of the lines")
+    def _by_user(self, path: Path) -> dict[RowId, Row]:
+        keys = ("user_id", "split") if self.leave_one_out else ("user_id",)
+        found: dict[RowId, Row] = {}
+        lines: dict[RowId, int] = {}
+        for number, row in read_lines(path):
+            where = f"{path}, line {number}"
+            if any(not isinstance(row.get(name), str) for name in keys):
+                raise InputError(
+                    f"{where}: the user has no {' and '.join(keys)}, as users.jsonl has; make the "
+                    "file again with scripts/03_preference.sh"
+                )
+            key = user_key(row, self.leave_one_out)
+            if key in found:
+                raise InputError(
+                    f"{where}: user {key!r} is already in line {lines[key]}; remove one of the two"
+                )
+            found[key], lines[key] = row, number
         return found
+
+    def _check_users(self) -> None:
+        for number, user in enumerate(self.users, start=1):
+            where = f"{self.users_path}, line {number}"
+            check_negatives(user, where)
+            for item_id, _ in candidates(user):
+                if item_id not in self.items:
+                    raise InputError(
+                        f"{where}: item {item_id!r} is not in {self.items_path}; "
+                        "scripts/01_prepare_data.sh makes both again"
+                    )
 
     def preference(self, user: Row) -> tuple[str, str | None]:
         """(preference, None), or ("", reason) for a user that stage 3 rejected."""
@@ -90,15 +116,6 @@ class Sources:
                 "scripts/03_preference.sh"
             )
         return self.preferences[key]["preference"], None
-
-    def item(self, item_id: str) -> Row:
-        """The row of an item. Raises InputError if it is unknown."""
-        if item_id not in self.items:
-            raise InputError(
-                f"{self.users_path}: item {item_id!r} is not in {self.items_path}; "
-                "scripts/01_prepare_data.sh makes both again"
-            )
-        return self.items[item_id]
 
     def image(self, item: Row) -> tuple[Path | None, str | None]:
         """(path of an item's image, reason why it cannot be used or None).
@@ -136,7 +153,7 @@ def user_rows(
     )
     rows = []
     for item_id, label in candidates(user):
-        item, image = sources.item(item_id), None
+        item, image = sources.items[item_id], None
         if options.with_images:
             image_path, problem = sources.image(item)
             if problem or image_path is None:

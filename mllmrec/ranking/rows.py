@@ -176,12 +176,16 @@ def check_training_rows(
     """Check rows with answers before a model is loaded. Return image path -> (width, height) in
     pixels.
 
-    Raises InputError naming the line for an unknown label, an answer that is not the label's, more
-    than one image, or an image without a readable header.
+    Raises InputError naming the line for a question that is there twice, an unknown label, an
+    answer that is not the label's, more than one image, or an image without a readable header.
     """
     sizes: dict[Path, tuple[int, int]] = {}
+    lines: dict[tuple[str, ...], int] = {}
     for number, row in enumerate(rows, start=1):
         where = f"{path}, line {number}"
+        first = lines.setdefault((row["user_id"], *item_ids(row)), number)
+        if first < number:
+            raise InputError(f"{where}: {row_name(row)} is already in line {first}; {MAKE_AGAIN}")
         label, most = (
             row["label"],
             min(len(answers), len(item_ids(row)) if "item_ids" in row else 2),

@@ -40,15 +40,19 @@ def read_lines(path: PathLike, keys: Sequence[str] | None = None) -> Iterator[tu
 
     keys: check only that these are there; default: the schema of a file of this name.
     Raises InputError with file, line and remedy for a missing file, broken JSON, an undecodable
-    byte, a missing key, or a value of a wrong type or outside its range.
+    byte, a missing key, a value of a wrong type or outside its range, or no line where some are
+    needed.
     """
     path = require(path)
     named = schema_of(path.name)
     schema = named if named and keys is None else _ANY_ROW
     maker = (named or schema).maker
+    number = 0
     with open(path, "rb") as file:
         for number, raw in enumerate(file, start=1):
             yield number, parse_line(raw, schema, f"{path}, line {number}", (keys or (), maker))
+    if number == 0 and not schema.may_be_empty:
+        raise InputError(f"{path} is empty; make it again with {maker}")
 
 
 def parse_line(

@@ -16,7 +16,7 @@ Row = dict[str, Any]
 
 _STRICT = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
 Id = Annotated[str, Field(min_length=1)]
-Label = Literal[0, 1]
+Label = Annotated[int, Field(ge=0, le=1)]
 Split = Literal["train", "validation", "test"]
 SHOWN_CHARACTERS = 60  # of a wrong value in a message
 
@@ -108,6 +108,13 @@ class _Image(TypedDict):
 
 
 @with_config(_STRICT)
+class _LogRow(TypedDict):
+    step: Annotated[int, Field(ge=0)]
+    loss: NotRequired[float]
+    eval_auc: NotRequired[float]
+
+
+@with_config(_STRICT)
 class _Rejected(TypedDict):
     reason: Annotated[str, Field(min_length=1)]
 
@@ -156,24 +163,29 @@ def _repeated(values: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class FileSchema:
-    """row: checks one line; maker: the script that writes the file."""
+    """row: checks one line; maker: the script that writes the file; may_be_empty: a file without
+    lines is a right one.
+    """
 
     row: TypeAdapter[Any]
     maker: str
+    may_be_empty: bool = True
 
     @classmethod
-    def of(cls, kind: Any, maker: str) -> "FileSchema":
+    def of(cls, kind: Any, maker: str, may_be_empty: bool = True) -> "FileSchema":
         """kind: a TypedDict, with validators or without."""
-        return cls(TypeAdapter(kind), maker)
+        return cls(TypeAdapter(kind), maker, may_be_empty)
 
 
 _MODEL_ROWS = FileSchema.of(
     Annotated[_ModelRow, AfterValidator(_check_model_row)], "scripts/04_datasets.sh"
 )
 SCHEMAS = {
-    "items.jsonl": FileSchema.of(_Item, "scripts/01_prepare_data.sh"),
+    "items.jsonl": FileSchema.of(_Item, "scripts/01_prepare_data.sh", may_be_empty=False),
     "users.jsonl": FileSchema.of(
-        Annotated[_User, AfterValidator(_check_user)], "scripts/01_prepare_data.sh"
+        Annotated[_User, AfterValidator(_check_user)],
+        "scripts/01_prepare_data.sh",
+        may_be_empty=False,
     ),
     "image_urls.jsonl": FileSchema.of(_ImageUrl, "scripts/01_prepare_data.sh"),
     "images.jsonl": FileSchema.of(_Image, "scripts/01_prepare_data.sh"),
@@ -182,6 +194,7 @@ SCHEMAS = {
     "train.jsonl": _MODEL_ROWS,
     "validation.jsonl": _MODEL_ROWS,
     "test.jsonl": _MODEL_ROWS,
+    "training_log.jsonl": FileSchema.of(_LogRow, "scripts/05_train.sh"),
     "scores.jsonl": FileSchema.of(_Score, "scripts/06_score.sh"),
 }
 REJECTED = FileSchema.of(_Rejected, "the script that wrote it")
