@@ -30,10 +30,10 @@ from pydantic.dataclasses import dataclass
 
 from mllmrec.data.images import ImageError, open_image
 from mllmrec.stage.errors import InputError
-from mllmrec.stage.jsonl import atomic_file, read_by_id, require
+from mllmrec.stage.jsonl import TEMPORARY, atomic_file, read_by_id, require
 from mllmrec.stage.options import CommonOptions, option, parse_options, print_options
 from mllmrec.stage.output import ResumableOutput
-from mllmrec.stage.record import Job
+from mllmrec.stage.record import Job, world_size
 
 SECTION = "download"
 SPEED_OPTIONS = ("workers", "retries", "timeout", "retry_rejected", "allow_private")
@@ -198,6 +198,9 @@ def download_all(row_ids, folder, options):
 
     Closing the generator cancels those in flight.
     """
+    if world_size() == 1:  # else another process may be writing one of them
+        for path in folder.glob(f".*{TEMPORARY}*"):  # of a run that was killed
+            path.unlink()
     waiting, in_flight = iter(row_ids), set()
     with asyncio.Runner() as runner:
         session = runner.run(open_session(options))

@@ -356,6 +356,13 @@ def test_a_resumed_run_downloads_only_what_is_missing(server, download, capsys):
     assert Server.asked == ["gone"]
 
 
+def test_what_a_killed_run_left_of_an_image_is_removed(server, download, tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / ".old.jpg.tmp-x1").write_bytes(b"half an image")
+    download({"good": server + "good"}, *PRIVATE)
+    assert [path.name for path in (tmp_path / "images").iterdir()] == ["good.jpg"]
+
+
 @pytest.mark.parametrize("item_id", ["../x", "/x", "..", ".x", ""])
 def test_an_item_id_that_cannot_name_a_file_is_refused(download, tmp_path, item_id):
     with pytest.raises(InputError, match=f"the item id '{item_id}' cannot name a file"):

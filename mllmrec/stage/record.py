@@ -172,7 +172,8 @@ def output_digests(output: PathLike, outputs: Iterable[PathLike]) -> Digests:
     for path in map(Path, outputs):
         files = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
         for file in files:
-            if file.exists() and file != record_path(output):
+            is_text = file.suffix == ".md" and path.is_dir()  # a model card, which people edit
+            if file.exists() and file != record_path(output) and not is_text:
                 digests[Path(os.path.relpath(file, folder)).as_posix()] = _digest(file)
     return digests
 
