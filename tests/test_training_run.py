@@ -191,20 +191,25 @@ def test_a_training_that_does_not_get_better_stops_early(small_run, tmp_path, ca
     )
 
 
-def test_the_best_adapter_is_kept_not_the_last(small_run, tmp_path, monkeypatch):
+@pytest.mark.parametrize("keep", ["best", "last"])
+def test_the_best_adapter_is_kept_or_the_last(small_run, tmp_path, monkeypatch, keep):
     aucs = iter([0.6, 0.9, 0.7, 0.8])
     monkeypatch.setattr("mllmrec.ranking.trainer.pooled_auc", lambda *_: next(aucs))
     command = prepared(small_run, tmp_path / "run")
     load_script(STAGE).main(
-        [*command[1:], "--epochs", "4", "--limit", "16", "--validation_users", "2"]
+        [*command[1:], "--epochs", "4", "--limit", "16", "--validation_users", "2", "--keep", keep]
     )
     record = read_record(tmp_path / "run" / "mllm_msr" / "adapter")
     assert record["best_validation_auc"] == 0.9
     checkpoints, epoch = tmp_path / "run" / "mllm_msr" / "checkpoints", record["steps"] // 4
-    best, last = (load_peft_weights(str(checkpoints / f"checkpoint-{epoch * n}")) for n in (2, 4))
+    numbers = {"best": 2, "last": 4}
+    found = {
+        name: load_peft_weights(str(checkpoints / f"checkpoint-{epoch * n}"))
+        for name, n in numbers.items()
+    }
     kept = weights(tmp_path / "run")
-    assert all(torch.equal(kept[name], best[name]) for name in kept)
-    assert not all(torch.equal(kept[name], last[name]) for name in kept)
+    for name, checkpoint in found.items():
+        assert all(torch.equal(kept[key], checkpoint[key]) for key in kept) == (name == keep)
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,9 @@ class Options(RankerOptions):
         pattern=r"^[\w-]*$",
     )
     hide: list[Literal["nothing", "image", "preference"]] = option(
-        ["nothing"], "what the model does not get, one variant each: nothing, image, preference"
+        ["nothing"],
+        "what the model does not get, one variant each: nothing, image, preference",
+        min_length=1,
     )
     batch_tokens: int = option(16384, "tokens in a batch, images included", ge=1)
     reuse_prefix: bool = option(
@@ -72,7 +74,7 @@ def open_outputs(rows, inputs, options):
     keys = [(row["user_id"], row["item_id"]) for row in rows]
     limit = len(first_users(rows, options.limit))  # --limit counts users
     outputs = {}
-    for hidden in options.hide:
+    for hidden in dict.fromkeys(options.hide):
         path = options.system_dir / variant_name(options, hidden) / "scores.jsonl"
         job = Job.of(options, inputs, SPEED_OPTIONS, hidden=hidden)
         output = ResumableOutput(path, ("user_id", "item_id"), keys, replace(job, limit=limit))
@@ -127,6 +129,7 @@ def main(argv=None):
         # Imported here, so that --help and a missing input are answered at once.
         from mllmrec.evaluation.metrics import CandidateLists
         from mllmrec.models.lora import load_adapter
+        from mllmrec.ranking.answers import yes_no
         from mllmrec.ranking.reader import RowReader, load_ranker
 
         # Lists that cannot be ranked are refused before the model is loaded.
@@ -135,7 +138,8 @@ def main(argv=None):
         if adapter is not None:
             model = load_adapter(model, adapter, options.model)
         for hidden, output in outputs.items():
-            reader = RowReader(chat, folder, options.max_text_tokens, hidden == "image")
+            gray = hidden == "image"
+            reader = RowReader(chat, folder, options.max_text_tokens, gray, yes_no(options))
             shown = rows[: len(output.wanted)]
             if hidden == "preference":
                 shown = [replace_preference(row, "") for row in shown]

@@ -69,11 +69,17 @@ class Options(RankerOptions, LoraOptions):
     warmup_ratio: float = option(
         0.0, "fraction of the steps in which the learning rate rises", ge=0, le=1
     )
-    schedule: Literal["linear", "cosine", "constant"] = option("linear", "of the learning rate")
+    schedule: Literal["linear", "cosine", "constant"] = option(
+        "linear", "of the learning rate (released code: constant)"
+    )
+    weight_decay: float = option(0.0, "of AdamW (released code: 0.01)", ge=0)
     clip: float = option(1.0, "gradient clipping (released code: 1.0)", gt=0, allow_inf_nan=False)
     loss: Literal["answer", "sequence"] = option(
         "answer",
         "answer: on the answer only; sequence: on all text (paper, equation 2, and released code)",
+    )
+    keep: Literal["best", "last"] = option(
+        "best", "adapter that is kept: best validation AUC, or the last epoch's (released code)"
     )
     patience: int = option(
         0, "stop after this many epochs without a better validation AUC, 0 = never", ge=0
@@ -110,6 +116,7 @@ def training_arguments(options, with_validation):
         gradient_accumulation_steps=options.accumulation,
         warmup_steps=options.warmup_ratio,  # below 1 it is a fraction
         lr_scheduler_type=options.schedule,
+        weight_decay=options.weight_decay,
         max_grad_norm=options.clip,
         seed=options.seed,
         bf16=dtype == torch.bfloat16,
@@ -120,7 +127,7 @@ def training_arguments(options, with_validation):
         save_strategy="epoch",
         eval_strategy="epoch" if with_validation else "no",
         save_total_limit=options.save_total,
-        load_best_model_at_end=with_validation,
+        load_best_model_at_end=with_validation and options.keep == "best",
         metric_for_best_model="auc" if with_validation else None,
         greater_is_better=True,
         logging_steps=options.logging_steps,
@@ -197,6 +204,8 @@ def check_options(options):
             "FSDP cannot shard a model that is loaded with --quantization; use "
             "configs/accelerate/multi_gpu.yaml"
         )
+    if options.patience and options.keep == "last":
+        raise InputError("--patience stops at the best epoch, which --keep last would not keep")
     if options.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise InputError(
             "--tensorboard true needs the package tensorboard; pip install tensorboard, or leave "
@@ -240,6 +249,7 @@ def train(rows, validation, sizes, job, options):
     from transformers import set_seed
 
     from mllmrec.models.compat import stopped_after
+    from mllmrec.ranking.answers import yes_no
     from mllmrec.ranking.reader import RowReader
 
     started, folder = time.monotonic(), options.system_dir
@@ -247,7 +257,7 @@ def train(rows, validation, sizes, job, options):
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / "tensorboard")
     set_seed(options.seed)
     model, chat = load_model(options)
-    reader = RowReader(chat, folder, options.max_text_tokens)
+    reader = RowReader(chat, folder, options.max_text_tokens, answers=yes_no(options))
     rows, rejected, shortened = without_too_long(rows, reader, folder / "train.jsonl")
     validation, more, _ = without_too_long(validation, reader, folder / "validation.jsonl")
     rejected |= more  # no user is in both files

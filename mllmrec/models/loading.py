@@ -3,6 +3,7 @@ checkpoints.
 """
 
 import importlib.util
+import json
 import logging
 import os
 import re
@@ -11,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -32,6 +32,7 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 # Buffers that models compute themselves; old checkpoints hold them beside the weights.
 COMPUTED = re.compile(r"(position_ids|rotary_emb\.inv_freq)$")
+REMEDY = "fetch it again or name another --model"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -80,10 +81,42 @@ def read_config(name: str) -> Any:
         raise InputError(
             f"{name} has no config.json, so it is no model folder; name another --model"
         )
+    raw = _check_json_files(path) if path.is_dir() else {}
+    if "vision_config" in raw and not (raw.get("text_config") or "hidden_size" in raw):
+        raise InputError(  # transformers would make a language model of 7 billion parameters
+            f"{path / 'config.json'} has no text_config, so the model's size is unknown; {REMEDY}"
+        )
     try:
         return AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
-        raise InputError(f"the model {name} cannot be read: {one_line(error)}") from None
+    except Exception as error:  # each model's class has checks of its own, and errors of their own
+        raise cannot(f"the model {name} cannot be read", error) from None
+
+
+def _check_json_files(folder: Path) -> dict[str, Any]:
+    """The contents of a model folder's config.json.
+
+    Raises InputError if it, or a file that is used if it is there, is no JSON object: transformers
+    passes over a damaged generation_config.json, which holds the end tokens.
+    """
+    contents = {}
+    for file in sorted(folder.glob("*config.json")):
+        try:
+            contents[file.name] = json.loads(file.read_bytes())
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{file} is no JSON file ({one_line(error)}); {REMEDY}") from None
+        if not isinstance(contents[file.name], dict):
+            raise InputError(f"{file} must hold one JSON object; {REMEDY}")
+    return contents["config.json"]
+
+
+def cannot(what: str, error: Exception, remedy: str = REMEDY) -> Exception:
+    """The error to raise for a library's error: InputError, or itself if the machine is at fault.
+
+    what: what cannot be done with which file.
+    """
+    if not isinstance(error, OSError) and machine_fault(error) is not None:
+        return error
+    return InputError(f"{what}: {one_line(error)}; {remedy}")
 
 
 def load_multimodal(name: str, options: ModelOptions | None = None) -> tuple[Any, Any]:
@@ -165,18 +198,14 @@ def _load_model(auto_class: Any, name: str, config: Any, options: ModelOptions) 
                 options.quantization, auto_class, config, dtype
             ),
         )
-    except (KeyError, OSError, SafetensorError, TypeError, ValueError) as error:
-        raise InputError(f"the model {name} cannot be loaded: {one_line(error)}") from None
-    except RuntimeError as error:
-        if machine_fault(error) is not None:
-            raise
-        raise InputError(f"the model {name} cannot be loaded: {one_line(error)}") from None
     except ImportError as error:
         wanted = f"--quantization {options.quantization} --attention {options.attention}"
         raise InputError(
             f"the model {name} cannot be loaded with {wanted}, a package is missing: "
-            f"{one_line(error)}"
+            f"{one_line(error)}; install it or change these options"
         ) from None
+    except Exception as error:  # a wrong number in config.json can fail in any line of the model
+        raise cannot(f"the model {name} cannot be loaded", error) from None
     finally:
         transformers_logging.set_verbosity(verbosity)
     check_keys(name, keys)
@@ -219,7 +248,8 @@ def check_finite(name: str, model: torch.nn.Module, only: str = "") -> None:
         if is_checked and not torch.isfinite(parameter).all():
             raise InputError(
                 f"the weights {key} of {name} are not all finite numbers: the file is damaged, the "
-                "training diverged, or --dtype float16 is too narrow for them"
+                "training diverged, or --dtype float16 is too narrow for them; restore it, train "
+                "again, or pass --dtype float32"
             )
 
 
@@ -230,10 +260,13 @@ def _load_processor(auto_class: Any, name: str, config: Any, options: ModelOptio
         try:  # processors with a video part need torchvision for it alone; no stage has video input
             processor = processor_without_video(config.model_type).from_pretrained(name)
         except Exception:
-            raise InputError(
-                f"{name} has no usable tokenizer or processor: {one_line(error)}"
-            ) from None
+            raise cannot(f"{name} has no usable tokenizer or processor", error) from None
     tokenizer = getattr(processor, "tokenizer", processor)
+    if tokenizer.eos_token is None:
+        raise InputError(
+            f"the tokenizer of {name} names no end token, as one without its tokenizer_config.json "
+            f"does; {REMEDY}"
+        )
     if tokenizer.pad_token is None:  # Llama-3 has none; padding is masked, so any token will do
         tokenizer.pad_token = tokenizer.eos_token
     has_template = getattr(processor, "chat_template", None) or tokenizer.chat_template
@@ -264,7 +297,6 @@ def max_prompt_tokens(model: Any, max_new_tokens: int) -> int:
     if max_new_tokens >= longest:
         raise InputError(
             f"--max_new_tokens {max_new_tokens} leaves no room for a prompt: the model takes "
-            f"{longest} "
-            "tokens in all"
+            f"{longest} tokens in all; lower it"
         )
     return longest - max_new_tokens

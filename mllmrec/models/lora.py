@@ -18,13 +18,14 @@ from peft import (
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from mllmrec.models.loading import check_finite, listed, module_path, one_line, read_config
+from mllmrec.models.loading import cannot, check_finite, listed, module_path, read_config
 from mllmrec.models.options import LoraOptions
-from mllmrec.stage.errors import InputError, machine_fault
+from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import PathLike
 from mllmrec.stage.record import check_described, file_digests, first_difference, read_record
 
 WEIGHTS = "adapter_model.safetensors"
+REMEDY = "restore it, or train again with scripts/05_train.sh --overwrite true"
 
 
 def language_model_linear_layers(model: Any, names: Sequence[str] = ()) -> tuple[str, list[str]]:
@@ -54,8 +55,21 @@ def language_model_linear_layers(model: Any, names: Sequence[str] = ()) -> tuple
 
 
 def add_lora(model: Any, options: LoraOptions) -> Any:
-    """`model` with LoRA on the linear layers of its language model and nowhere else."""
+    """`model` with LoRA on the linear layers of its language model and nowhere else.
+
+    With `lora_vision` also on linear layers of the same names elsewhere, as the released code has
+    it: its list of names is meant for the language model, and matches the vision tower, too.
+    """
     pattern, chosen = language_model_linear_layers(model, options.lora_layers)
+    targets: str | list[str] = pattern
+    if options.lora_vision:
+        names = {name.rsplit(".", 1)[1] for name in chosen}
+        targets = sorted(names)
+        chosen = [
+            name
+            for name, module in model.named_modules()
+            if isinstance(module, torch.nn.Linear) and name.rpartition(".")[2] in names
+        ]
     if options.quantization != "none":
         model = prepare_model_for_kbit_training(
             model, options.gradient_checkpointing, {"use_reentrant": False}
@@ -64,8 +78,9 @@ def add_lora(model: Any, options: LoraOptions) -> Any:
         r=options.lora_r,
         lora_alpha=options.lora_alpha,
         lora_dropout=options.lora_dropout,
-        target_modules=pattern,
+        target_modules=targets,
         task_type="CAUSAL_LM",
+        init_lora_weights="gaussian" if options.lora_init == "gaussian" else True,
     )
     adapted = get_peft_model(model, config)
     trainable = {name: p.numel() for name, p in adapted.named_parameters() if p.requires_grad}
@@ -76,7 +91,7 @@ def add_lora(model: Any, options: LoraOptions) -> Any:
             "--lora_layers"
         )
     print(
-        f"LoRA on {len(chosen)} linear layers, {pattern}: {sum(trainable.values()):,} trainable "
+        f"LoRA on {len(chosen)} linear layers, {targets}: {sum(trainable.values()):,} trainable "
         "parameters"
     )
     return adapted
@@ -108,13 +123,14 @@ def adapter_base(folder: PathLike) -> str:
                 f"{folder} is missing or has no {name}; scripts/05_train.sh makes it, or pass "
                 "--adapter none"
             )
+    config = f"{folder}/adapter_config.json cannot be read"
     try:
-        return PeftConfig.from_pretrained(str(folder)).base_model_name_or_path or ""
-    except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
-        raise InputError(
-            f"{folder}/adapter_config.json cannot be read ({one_line(error)}); restore it, or "
-            "train again with scripts/05_train.sh --overwrite true"
-        ) from None
+        base = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path or ""
+    except Exception as error:  # each kind of adapter has checks of its own
+        raise cannot(config, error, REMEDY) from None
+    if not isinstance(base, str):
+        raise InputError(f"{config}: base_model_name_or_path is {base!r}, no text; {REMEDY}")
+    return base
 
 
 def check_adapter(folder: PathLike, name: str, image_tiles: str | None = None) -> None:
@@ -172,16 +188,11 @@ def load_adapter(model: Any, folder: PathLike, name: str) -> Any:
             adapted = PeftModel.from_pretrained(model, str(folder)).eval()
         in_file = load_file(Path(folder) / WEIGHTS)
     except SafetensorError as error:
-        raise InputError(
-            f"{Path(folder) / WEIGHTS} cannot be read ({one_line(error)}); restore it, or train "
-            "again with scripts/05_train.sh --overwrite true"
-        ) from None
-    except (KeyError, RuntimeError, TypeError, ValueError) as error:
-        if machine_fault(error) is not None:
-            raise
-        raise InputError(
-            f"the adapter {folder} does not fit the model {name}: {one_line(error)}"
-        ) from None
+        raise cannot(f"{Path(folder) / WEIGHTS} cannot be read", error, REMEDY) from None
+    except Exception as error:  # a wrong value in its config can fail in any line of PEFT
+        remedy = "pass the matching --model or --adapter"
+        what = f"the adapter {folder} does not fit the model {name}"
+        raise cannot(what, error, remedy) from None
     in_model = get_peft_model_state_dict(adapted).keys()
     found = {
         "of the file are not in the model": sorted(in_file.keys() - in_model),

@@ -14,7 +14,9 @@ class ModelOptions(CommonOptions):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
         "auto", "auto: bfloat16 on a GPU, float32 on a CPU"
     )
-    attention: str = option("auto", "auto: FlashAttention 2 if installed, else SDPA")
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flex_attention"] = option(
+        "auto", "auto: FlashAttention 2 if installed, else SDPA"
+    )
     quantization: Literal["none", "int8", "nf4"] = option(
         "none", "of the language model, by bitsandbytes: int8 or nf4 (4 bit)"
     )
@@ -53,6 +55,15 @@ class LoraOptions(ModelOptions):
     )
     lora_layers: list[str] = option(
         [], "linear layers of the language model, e.g. q_proj v_proj; none = all (released code)"
+    )
+    lora_vision: bool = option(
+        False,
+        "also layers of those names outside the language model, e.g. q_proj of the vision tower "
+        "(released code, which selects by name)",
+    )
+    lora_init: Literal["kaiming", "gaussian"] = option(
+        "kaiming",
+        "of the matrix A: kaiming: PEFT's default; gaussian: released code; B starts at zero",
     )
     gradient_checkpointing: bool = option(
         False, "recompute activations instead of storing them: slower, less memory"

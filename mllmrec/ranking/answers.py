@@ -5,19 +5,27 @@ set of two answers (No, Yes), so their label is 0 or 1; rows about a list of can
 answer per candidate (letters A to T), so their label is the place of the target in the list.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mllmrec.models.chat import ChatProcessor
 from mllmrec.models.padding import common_prefix_length
 from mllmrec.prompts.templates import Turn, assistant_turn, user_turn
+from mllmrec.ranking.options import RankerOptions
 from mllmrec.stage.errors import InputError
 
 
 @dataclass(frozen=True)
 class AnswerSet:
-    """The answers a model chooses among, in the order of their indices."""
+    """The answers a model chooses among, in the order of their indices.
+
+    bare: score the tokens that are called like the answers, instead of those that follow a prompt;
+    end_token: an answer is followed by the end token in training. Both are for comparison with the
+    released code.
+    """
 
     answers: tuple[str, ...]
+    bare: bool = False
+    end_token: bool = True
 
     def text(self, label: int) -> str:
         """The answer with this index."""
@@ -28,22 +36,23 @@ YES_NO = AnswerSet(("No", "Yes"))
 LETTERS = AnswerSet(tuple("ABCDEFGHIJKLMNOPQRST"))
 
 
+def yes_no(options: RankerOptions) -> AnswerSet:
+    """No and Yes, as the options of a stage say."""
+    return replace(YES_NO, bare=options.answer_token == "bare", end_token=options.end_token)
+
+
 @dataclass(frozen=True)
 class AnswerTokens:
     """What each answer of a set adds to a rendered prompt.
 
-    texts: as text, up to the end token; ids: as token ids; first_ids: the first id of each, by
-    which answers are scored.
+    texts: as text, up to the end token; ids: as token ids; first_ids: one id for each, all
+    different, by which answers are scored: the first of `ids`, or the bare ones.
     """
 
     answers: AnswerSet
     texts: tuple[str, ...]
     ids: tuple[tuple[int, ...], ...]
-
-    @property
-    def first_ids(self) -> list[int]:
-        """One token id per answer, all different."""
-        return [ids[0] for ids in self.ids]
+    first_ids: list[int]
 
 
 def answer_tokens(chat: ChatProcessor, answers: AnswerSet = YES_NO) -> AnswerTokens:
@@ -66,9 +75,11 @@ def answer_tokens(chat: ChatProcessor, answers: AnswerSet = YES_NO) -> AnswerTok
             "the tokenizer joins the end of the prompt and the answer into one token; use another "
             "model"
         )
-    tokens = AnswerTokens(answers, texts, tuple(tuple(ids[len(before) :]) for ids in whole))
+    ids = tuple(tuple(ids[len(before) :]) for ids in whole)
+    first_ids = _bare_ids(chat, answers) if answers.bare else [one[0] for one in ids]
+    tokens = AnswerTokens(answers, texts, ids, first_ids)
     first: dict[int, str] = {}
-    for answer, token_id in zip(answers.answers, tokens.first_ids, strict=True):
+    for answer, token_id in zip(answers.answers, first_ids, strict=True):
         if token_id in first:
             raise InputError(
                 f"the tokenizer starts {first[token_id]!r} and {answer!r} with the same token; use "
@@ -76,6 +87,15 @@ def answer_tokens(chat: ChatProcessor, answers: AnswerSet = YES_NO) -> AnswerTok
             )
         first[token_id] = answer
     return tokens
+
+
+def _bare_ids(chat: ChatProcessor, answers: AnswerSet) -> list[int]:
+    """Ids of the tokens that are called like the answers."""
+    ids = chat.tokenizer.convert_tokens_to_ids(list(answers.answers))
+    for answer, token_id in zip(answers.answers, ids, strict=True):
+        if token_id is None or token_id == chat.tokenizer.unk_token_id:
+            raise InputError(f"the tokenizer has no token {answer!r}; use --answer_token rendered")
+    return list(ids)
 
 
 def _added_texts(
@@ -102,5 +122,6 @@ def _added_texts(
             raise InputError(
                 "the chat template changes the answer, so the model cannot be trained with it"
             )
-        texts.append(text[: start + len(answer)] + chat.tokenizer.eos_token)
+        end = chat.tokenizer.eos_token if answers.end_token else ""
+        texts.append(text[: start + len(answer)] + end)
     return tuple(texts)

@@ -20,6 +20,14 @@ class RankerOptions(ModelOptions):
     max_text_tokens: int = option(
         512, "of one row, the image counted as one token (paper: 512, released code: 1024)", ge=0
     )
+    answer_token: Literal["rendered", "bare"] = option(
+        "rendered",
+        "what is scored: rendered: the token that follows the prompt, e.g. ▁Yes; bare: the one "
+        "called Yes, which the model may never emit (released code)",
+    )
+    end_token: bool = option(
+        True, "the answer is followed by the end token in training (released code: false)"
+    )
     image_tiles: Literal["full", "single"] = option(
         "full",
         "single: LLaVA-NeXT gets the whole image only, 577 tokens instead of up to 2,900, for 24 "
