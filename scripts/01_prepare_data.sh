@@ -6,8 +6,9 @@
 # CPU. Sample: 5 s. MicroLens-50k: 5 s. Amazon: hours, for the images; an interrupted run resumes.
 source "$(dirname "$0")/common.sh"
 dataset=$("$PYTHON" -m mllmrec.stage.options "$CONFIG")
-if [[ -z $dataset || ! -f data_processing/$dataset.py ]]; then
-    echo "error: the line 'dataset: NAME' of $CONFIG is missing or names no script of data_processing/" >&2
+if [[ ! $dataset =~ ^[A-Za-z0-9_]+$ ]] || ! grep -qs '^SECTION = "data"' "data_processing/$dataset.py"; then
+    loaders=$(grep -l '^SECTION = "data"' data_processing/*.py | sed 's|.*/||; s|[.]py$||' | paste -sd ' ')
+    echo "error: the line 'dataset: NAME' of $CONFIG is missing or names no loader; choose one of: $loaders" >&2
     exit 1
 fi
 "$PYTHON" "data_processing/$dataset.py" --config "$CONFIG" "$@"

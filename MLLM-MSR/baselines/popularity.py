@@ -15,7 +15,7 @@ from pathlib import Path
 
 from pydantic.dataclasses import dataclass
 
-from mllmrec.data.candidates import popularity_scores, read_users
+from mllmrec.data.candidates import check_negatives, popularity_scores, read_users
 from mllmrec.stage.jsonl import require, write_rows
 from mllmrec.stage.options import NAME, CommonOptions, option, parse_options, print_options
 from mllmrec.stage.record import Job, file_digests
@@ -37,7 +37,10 @@ def main(argv=None):
     job = Job.of(options, file_digests(require(users_path)))
     with writing(job, [path]) as output:
         if output.is_needed:
-            rows = popularity_scores(read_users(users_path))
+            users = read_users(users_path)
+            for number, user in enumerate(users, start=1):
+                check_negatives(user, f"{users_path}, line {number}")
+            rows = popularity_scores(users)
             write_rows(path, rows)
             output.finish({"out": len(rows)})
             print(f"wrote {path}: {len(rows):,} scores")

@@ -19,9 +19,9 @@ from pathlib import Path
 from pydantic.dataclasses import dataclass
 
 from mllmrec.evaluation.metrics import aggregate, evaluate
-from mllmrec.evaluation.tables import print_metrics, score_files
+from mllmrec.evaluation.tables import print_metrics, read_metrics, score_files
 from mllmrec.stage.errors import InputError
-from mllmrec.stage.jsonl import read_json, read_rows, write_json
+from mllmrec.stage.jsonl import read_rows, write_json
 from mllmrec.stage.options import CommonOptions, option, parse_options, print_options
 from mllmrec.stage.record import Job, named_digests
 from mllmrec.stage.transaction import writing
@@ -78,7 +78,7 @@ def main(argv=None):
             metrics = measure(files, options)
             write_json(path, metrics)
             output.finish({"variants": len(metrics)})
-    print_metrics(read_json(path))
+    print_metrics(read_metrics(path))
     print(
         f"next: python MLLM-MSR/test/report.py --config {options.config} "
         f"--output_dir {options.output_dir}"

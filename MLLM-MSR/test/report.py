@@ -19,9 +19,9 @@ from pathlib import Path
 import yaml
 from pydantic.dataclasses import dataclass
 
-from mllmrec.evaluation.tables import as_markdown, metric_rows, score_files
+from mllmrec.evaluation.tables import as_markdown, metric_rows, read_metrics, score_files
 from mllmrec.stage.errors import InputError
-from mllmrec.stage.jsonl import atomic_file, read_json, require
+from mllmrec.stage.jsonl import atomic_file, require
 from mllmrec.stage.options import CommonOptions, option, parse_options, print_options
 from mllmrec.stage.record import Job, file_digests
 from mllmrec.stage.transaction import writing
@@ -67,7 +67,7 @@ def write_report(metrics_path, outputs, published, options):
     from mllmrec.evaluation import report
 
     folder, data_dir = Path(options.output_dir), Path(options.data_dir)
-    metrics = read_json(metrics_path)
+    metrics = read_metrics(metrics_path)
     rows = metric_rows(metrics, published)
     stages = report.stage_rows(stage_outputs(options))
     scores = score_files(folder)

@@ -54,6 +54,11 @@ def main(argv=None):
             "--quantization, "
             "then load the result with it"
         )
+    if merged.exists() and read_record(merged) is None:  # it would be deleted
+        raise InputError(
+            f"{merged} is there and is no merged model of this script; move it away or name "
+            "another --merged"
+        )
     from mllmrec.models.lora import adapter_base, check_adapter
 
     name = options.model or adapter_base(adapter)

@@ -126,7 +126,12 @@ def fill(template: str, domain: str, **texts: str) -> str:
         raise InputError(f"unknown domain {domain!r}; choose one of: {', '.join(sorted(DOMAINS))}")
     values = {**DOMAINS[domain], **texts}
     try:
-        places = {name for _, name, _, _ in string.Formatter().parse(template) if name is not None}
+        places = {
+            # {item:>9} or {item!r} would change what is inserted; they are no places
+            f"{name}{'!' * bool(how)}{how or ''}{':' * bool(form)}{form or ''}"
+            for _, name, form, how in string.Formatter().parse(template)
+            if name is not None
+        }
     except ValueError as error:
         raise InputError(
             f"a prompt cannot be parsed ({error}): {template!r}; write a literal brace twice"
@@ -138,5 +143,5 @@ def fill(template: str, domain: str, **texts: str) -> str:
             f"{', '.join(sorted(values))}"
         )
     if lacking:
-        raise InputError(f"a prompt lacks the place {{{lacking[0]}}}: {template!r}")
+        raise InputError(f"a prompt lacks the place {{{lacking[0]}}}: {template!r}; add it")
     return template.format(**values)

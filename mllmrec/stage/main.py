@@ -47,7 +47,11 @@ def run_main(main: Callable[[], object]) -> None:
 
 
 def _fail(message: str, code: int = 1) -> NoReturn:
-    print(message, file=sys.stderr)
+    bars = sys.modules.get("tqdm")
+    if bars is None:
+        print(message, file=sys.stderr)
+    else:  # on a line of its own, not behind an unfinished progress bar
+        bars.tqdm.write(message, file=sys.stderr)
     sys.exit(code)
 
 

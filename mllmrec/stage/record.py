@@ -16,7 +16,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 from typing_extensions import TypedDict
@@ -66,6 +66,7 @@ class _Record(_State):
     rows: dict[str, int]
     seconds: float
     device: str
+    base: NotRequired[dict[str, Any]]  # of an adapter
 
 
 _STATE: TypeAdapter[Any] = TypeAdapter(_State)
