@@ -1,6 +1,7 @@
 """What a training has left on disk: a finished adapter, or checkpoints to resume from."""
 
 import json
+import shutil
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from mllmrec.stage.record import (
     world_size,
 )
 from mllmrec.stage.transaction import (
+    DELETED,
     delete_output,
     finish_deletion,
     output_lock,
@@ -95,6 +97,8 @@ def last_complete_checkpoint(folder: Path, may_delete: bool = True) -> str | Non
     if may_delete:
         for path in set(found) - set(complete):
             remove_folder(path)
+        for path in folder.glob(f".checkpoint-*{DELETED}"):  # of a process that was killed
+            shutil.rmtree(path)
     return str(complete[-1]) if complete else None
 
 

@@ -101,6 +101,7 @@ class ResumableOutput:
         self.counts: dict[str, int] = {}  # further counts for the run record
         self.rows_written = self.rows_rejected = 0
         with output_lock(self.path, wait=True):
+            remove_temporary(self.parts)  # of a process that was killed while it removed them
             self._check_same_job()
             done = self._read_done()
         self.left = {i for i in self.wanted if i not in done}  # by any process
@@ -232,7 +233,7 @@ class ResumableOutput:
         return lock
 
     def _check_same_job(self) -> None:
-        belonging = (self.parts, self.rejected_path, self.path, record_path(self.path))
+        belonging = (record_path(self.path), self.parts, self.rejected_path, self.path)
         finish_deletion(self.path, belonging)
         overwrite = self.job.options.overwrite
         if overwrite and self.world > 1 and (self.path.exists() or self.parts.exists()):

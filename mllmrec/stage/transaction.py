@@ -68,9 +68,10 @@ def writing(
     """
     first = Path(outputs[0])
     with output_lock(first):
+        remove_temporary(first)
         output = Writing(job, outputs)
         if output.is_needed:
-            for path in (*outputs, *optional):
+            for path in (*outputs, *optional, record_path(first)):
                 remove_temporary(path)
             if record_path(first).parent != first:  # that of a folder is in it, and goes with it
                 remove_file(record_path(first))
@@ -121,7 +122,7 @@ def remove_file(path: PathLike) -> None:
 def remove_folder(folder: PathLike) -> None:
     """Remove a folder such that it is there whole or not at all."""
     folder = Path(folder)
-    deleted = folder.with_name(f".{folder.name}{DELETED}")
+    deleted = _deleted(folder)
     shutil.rmtree(deleted, ignore_errors=True)  # of a process that was killed
     if folder.is_dir():
         os.replace(folder, deleted)
@@ -131,6 +132,7 @@ def remove_folder(folder: PathLike) -> None:
 def remove_temporary(output: PathLike) -> None:
     """Remove what killed processes left of an output; only for the holder of its lock."""
     output = Path(output)
+    shutil.rmtree(_deleted(output), ignore_errors=True)
     for path in output.parent.glob(f".{glob.escape(output.name)}{TEMPORARY}*"):
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
@@ -177,11 +179,15 @@ def finish_deletion(output: PathLike, parts: Sequence[PathLike]) -> None:
     if not marker.exists():
         return
     for part in map(Path, parts):
-        if part.is_dir():
+        if part.is_dir() or _deleted(part).exists():
             remove_folder(part)
         else:
             remove_file(part)
     remove_file(marker)
+
+
+def _deleted(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}{DELETED}")
 
 
 def _marker(output: PathLike) -> Path:
