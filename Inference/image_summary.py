@@ -19,9 +19,9 @@ from typing import Literal
 
 from pydantic.dataclasses import dataclass
 
-from mllmrec.data.images import check_image_paths
+from mllmrec.data.images import check_image_paths, padded_sizes
 from mllmrec.models.options import GenerationStageOptions
-from mllmrec.prompts import mllm_msr as prompts
+from mllmrec.prompts import mllm_msr
 from mllmrec.prompts.templates import fill, user_turn
 from mllmrec.stage.jsonl import read_by_id
 from mllmrec.stage.options import option, parse_options, print_options
@@ -47,9 +47,15 @@ class Options(GenerationStageOptions):
         ge=-1,
         le=256,
     )
-    image_prompt: str = option(prompts.IMAGE, "template of the image prompt")
-    title_prompt: str = option(prompts.TITLE, "template of the text prompt (fused)")
-    fusion_prompt: str = option(prompts.FUSION, "template of the fusion prompt (fused)")
+    pad_images: int = option(
+        0,
+        "pad the images of N consecutive items with black to the largest (released code: 8); 0 = "
+        "none",
+        ge=0,
+    )
+    image_prompt: str = option(mllm_msr.IMAGE, "template of the image prompt")
+    title_prompt: str = option(mllm_msr.TITLE, "template of the text prompt (fused)")
+    fusion_prompt: str = option(mllm_msr.FUSION, "template of the fusion prompt (fused)")
 
 
 def summarise(item, image, writer, options):
@@ -91,7 +97,13 @@ def main(argv=None):
         chat, domain = engine.chat, options.domain
         prompt = chat.render([user_turn(fill(options.image_prompt, domain), images=1)])
         todo = [items[item_id] for item_id in output.todo]
-        images = read_ahead(ImagePrompts(todo, items_path.parent, chat, prompt), options.workers)
+        sizes = {}
+        if options.pad_images:  # of all items, whichever are left to do
+            names = [item["image"] for item in items.values()]
+            paths = [items_path.parent / name if name else None for name in names]
+            sizes = dict(zip(items, padded_sizes(paths, options.pad_images), strict=True))
+        prompts = ImagePrompts(todo, items_path.parent, chat, prompt, sizes)
+        images = read_ahead(prompts, options.workers)
         dialogues = (
             (item["item_id"], summarise(item, image, PromptWriter(chat, limit, domain), options))
             for item, image in zip(todo, images, strict=True)

@@ -15,6 +15,8 @@ from mllmrec.data.images import (
     image_index,
     image_size,
     open_image,
+    pad_black,
+    padded_sizes,
 )
 from mllmrec.stage.errors import InputError
 
@@ -183,3 +185,23 @@ def test_every_stage_that_opens_images_refuses_those_outside(small_run, tmp_path
     words += ["--model", "nowhere"] if "llava_sft" in stage or "summary" in stage else []
     with pytest.raises(InputError, match=r"the image /etc/passwd.png lies in /etc, outside"):
         small_run.run(stage, *words)
+
+
+def test_images_of_a_batch_are_padded_with_black_to_the_largest(tmp_path):
+    """As the released code pads: in the middle, the odd pixel on the right and at the bottom."""
+    paths = []
+    for n, size in enumerate([(8, 4), (5, 9), (3, 3), (7, 7), (2, 6)]):
+        Image.new("RGB", size, RED).save(tmp_path / f"{n}.png")
+        paths.append(tmp_path / f"{n}.png")
+    paths.insert(1, None)
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    paths.insert(3, tmp_path / "broken.png")
+    sizes = padded_sizes(paths, 4)
+    assert sizes == [(8, 9), None, (8, 9), None, (7, 7), (7, 7), (7, 7)]
+    padded = np.asarray(pad_black(open_image(paths[2]), sizes[2]))
+    assert padded.shape == (9, 8, 3)
+    assert (padded[:, 1:6] == RED).all(), "5 of 8 columns, 1 left of them and 2 right"
+    assert not padded[:, [0, 6, 7]].any()
+    image = open_image(paths[0])
+    assert pad_black(image, None) is image
+    assert pad_black(image, image.size) is image

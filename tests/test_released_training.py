@@ -1,8 +1,12 @@
 """Options that make training and scoring those of the released code, each one alone."""
 
+import shutil
+
+import numpy as np
 import pytest
 import torch
 from conftest import TINY
+from PIL import Image
 
 from mllmrec.models.chat import ChatProcessor
 from mllmrec.models.loading import load_multimodal, load_text
@@ -132,3 +136,43 @@ def test_the_options_reach_the_score(llava, small_run):
         found[kind] = [logits for _, logits in score_rows(model, reader, rows)]
     assert all(a != b for a, b in zip(found["rendered"], found["bare"], strict=True))
     assert not yes_no(stage.Options(config="c", end_token=False)).end_token
+
+
+def test_padding_makes_a_score_depend_on_its_batch(llava, small_run, tmp_path):
+    """Rows of one size are as ever; a larger image beside them changes theirs, and only theirs."""
+    model, chat = llava
+    rows = read_rows(small_run.system / "test.jsonl")[:6]
+    shutil.copytree(small_run.folder / "covers", tmp_path / "covers")
+    (tmp_path / "mllm_msr").mkdir()
+    folder = tmp_path / "mllm_msr"
+
+    def scores(n):
+        reader = RowReader(chat, folder)
+        reader.pad_images(rows, n)
+        return [logits for _, logits in sorted(score_rows(model, reader, rows))]
+
+    assert np.allclose(scores(3), scores(0), atol=1e-4)
+    large = folder / rows[1]["images"][0]
+    Image.open(large).resize((200, 90)).save(large)
+    changed = [not np.allclose(a, b, atol=1e-4) for a, b in zip(scores(0), scores(3), strict=True)]
+    assert changed == [True, False, True, False, False, False], "the largest stays as it is"
+    batch = Collator(RowReader(chat, folder), pad_images=True)
+    training = read_rows(small_run.system / "train.jsonl")[:2]
+    shapes = {tuple(size) for size in batch(training)["image_sizes"].tolist()}
+    assert len(shapes) == 1
+
+
+def test_stage_2_pads_the_images_of_all_items_whichever_are_left(small_run, tmp_path):
+    """8 items in a batch; a pilot and its resumed run give the texts of one run."""
+    shutil.copytree(small_run.folder, tmp_path / "run", ignore=shutil.ignore_patterns("mllm_msr"))
+    Image.new("RGB", (300, 40), "red").save(tmp_path / "run" / "covers" / "i003.png")
+    texts = {}
+    for name, limits in (("whole", ("0",)), ("parts", ("5", "0")), ("plain", ("0",))):
+        where = ["--data_dir", str(tmp_path / "run"), "--output_dir", str(tmp_path / name)]
+        where += ["--pad_images", "0" if name == "plain" else "8"]
+        for limit in limits:
+            small_run.run("Inference/image_summary.py", *where, "--limit", limit)
+        texts[name] = (tmp_path / name / "mllm_msr" / "image_summaries.jsonl").read_bytes()
+    assert texts["whole"] == texts["parts"] != texts["plain"]
+    rows = [texts[name].splitlines() for name in ("whole", "plain")]
+    assert rows[0][8:] == rows[1][8:], "other batches are as they were"

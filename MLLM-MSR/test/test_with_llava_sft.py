@@ -140,6 +140,7 @@ def main(argv=None):
         for hidden, output in outputs.items():
             gray = hidden == "image"
             reader = RowReader(chat, folder, options.max_text_tokens, gray, yes_no(options))
+            reader.pad_images(rows, options.pad_images)
             shown = rows[: len(output.wanted)]
             if hidden == "preference":
                 shown = [replace_preference(row, "") for row in shown]

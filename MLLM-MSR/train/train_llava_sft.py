@@ -182,6 +182,8 @@ def supervised_fine_tuning(model, reader, rows, arguments, options):
         CheckpointCallback(options.checkpoint_steps),
         SetEpochCallback(sampler),
     ]
+    if options.pad_images and options.group_by != "none":
+        raise InputError("--pad_images needs --group_by none: rows of a batch would depend on it")
     if options.patience and rows.validation:
         callbacks.append(EarlyStoppingCallback(options.patience))
     return RankingTrainer(
@@ -190,7 +192,12 @@ def supervised_fine_tuning(model, reader, rows, arguments, options):
         train_dataset=rows.train,
         eval_dataset=rows.validation,
         callbacks=callbacks,
-        data_collator=Collator(reader, options.loss, share_prefix=options.group_by == "item"),
+        data_collator=Collator(
+            reader,
+            options.loss,
+            share_prefix=options.group_by == "item",
+            pad_images=options.pad_images > 0,
+        ),
         sampler=sampler,
         reader=reader,
         batch_tokens=options.score_batch_tokens,

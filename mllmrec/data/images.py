@@ -72,6 +72,42 @@ def image_size(path: str | Path) -> tuple[int, int]:
         raise ImageError(f"not a readable image ({type(error).__name__})") from None
 
 
+def padded_sizes(paths: Sequence[Path | None], n: int) -> list[tuple[int, int] | None]:
+    """For each image, the largest (width, height) of its batch: `n` consecutive ones, as listed.
+
+    None: no image, or one whose header cannot be read. The released code pads the images of a batch
+    to this size (`pad_black`), so that a score depends on the batch.
+    """
+    known = [_size_or_none(path) for path in paths]
+    sizes: list[tuple[int, int] | None] = []
+    for start in range(0, len(known), n):
+        batch = known[start : start + n]
+        sizes += [largest(batch) if size else None for size in batch]
+    return sizes
+
+
+def largest(sizes: Sequence[tuple[int, int] | None]) -> tuple[int, int] | None:
+    """(largest width, largest height) of some sizes; None if there are none."""
+    given = [size for size in sizes if size]
+    return (max(w for w, _ in given), max(h for _, h in given)) if given else None
+
+
+def _size_or_none(path: Path | None) -> tuple[int, int] | None:
+    try:
+        return image_size(path) if path is not None else None
+    except ImageError:
+        return None
+
+
+def pad_black(image: Image.Image, size: tuple[int, int] | None) -> Image.Image:
+    """The image in the middle of a black one of (width, height); None: as it is."""
+    if size is None or image.size == size:
+        return image
+    left, top = (size[0] - image.width) // 2, (size[1] - image.height) // 2
+    right, bottom = size[0] - image.width - left, size[1] - image.height - top
+    return ImageOps.expand(image, border=(left, top, right, bottom), fill="black")
+
+
 def check_image_paths(
     names: Iterable[str], of_file: str | Path, data_dir: str | Path, roots: Sequence[str]
 ) -> None:

@@ -1,11 +1,11 @@
 """Prompts of stages 2 and 3 that fit the model: texts give way before a prompt becomes too long."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mllmrec.data.images import ImageError, open_image
+from mllmrec.data.images import ImageError, open_image, pad_black
 from mllmrec.generation.engine import Prompt, RejectedError
 from mllmrec.generation.preferences import HistoryItem
 from mllmrec.models.chat import Arrays, ChatProcessor, shorten_to_fit
@@ -27,13 +27,19 @@ class ImagePrompts:
     """A data set that worker processes read ahead of the model: one EncodedImage per item.
 
     items: rows of items.jsonl; folder: what image paths are relative to; prompt: the rendered image
-    prompt.
+    prompt; sizes: item_id -> size to which its image is padded with black, for those it holds.
     """
 
     def __init__(
-        self, items: Sequence[Row], folder: Path, chat: ChatProcessor, prompt: str
+        self,
+        items: Sequence[Row],
+        folder: Path,
+        chat: ChatProcessor,
+        prompt: str,
+        sizes: Mapping[str, tuple[int, int] | None] | None = None,
     ) -> None:
         self.items, self.folder, self.chat, self.prompt = list(items), folder, chat, prompt
+        self.sizes = dict(sizes or {})
 
     def __len__(self) -> int:
         return len(self.items)
@@ -43,7 +49,8 @@ class ImagePrompts:
         if name is None:
             return EncodedImage(item_id, self.prompt, None, "image: the item has none")
         try:
-            inputs = self.chat.encode_arrays(self.prompt, open_image(self.folder / name))
+            image = pad_black(open_image(self.folder / name), self.sizes.get(item_id))
+            inputs = self.chat.encode_arrays(self.prompt, image)
             return EncodedImage(item_id, self.prompt, inputs, None)
         # ValueError: some processors refuse the narrowest images
         except (ImageError, ValueError) as error:

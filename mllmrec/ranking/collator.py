@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 
+from mllmrec.data.images import largest, pad_black
 from mllmrec.models.padding import common_prefix_length, pad_rows
 from mllmrec.ranking.reader import RowReader
 from mllmrec.ranking.rows import group_rows, row_name
@@ -21,6 +22,7 @@ from mllmrec.stage.schema import Row
 class Collator:
     """Rows with answers -> one right-padded batch of tensors.
 
+    pad_images: pad the images of a batch with black to the largest, as the released code does.
     loss: answer (on the answer's tokens only) or sequence (on all text). With `answer`,
     `logits_to_keep` (rows, answer tokens) holds the positions before the answers' tokens, and
     `shift_labels` the tokens themselves, which is how transformers takes labels that need no shift.
@@ -31,9 +33,10 @@ class Collator:
         reader: RowReader,
         loss: Literal["answer", "sequence"] = "answer",
         share_prefix: bool = False,
+        pad_images: bool = False,
     ) -> None:
         self.reader, self.chat, self.loss = reader, reader.chat, loss
-        self.share_prefix = share_prefix
+        self.share_prefix, self.pad_images = share_prefix, pad_images
 
     def text(self, row: Row) -> str:
         """The rendered row, question and answer."""
@@ -53,6 +56,9 @@ class Collator:
         if self.share_prefix:
             return self._packed_batch(rows)
         images = [self.reader.image(row) for row in rows]
+        if self.pad_images:
+            size = largest([image.size if image else None for image in images])
+            images = [pad_black(image, size) if image else None for image in images]
         batch = self.chat.encode([self.text(row) for row in rows], images, side="right")
         answers = [self.answer_ids(row) for row in rows]
         lengths = batch["attention_mask"].sum(1).tolist()

@@ -28,6 +28,12 @@ class RankerOptions(ModelOptions):
     end_token: bool = option(
         True, "the answer is followed by the end token in training (released code: false)"
     )
+    pad_images: int = option(
+        0,
+        "pad the images of N consecutive rows with black to the largest, in training those of a "
+        "micro-batch (released code: 6 in scoring, 12 without adapter); 0 = none",
+        ge=0,
+    )
     image_tiles: Literal["full", "single"] = option(
         "full",
         "single: LLaVA-NeXT gets the whole image only, 577 tokens instead of up to 2,900, for 24 "

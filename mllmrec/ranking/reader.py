@@ -7,7 +7,7 @@ from typing import Any
 
 from PIL import Image
 
-from mllmrec.data.images import ImageError, open_image
+from mllmrec.data.images import ImageError, open_image, pad_black, padded_sizes
 from mllmrec.models.chat import ChatProcessor, shorten_to_fit
 from mllmrec.models.loading import load_multimodal, load_text, read_config, takes_images
 from mllmrec.prompts.templates import valid_text
@@ -44,6 +44,10 @@ def load_ranker(options: RankerOptions) -> tuple[Any, ChatProcessor]:
     return model, ChatProcessor(processor, single, options.prompt_format)
 
 
+def _key(row: Row) -> tuple[str, ...]:
+    return (row["user_id"], *item_ids(row))
+
+
 class PromptTooLongError(Exception):
     """A question that does not fit; the message says which one and gives the remedy."""
 
@@ -71,6 +75,21 @@ class RowReader:
         self.chat, self.folder, self.max_text_tokens = chat, Path(folder), max_text_tokens
         self.gray_images, self.answers = gray_images, answers
         self.shortened = 0
+        self._padded: dict[tuple[str, ...], tuple[int, int] | None] = {}
+
+    @property
+    def pads_images(self) -> bool:
+        """True if a row's image depends on the rows beside it, see `pad_images`."""
+        return bool(self._padded)
+
+    def pad_images(self, rows: Sequence[Row], n: int) -> None:
+        """From now on pad the images of each `n` consecutive rows of `rows` with black, to the
+        largest (released code: 6 rows in scoring, 12 without adapter); 0: as they are.
+        """
+        if n:
+            paths = [self.folder / row["images"][0] if row["images"] else None for row in rows]
+            sizes = padded_sizes(paths, n)
+            self._padded = {_key(row): size for row, size in zip(rows, sizes, strict=True)}
 
     @cached_property
     def answer_tokens(self) -> AnswerTokens:
@@ -96,7 +115,9 @@ class RowReader:
                 f"with "
                 "scripts/04_datasets.sh"
             ) from None
-        return Image.new("RGB", image.size, (128, 128, 128)) if self.gray_images else image
+        if self.gray_images:
+            image = Image.new("RGB", image.size, (128, 128, 128))
+        return pad_black(image, self._padded.get(_key(row)))
 
     def prompt(self, row: Row) -> tuple[str, list[int]]:
         """(rendered question without the answer, its token ids with the image as one token).

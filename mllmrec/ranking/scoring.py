@@ -96,7 +96,7 @@ def score_rows(
     decoded and a prompt rendered only for chunks that hold a wanted row of this process.
     """
     options = options or ScoringOptions()
-    groups = group_rows(rows)
+    groups = [[n] for n in range(len(rows))] if reader.pads_images else group_rows(rows)
     shard, n_shards = options.shard
     reuse = options.reuse_prefix and has_plain_positions(model)
     for number, first in enumerate(range(0, len(groups), GROUPS_PER_CHUNK)):
