@@ -925,9 +925,12 @@ COMBINATIONS = [
 ]
 
 
+HANDLED = ("wrote", "--learning_rate|wrote", "--max_new_tokens|reason")
+HANDLED += ("--max_prompt_tokens|reason", "were rejected, each with its reason")
+
+
 def combination_case(stage, words, says):
-    handled = says in ("wrote", "--learning_rate|wrote", "--max_new_tokens|reason")
-    handled = handled or says in ("--max_prompt_tokens|reason", "were rejected, each with its reason")
+    handled = says in HANDLED
     bare = stage in ("sample", "microlens", "amazon", "split")
     keep = "adapter" in words and stage == "score"
     split = tuple(words.split())
@@ -1113,7 +1116,7 @@ def model_cases():
         if model == "llava":
             values |= {
                 "text_config": (MISSING, None, 5, {}),
-                "vision_config": (MISSING, None, 5, {})
+                "vision_config": (MISSING, None, 5, {}),
                 "vision_config.patch_size": (0, "a", 8),
                 "vision_config.image_size": (0, "a", 32),
                 "image_token_index": ("a", None, 9999, 5),
@@ -1588,7 +1591,8 @@ def raw_cases():
             for name, (content, says) in whole.items():
                 damage = partial(set_bytes, edit=content)
                 yield case(stage, name, file, damage, rf"{re.escape(file)}.*({says}).*")
-            yield case(stage, "missing", file, remove, rf"({re.escape(file)}.*missing|has no .*(_pairs|Baby)).*")
+            says = rf"({re.escape(file)}.*missing|has no .*(_pairs|Baby)).*; "
+            yield case(stage, "missing", file, remove, says)
             yield case(stage, "folder", file, make_folder, rf"{re.escape(file)}.*folder.*")
             good = {
                 "gzip": gzip.compress,

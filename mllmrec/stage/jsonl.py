@@ -29,7 +29,9 @@ def require(path: PathLike, maker: str | None = None) -> Path:
     path = Path(path)
     maker = maker or (SCHEMAS[path.name].maker if path.name in SCHEMAS else None)
     if not path.exists():
-        raise InputError(f"{path} is missing" + (f"; {maker} makes it" if maker else ""))
+        raise InputError(
+            f"{path} is missing; {f'{maker} makes it' if maker else 'correct its path'}"
+        )
     if path.is_dir():
         raise InputError(f"{path} is a folder, but must be a file; move it away")
     return path
