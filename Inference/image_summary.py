@@ -104,8 +104,12 @@ def main(argv=None):
             sizes = dict(zip(items, padded_sizes(paths, options.pad_images), strict=True))
         prompts = ImagePrompts(todo, items_path.parent, chat, prompt, sizes)
         images = read_ahead(prompts, options.workers)
+
+        def new_writer(item):
+            return PromptWriter(chat, limit, domain, {"item_id": item["item_id"]})
+
         dialogues = (
-            (item["item_id"], summarise(item, image, PromptWriter(chat, limit, domain), options))
+            (item["item_id"], summarise(item, image, new_writer(item), options))
             for item, image in zip(todo, images, strict=True)
         )
         output.write_results(run_dialogues(engine, dialogues), "image summaries", "item")

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from mllmrec.prompts import mllm_msr as prompts
 from mllmrec.prompts.mllm_msr import block_text
 from mllmrec.prompts.templates import DOMAINS, break_markers, fill, marker_pattern, plain_text
-from mllmrec.ranking.rows import QuestionFormat
+from mllmrec.ranking.rows import Candidate, QuestionFormat, candidate_row, question_text
 from mllmrec.stage.errors import InputError
 
 MARKERS = [
@@ -105,6 +105,28 @@ def test_a_block_lists_items_in_order_with_or_without_summaries():
     assert (
         text == "1. Title: First. Cover: A red star.\n2. Title: Second < image>. Cover: not known."
     )
+
+
+def test_a_line_of_a_block_may_be_worded_and_may_name_the_item():
+    items = [("First", "Red."), ("Second {item_id}", "")]
+    line = "Item {item_id} ({number}): '{title}' {summary}"
+    text = block_text(items, "video", template=line, item_ids=["i1", "<image>"])
+    assert text == "Item i1 (1): 'First' Red.\nItem < image> (2): 'Second {item_id}' not known."
+    assert block_text(items, "video", item_ids=["i1", "i2"]) == block_text(items, "video")
+    with pytest.raises(InputError, match="unknown place 'subtitle'"):
+        block_text(items, "video", template="{subtitle}")
+
+
+def test_a_question_may_be_worded_and_may_name_user_and_item():
+    released = "User {user_id} likes: {preference} Next: '{title}' ({item_id})?"
+    candidate = Candidate("u1", "i<s>2", "A title", None, 1)
+    row = candidate_row(candidate, "red {title}", QuestionFormat(template=released), True)
+    text = question_text(row)
+    assert text == "User u1 likes: red {title} Next: 'A title' (i< s>2)?"
+    start, end = row["preference_span"]
+    assert text[start:end] == "red {title}"
+    with pytest.raises(InputError, match=r"lacks the place {title}"):
+        candidate_row(candidate, "red", QuestionFormat(template="{preference} {item_id}"), True)
 
 
 def test_the_preference_span_is_where_the_preference_is():

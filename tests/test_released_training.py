@@ -8,6 +8,7 @@ import torch
 from conftest import TINY
 from PIL import Image
 
+from mllmrec.generation.engine import GenerationEngine
 from mllmrec.models.chat import ChatProcessor
 from mllmrec.models.loading import load_multimodal, load_text
 from mllmrec.models.lora import add_lora
@@ -176,3 +177,26 @@ def test_stage_2_pads_the_images_of_all_items_whichever_are_left(small_run, tmp_
     assert texts["whole"] == texts["parts"] != texts["plain"]
     rows = [texts[name].splitlines() for name in ("whole", "plain")]
     assert rows[0][8:] == rows[1][8:], "other batches are as they were"
+
+
+def test_prompts_of_stage_3_may_name_user_and_items(small_run, tmp_path, monkeypatch):
+    """Worded from a config; the prompts themselves are read off the engine."""
+    seen = []
+    generate = GenerationEngine.generate
+
+    def noted(engine, requests):
+        seen.extend(request.prompt.text for request in requests)
+        return generate(engine, requests)
+
+    monkeypatch.setattr(GenerationEngine, "generate", noted)
+    words = ["--summaries", str(small_run.system / "image_summaries.jsonl"), "--limit", "2"]
+    words += ["--output_dir", str(tmp_path), "--block_line", "[{item_id}] {title}: {summary}"]
+    words += ["--first_prompt", "User {user_id} saw {block}"]
+    words += ["--next_prompt", "{block} then {preference} of {user_id}"]
+    small_run.run("Inference/preference_recurrent.py", *words)
+    users = read_rows(small_run.folder / "users.jsonl")[:2]
+    for user in users:
+        (first,) = (text for text in seen if f"User {user['user_id']} saw" in text)
+        assert [f"[{i}] " in first for i in user["history"][:4]] == [True, True, True, False]
+        later = [text for text in seen if f" of {user['user_id']}" in text]
+        assert len(later) == -(-len(user["history"]) // 3) - 1

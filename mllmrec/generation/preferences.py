@@ -35,7 +35,13 @@ class PreferenceOptions(GenerationStageOptions):
     top_p: float = option(
         0.9, "nucleus sampling, if temperature > 0 (released code: 0.9)", gt=0, le=1
     )
-    first_prompt: str = option(prompts.PREFERENCE_FIRST, "template of a history's first block")
+    first_prompt: str = option(
+        prompts.PREFERENCE_FIRST, "template of a history's first block; it may name {user_id}"
+    )
+    block_line: str = option(
+        prompts.BLOCK_LINE,
+        "template of one item of a block: {number}, {title}, {image_word}, {summary}, {item_id}",
+    )
 
 
 class HistoryItem(NamedTuple):

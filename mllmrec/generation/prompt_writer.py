@@ -9,7 +9,7 @@ from mllmrec.data.images import ImageError, open_image, pad_black
 from mllmrec.generation.engine import Prompt, RejectedError
 from mllmrec.generation.preferences import HistoryItem
 from mllmrec.models.chat import Arrays, ChatProcessor, shorten_to_fit
-from mllmrec.prompts.mllm_msr import block_text
+from mllmrec.prompts.mllm_msr import BLOCK_LINE, block_text
 from mllmrec.prompts.templates import fill, user_turn
 from mllmrec.stage.schema import Row
 
@@ -62,11 +62,20 @@ class PromptWriter:
 
     Titles, summaries and preferences are data and stay text: their markers are broken for the
     model's tokenizer, and a prompt whose token ids still show another chat structure is rejected.
+    ids: what templates may name, e.g. user_id; block_line: template of one item of a block.
     counts["shortened"]: how many prompts had to be shortened.
     """
 
-    def __init__(self, chat: ChatProcessor, limit: int, domain: str) -> None:
-        self.chat, self.limit, self.domain = chat, limit, domain
+    def __init__(
+        self,
+        chat: ChatProcessor,
+        limit: int,
+        domain: str,
+        ids: Mapping[str, str] | None = None,
+        block_line: str = BLOCK_LINE,
+    ) -> None:
+        self.chat, self.limit, self.domain, self.block_line = chat, limit, domain, block_line
+        self.ids = {name: chat.plain(text) for name, text in (ids or {}).items()}
         self.counts: Counter[str] = Counter()
 
     def image_prompt(self, image: EncodedImage) -> Prompt:
@@ -103,7 +112,7 @@ class PromptWriter:
         titles, summaries = [i.title for i in items], [i.summary for i in items]
 
         def render(titles: list[str], summaries: list[str]) -> str:
-            return self._render_history(template, titles, summaries, texts)
+            return self._render_history(template, items, (titles, summaries), texts)
 
         prompt, shortened = shorten_to_fit(lambda kept: render(titles, kept), summaries, self._fits)
         if shortened and not self._fits(prompt):
@@ -121,21 +130,27 @@ class PromptWriter:
     def fits_whole(self, template: str, items: Sequence[HistoryItem]) -> bool:
         """True if the prompt for these items fits without shortening any text."""
         titles, summaries = [i.title for i in items], [i.summary for i in items]
-        return self._fits(self._render_history(template, titles, summaries, {}))
+        return self._fits(self._render_history(template, items, (titles, summaries), {}))
 
     def nonzero_counts(self) -> dict[str, int]:
         """The counts for the output row."""
         return {key: count for key, count in self.counts.items() if count}
 
     def _render_history(
-        self, template: str, titles: list[str], summaries: list[str], texts: dict[str, Any]
+        self,
+        template: str,
+        items: Sequence[HistoryItem],
+        kept: tuple[list[str], list[str]],
+        texts: dict[str, Any],
     ) -> str:
-        block = block_text(list(zip(titles, summaries, strict=True)), self.domain, self.chat.plain)
+        """kept: what is left of the titles and summaries."""
+        pairs, ids = list(zip(*kept, strict=True)), [item.item_id for item in items]
+        block = block_text(pairs, self.domain, self.chat.plain, self.block_line, ids)
         data = {name: self.chat.plain(text) for name, text in texts.items()}
         return self._render(template, block=block, **data)
 
     def _render(self, template: str, **texts: str) -> str:
-        return self.chat.render([user_turn(fill(template, self.domain, **texts))])
+        return self.chat.render([user_turn(fill(template, self.domain, self.ids, **texts))])
 
     def _fits(self, prompt: str) -> bool:
         return self.chat.count(prompt) <= self.limit

@@ -2,12 +2,13 @@
 
 The paper gives the idea of each prompt and, for some, the wording; the wording here is our own
 (paper, section "Methodology"). Any template can be replaced from a config (`image_prompt: "..."`
-and so on).
+and so on). Besides the places that it shows, a template may use {user_id} (stages 3 to 6) and
+{item_id} (the question and the lines of a block), as the prompts of the released code do.
 """
 
 from collections.abc import Callable, Sequence
 
-from mllmrec.prompts.templates import DOMAINS, plain_text
+from mllmrec.prompts.templates import DOMAINS, fill, plain_text
 
 # Stage 2, image summary. The released code describes the image only; the paper joins image and
 # text.
@@ -48,19 +49,26 @@ RECOMMEND = (
 
 
 def block_text(
-    items: Sequence[tuple[str, str]], domain: str, plain: Callable[[str], str] = plain_text
+    items: Sequence[tuple[str, str]],
+    domain: str,
+    plain: Callable[[str], str] = plain_text,
+    template: str = BLOCK_LINE,
+    item_ids: Sequence[str] = (),
 ) -> str:
     """The lines of one block of a history, oldest first; items: (title, summary), may be empty.
 
-    plain: makes titles and summaries plain text, for one tokenizer or for any.
+    plain: makes titles and summaries plain text, for one tokenizer or for any; template: of a line;
+    item_ids: for templates with the place {item_id}.
     """
     lines = []
     for number, (title, summary) in enumerate(items, start=1):
-        line = BLOCK_LINE.format(
-            number=number,
-            title=plain(title).rstrip("."),
-            image_word=DOMAINS[domain]["image"].capitalize(),
-            summary=plain(summary) if summary else "not known.",
-        )
-        lines.append(line)
+        places = {
+            "number": str(number),
+            "title": plain(title).rstrip("."),
+            "image_word": DOMAINS[domain]["image"].capitalize(),
+            "summary": plain(summary) if summary else "not known.",
+        }
+        if item_ids:
+            places["item_id"] = plain(item_ids[number - 1])
+        lines.append(fill(template, domain, places))
     return "\n".join(lines)

@@ -9,7 +9,7 @@ use; where the tokenizer is known, `ChatProcessor.plain` also breaks that tokeni
 import itertools
 import re
 import string
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from mllmrec.stage.errors import InputError
@@ -115,16 +115,18 @@ def cut(text: str, length: int) -> str:
     return whole.rstrip()
 
 
-def fill(template: str, domain: str, **texts: str) -> str:
+def fill(
+    template: str, domain: str, optional: Mapping[str, str] | None = None, **texts: str
+) -> str:
     """`template` with its places filled: domain words from `DOMAINS[domain]`, data from `texts`.
 
     Data is inserted as given (callers pass it through `plain_text`), and only once: braces in data
-    are text. Raises InputError if the template has an unknown place, or lacks one of the data
-    texts.
+    are text. optional: further data, e.g. ids, that a template need not have a place for. Raises
+    InputError if the template has an unknown place, or lacks one of the data texts.
     """
     if domain not in DOMAINS:
         raise InputError(f"unknown domain {domain!r}; choose one of: {', '.join(sorted(DOMAINS))}")
-    values = {**DOMAINS[domain], **texts}
+    values = {**DOMAINS[domain], **(optional or {}), **texts}
     try:
         places = {
             # {item:>9} or {item!r} would change what is inserted; they are no places

@@ -45,7 +45,11 @@ class DatasetOptions(CommonOptions):
     """Options of stage 4."""
 
     preferences: str = option("", "default: {output_dir}/{system}/user_preferences.jsonl")
-    recommend_prompt: str = option(prompts.RECOMMEND, "template of the yes/no question")
+    recommend_prompt: str = option(
+        prompts.RECOMMEND,
+        "template of the yes/no question: {title} and {preference} in any order; it may name "
+        "{user_id} and {item_id}",
+    )
     max_title_characters: int = option(
         300, "longer titles are cut, 0 = no limit; a few real ones are whole pages", ge=0
     )

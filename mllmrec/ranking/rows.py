@@ -7,7 +7,7 @@ index of the right answer (see `answers`), null where a retrieved list lacks the
 may be empty.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,14 +46,19 @@ class QuestionFormat:
     template: str = prompts.RECOMMEND
     max_title_characters: int = 300
 
-    def question(self, title: str, preference: str) -> tuple[str, list[int]]:
+    def question(
+        self, title: str, preference: str, ids: Mapping[str, str] | None = None
+    ) -> tuple[str, list[int]]:
         """(text, [start, end]): the question, and where in it the preference stands.
 
-        The preference is the only part that is shortened when a prompt is too long.
+        The preference is the only part that is shortened when a prompt is too long. ids: user_id
+        and item_id, for templates that name them.
         """
         if self.max_title_characters:
             title = cut(title, self.max_title_characters)
-        text = fill(self.template, self.domain, title=plain_text(title), preference=_PREFERENCE)
+        plain_ids = {name: plain_text(text) for name, text in (ids or {}).items()}
+        data = {"title": plain_text(title), "preference": _PREFERENCE}
+        text = fill(self.template, self.domain, plain_ids, **data)
         start, preference = text.index(_PREFERENCE), plain_text(preference)
         return text.replace(_PREFERENCE, preference), [start, start + len(preference)]
 
@@ -73,7 +78,8 @@ def candidate_row(
     candidate: Candidate, preference: str, question_format: QuestionFormat, with_answer: bool
 ) -> Row:
     """One line about one candidate. messages: Hugging Face multimodal chat turns."""
-    text, span = question_format.question(candidate.title, preference)
+    ids = {"user_id": candidate.user_id, "item_id": candidate.item_id}
+    text, span = question_format.question(candidate.title, preference, ids)
     images = [candidate.image] if candidate.image is not None else []
     messages = [user_turn(text, images=len(images))]
     if with_answer:
