@@ -1,0 +1,145 @@
+"""configs/*_released.yaml say what the facts say, value by value."""
+
+import pytest
+import yaml
+from conftest import ROOT
+from safetensors.numpy import load_file
+
+from mllmrec.stage.jsonl import read_rows
+from mllmrec.stage.options import load_config, parse_options
+from mllmrec.stage.scripts import load_script
+
+STAGES = {
+    "data": "data_processing/microlens.py",
+    "image_summary": "Inference/image_summary.py",
+    "preference": "Inference/preference_recurrent.py",
+    "train": "MLLM-MSR/train/train_llava_sft.py",
+    "score": "MLLM-MSR/test/test_with_llava_sft.py",
+}
+SCRIPTS = (
+    "data_processing/sample.py",
+    "Inference/image_summary.py",
+    "Inference/preference_recurrent.py",
+    "MLLM-MSR/train/dataset_create.py",
+    "MLLM-MSR/test/multi_col_dataset.py",
+    "MLLM-MSR/train/train_llava_sft.py",
+    "MLLM-MSR/test/test_with_llava_sft.py",
+)
+# What is known of the released code (README, Deviations; paper_facts of the project).
+FACTS = {
+    "data": {
+        "user_core": 6,
+        "item_core": 5,
+        "history": "released",
+        "released_order": "time",
+        "split_by": "released",
+        "seed": 42,
+        "negatives": 20,
+        "train_negatives": 1,
+        "negative_sampling": "uniform",
+    },
+    "image_summary": {
+        "model": "llava-hf/llava-v1.6-mistral-7b-hf",
+        "summary": "image",
+        "max_new_tokens": 200,
+        "pad_images": 8,
+        "dtype": "float16",
+    },
+    "preference": {
+        "model": "meta-llama/Meta-Llama-3-8B-Instruct",
+        "block_size": 3,
+        "max_new_tokens": 1024,
+        "temperature": 0.6,
+        "top_p": 0.9,
+    },
+    "train": {
+        "lora_r": 16,
+        "lora_alpha": 32,
+        "lora_dropout": 0.1,
+        "lora_layers": [],
+        "lora_vision": True,
+        "lora_init": "gaussian",
+        "learning_rate": 2e-5,
+        "schedule": "constant",
+        "warmup_ratio": 0.0,
+        "weight_decay": 0.01,
+        "clip": 1.0,
+        "dtype": "float16",
+        "batch_size": 1,
+        "accumulation": 4 * 6,
+        "epochs": 4,
+        "max_text_tokens": 1024,
+        "loss": "sequence",
+        "limit": 25000,
+        "keep": "last",
+        "end_token": False,
+        "prompt_format": "[INST] {image}\n{text} [\\INST]",
+        "group_by": "none",
+        "image_tiles": "full",
+        "quantization": "none",
+    },
+    "score": {
+        "limit": 100,
+        "pad_images": 6,
+        "answer_token": "bare",
+        "prompt_format": "[INST]{image}\n{text} [/INST]",
+        "dtype": "float16",
+        "max_text_tokens": 1024,
+    },
+}
+
+
+@pytest.mark.parametrize("section", STAGES)
+def test_the_released_config_has_the_values_of_the_facts(section, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    stage = load_script(STAGES[section])
+    config = ["--config", "configs/microlens_released.yaml"]
+    options = parse_options(stage.Options, section, config)
+    found = {name: getattr(options, name) for name in FACTS[section]}
+    assert found == FACTS[section]
+
+
+def test_the_released_prompts_have_the_released_places_in_the_released_order(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    config = ["--config", "configs/microlens_released.yaml"]
+    stage = load_script(STAGES["preference"])
+    options = parse_options(stage.Options, "preference", config)
+    places = ("{item_id}", "{title}", "{summary}")
+    assert sorted(places, key=options.block_line.index) == list(places)
+    assert "{user_id}" in options.first_prompt
+    places = ("{user_id}", "{block}", "{preference}")
+    assert sorted(places, key=options.next_prompt.index) == list(places)
+    create = load_script("MLLM-MSR/train/dataset_create.py")
+    datasets = parse_options(create.DatasetOptions, "datasets", config)
+    places = ("{preference}", "{title}", "Answer")
+    assert sorted(places, key=datasets.recommend_prompt.index) == list(places)
+    assert datasets.max_title_characters == 0
+
+
+def test_the_released_settings_run_through_all_stages(small_run, tmp_path, monkeypatch):
+    """On the sample with tiny models: as the config says, but for models, dtype and sizes."""
+    monkeypatch.chdir(ROOT)
+    merged = load_config(ROOT / "configs/microlens_released.yaml")
+    sample = load_config(small_run.config)
+    for section in ("image_summary", "preference", "train", "score"):
+        merged[section] |= {"model": sample[section]["model"], "dtype": "float32"}
+    for section in ("image_summary", "preference"):
+        merged[section]["max_new_tokens"] = 20
+    merged["train"] |= {"epochs": 1, "accumulation": 4, "workers": 0, "limit": 40}
+    merged["score"] |= {"limit": 2}
+    merged["data"] |= {"n_users": 40, "n_items": 60, "user_core": 2, "item_core": 1}
+    folder = {"data_dir": str(tmp_path), "output_dir": str(tmp_path)}
+    merged["common"] |= folder
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(merged | {"dataset": "sample"}))
+    for stage in SCRIPTS:
+        more = ["--hide", "nothing"] if "test_with" in stage else []
+        load_script(stage).main(["--config", str(tmp_path / "c.yaml"), *more])
+    users = read_rows(tmp_path / "users.jsonl")
+    assert all(len(user["history"]) == 5 for user in users)
+    tested = [user["user_id"] for user in users if user["split"] == "test"][:2]
+    scores = read_rows(tmp_path / "mllm_msr" / "sft" / "scores.jsonl")
+    assert list(dict.fromkeys(row["user_id"] for row in scores)) == tested, "the first two"
+    adapter = tmp_path / "mllm_msr" / "adapter"
+    assert any("vision_tower" in name for name in load_file(adapter / "adapter_model.safetensors"))
+    log = read_rows(tmp_path / "mllm_msr" / "training_log.jsonl")
+    assert len({row["learning_rate"] for row in log if "learning_rate" in row}) == 1
