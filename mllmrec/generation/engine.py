@@ -21,6 +21,7 @@ from mllmrec.models.chat import Arrays, ChatProcessor, to_model
 from mllmrec.models.compat import empty_device_cache, is_out_of_memory
 from mllmrec.models.loading import load_multimodal, load_text, max_prompt_tokens
 from mllmrec.models.options import GenerationStageOptions
+from mllmrec.models.trial import check_trial
 from mllmrec.stage.errors import InputError
 
 CPU_BATCH_TOKENS = 32768
@@ -200,6 +201,7 @@ def load_engine(
     model, processor = (load_multimodal if multimodal else load_text)(name, options)
     limit = max_prompt_tokens(model, options.max_new_tokens)
     chat = ChatProcessor(processor, prompt_format=options.prompt_format)
+    check_trial(name, model, chat)
     generation = GenerationOptions(
         max_new_tokens=options.max_new_tokens,
         batch_tokens=options.batch_tokens,

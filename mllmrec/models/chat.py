@@ -57,11 +57,6 @@ class ChatProcessor:
         self._counts_without_data: dict[tuple[tuple[str, int], ...], Counter[int]] = {}
         if prompt_format and "{text}" not in prompt_format:
             raise InputError(f"--prompt_format {prompt_format!r} lacks the place {{text}}; add it")
-        if prompt_format and self.takes_images and "{image}" not in prompt_format:
-            raise InputError(
-                f"--prompt_format {prompt_format!r} lacks the place {{image}}, which this model "
-                "needs; add it"
-            )
         if self.takes_images and getattr(processor, "patch_size", 0) is None:
             raise InputError(
                 "the processor lacks patch_size; add it to its processor_config.json as the "

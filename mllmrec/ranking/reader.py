@@ -10,6 +10,7 @@ from PIL import Image
 from mllmrec.data.images import ImageError, open_image, pad_black, padded_sizes
 from mllmrec.models.chat import ChatProcessor, shorten_to_fit
 from mllmrec.models.loading import load_multimodal, load_text, read_config, takes_images
+from mllmrec.models.trial import check_trial
 from mllmrec.prompts.templates import valid_text
 from mllmrec.ranking.answers import YES_NO, AnswerSet, AnswerTokens, answer_tokens
 from mllmrec.ranking.options import RankerOptions
@@ -41,7 +42,9 @@ def load_ranker(options: RankerOptions) -> tuple[Any, ChatProcessor]:
     model, processor = load(options.model, options)
     if single:
         model.config.image_grid_pinpoints = [[0, 0]]  # no tile at all: only the whole image is left
-    return model, ChatProcessor(processor, single, options.prompt_format)
+    chat = ChatProcessor(processor, single, options.prompt_format)
+    check_trial(options.model, model, chat)
+    return model, chat
 
 
 def _key(row: Row) -> tuple[str, ...]:

@@ -1,0 +1,63 @@
+"""One question to a model that was just loaded, before hours of work depend on it.
+
+A damaged config, processor, tokenizer or chat template mostly loads without a word and fails, or
+gives meaningless answers, at the first batch, in any line of transformers.
+"""
+
+from typing import Any
+
+import torch
+from PIL import Image
+
+from mllmrec.models.chat import ChatProcessor, to_model
+from mllmrec.models.loading import REMEDY, cannot
+from mllmrec.prompts.templates import user_turn
+from mllmrec.stage.errors import InputError
+
+TEXTS = ("A question.", "A longer question, so that the other one is padded.")
+GRAY = (128, 128, 128)
+
+
+def check_trial(name: str, model: Any, chat: ChatProcessor) -> None:
+    """Raise InputError unless the model `name` reads two questions, with an image each if it can.
+
+    The prompts must hold the questions and one image token each, the special tokens must be in the
+    vocabulary, and the logits must be finite.
+    """
+    n_images = int(chat.takes_images)
+    images = [Image.new("RGB", (64, 48), GRAY)] * len(TEXTS) if n_images else None
+    try:
+        prompts = [chat.render([user_turn(text, images=n_images)]) for text in TEXTS]
+        fault = _prompt_fault(prompts, chat)
+        if fault is None:
+            batch = to_model(chat.encode(prompts, images), model)
+            with torch.inference_mode():
+                logits = model(**batch).logits[:, -1]
+            fault = _logits_fault(logits, chat)
+    except InputError:
+        raise
+    except Exception as error:
+        raise cannot(f"the model {name} cannot answer a question", error) from None
+    if fault:
+        raise InputError(f"the model {name} cannot answer a question: {fault}; {REMEDY}")
+
+
+def _prompt_fault(prompts: list[str], chat: ChatProcessor) -> str | None:
+    if any(text not in prompt for text, prompt in zip(TEXTS, prompts, strict=True)):
+        return "its chat template leaves out the text of the question"
+    image = chat.image_token_id
+    # The processor of BLIP-2 adds the image tokens itself.
+    has_place = chat.takes_images and (not chat.prompt_format or "{image}" in chat.prompt_format)
+    if has_place and any(image is None or chat.ids(p).count(image) != 1 for p in prompts):
+        return "its chat template has no place for an image, or its tokenizer no image token"
+    return None
+
+
+def _logits_fault(logits: torch.Tensor, chat: ChatProcessor) -> str | None:
+    for kind in ("bos", "eos", "pad"):
+        token_id = getattr(chat.tokenizer, f"{kind}_token_id")
+        if token_id is not None and token_id >= logits.shape[-1]:
+            return f"the {kind} token of its tokenizer is outside of the model's vocabulary"
+    if not torch.isfinite(logits).all():
+        return "its logits are not all finite numbers"
+    return None
