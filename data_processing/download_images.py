@@ -193,6 +193,11 @@ def save(body, path):
     return image.size
 
 
+async def ended(tasks):
+    """Wait until all tasks have ended; their errors are dropped."""
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
 def download_all(row_ids, folder, options):
     """Yield (row_id, row, reason) as downloads end, at most `options.workers` in flight.
 
@@ -201,7 +206,7 @@ def download_all(row_ids, folder, options):
     if world_size() == 1:  # else another process may be writing one of them
         for path in folder.glob(f".*{TEMPORARY}*"):  # of a run that was killed
             path.unlink()
-    waiting, in_flight = iter(row_ids), set()
+    waiting, in_flight, done = iter(row_ids), set(), set()
     with asyncio.Runner() as runner:
         session = runner.run(open_session(options))
         try:
@@ -218,6 +223,8 @@ def download_all(row_ids, folder, options):
         finally:
             for task in in_flight:
                 task.cancel()
+            # Else asyncio prints the error of each that failed, e.g. as the disk is full.
+            runner.run(ended({*in_flight, *done}))
             runner.run(session.close())
 
 

@@ -32,7 +32,7 @@ from mllmrec.data.interactions import InteractionLog
 from mllmrec.data.split import SplitOptions, data_outputs, prepare, write_data_set
 from mllmrec.evaluation.metrics import evaluate
 from mllmrec.stage.errors import InputError
-from mllmrec.stage.jsonl import write_rows
+from mllmrec.stage.jsonl import atomic_file, write_rows
 from mllmrec.stage.options import option, parse_options, print_options
 from mllmrec.stage.record import Job
 from mllmrec.stage.transaction import writing
@@ -145,7 +145,8 @@ def main(argv=None):
             items, covers, users = build_world(options)
             covers_dir.mkdir(parents=True, exist_ok=True)
             for cover, path in zip(covers, cover_paths, strict=True):
-                cover.save(path)
+                with atomic_file(path) as file:
+                    cover.save(file, "PNG")
             data = prepare(*as_log(items, users, covers_dir), options)
             _, counts = write_data_set(data, [], options)
             write_rules(items, users, options)

@@ -218,7 +218,7 @@ def atomic_file(path: PathLike) -> Iterator[BinaryIO]:
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}{TEMPORARY}")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with naming(path), os.fdopen(handle, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -227,6 +227,17 @@ def atomic_file(path: PathLike) -> Iterator[BinaryIO]:
         sync_folder(path.parent)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def naming(path: PathLike) -> Iterator[None]:
+    """Name the file in the error of a write that fails, e.g. on a full disk: Python does not."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
         raise
 
 

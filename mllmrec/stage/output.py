@@ -32,6 +32,7 @@ from mllmrec.stage.jsonl import (
     PathLike,
     encode,
     encode_checked,
+    naming,
     parse_line,
     rejected_path,
     write_rejected,
@@ -119,6 +120,7 @@ class ResumableOutput:
 
     def __enter__(self) -> "ResumableOutput":
         with output_lock(self.path, wait=True):
+            self._check_no_other_job()  # one may have begun while the model was loaded
             self.parts.mkdir(parents=True, exist_ok=True)
             self.lock = self._acquired(self.parts / f"rank-{self.rank}.lock")
             if self.rank == 0:
@@ -135,14 +137,17 @@ class ResumableOutput:
 
     def write(self, row: Row) -> None:
         """Append one finished row; from here on it survives the death of this process."""
-        self._rows.write(encode_checked(self.path, row))
-        self._rows.flush()
+        line = encode_checked(self.path, row)
+        with naming(self.path):
+            self._rows.write(line)
+            self._rows.flush()
         self.rows_written += 1
 
     def reject(self, row_id: RowId, reason: str) -> None:
         """Append one rejected row with its reason."""
-        self._rejected.write(encode({**self._id_fields(row_id), "reason": reason}))
-        self._rejected.flush()
+        with naming(self.rejected_path):
+            self._rejected.write(encode({**self._id_fields(row_id), "reason": reason}))
+            self._rejected.flush()
         self.rows_rejected += 1
 
     def write_results(
@@ -246,6 +251,9 @@ class ResumableOutput:
                 self._acquired(path).release()
             delete_output(self.path, belonging)
             return
+        self._check_no_other_job()
+
+    def _check_no_other_job(self) -> None:
         record = read_record(self.path) if self.path.exists() else None
         state = read_state(self.parts / "state.json")
         self.job.check_same(self.path, (record, state))
