@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mllmrec.data.amazon_pages import plain_text
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import read_by_id, read_rows
 from mllmrec.stage.scripts import load_script
@@ -311,7 +312,7 @@ def test_fractions_of_a_second_are_in_order(tmp_path):
     ],
 )
 def test_html_becomes_text(text, plain):
-    assert load_script("data_processing/amazon.py").plain_text(text) == plain
+    assert plain_text(text) == plain
 
 
 def test_html_and_half_surrogate_pairs_of_pages_become_text(tmp_path):
