@@ -433,14 +433,23 @@ def file_cases():
             text = rf"{Path(file).name}[^:]*" + says.format(maker=MAKERS[file])
             if name == "missing" and stage == "metrics":  # other variants are measured
                 continue
-            yield Case("files", f"{file}: {name}", stage, text, partial(damage, file))
+            handled = (file, name) == ("mllm_msr/validation.jsonl", "empty")
+            if handled:  # the last epoch is kept
+                text = "best validation AUC nan"
+            elif name == "empty" and stage in ("preference", "test_rows"):  # all may be rejected
+                text = rf"has no line in .*{Path(file).name}; finish"
+            elif name == "folder":
+                text = rf"{Path(file).name}.*; move it away"
+            yield Case("files", f"{file}: {name}", stage, text, partial(damage, file), (), handled)
+        # U+FFFD takes its place; the user of a complete list is then another one.
+        is_list = file in ("mllm_msr/validation.jsonl", "mllm_msr/sft/scores.jsonl")
         yield Case(
             "files",
             f"{file}: half a surrogate",
             stage,
-            "wrote|AUC",
+            "instead of 1 and 20; " if is_list else "wrote",
             partial(set_line, file, text=lambda b: b.replace(b'": "', rb'": "\ud83d', 1)),
-            handled=True,
+            handled=not is_list,
         )
     for stage in ("preference", "direct", "rows", "test_rows"):
         says = r"users\.jsonl.*(is empty|holds no|has no)"
@@ -552,7 +561,7 @@ def meaning_cases():
             damage = partial(set_all, users, lambda row, k=key, v=value: row.update({k: v}))
             says = r"(users\.jsonl, line \d+: .*'zz' is not in .*items\.jsonl; )"
             yield case(f"unknown item in {key}", stage, says, damage)
-    says = r"users\.jsonl.*'i\d+'.*not in .*items\.jsonl; "
+    says = r"'i\d+'.* not in .*items\.jsonl; "
     damage = partial(set_bytes, items, edit=lambda b: b.split(b"\n")[0] + b"\n")
     for stage in ("preference", "rows", "test_rows", "report"):
         yield case("one item left in items.jsonl", stage, says, damage)
@@ -1461,6 +1470,8 @@ def checkpoint_cases():
             for path in (place.folder / "mllm_msr/adapter").iterdir():
                 path.unlink()
             (place.folder / "mllm_msr/adapter").rmdir()
+            best = str(place.folder / folder)  # else that of the run is loaded
+            set_json(folder + "trainer_state.json", "best_model_checkpoint", best, place)
             damage(place)
 
         return Case(
