@@ -122,7 +122,7 @@ class Place:
 
     def _link(self, source, target, skip):
         for path in source.iterdir():
-            if path in skip:
+            if path in skip or path.name == "plain.yaml":
                 continue
             if path.is_dir() and path.name != "covers":
                 (target / path.name).mkdir()
@@ -914,14 +914,14 @@ COMBINATIONS = [
     ("train", "--group_by item --batch_size 1", "--group_by|--batch_size"),
     ("train", "--model Inference/tiny_models/llama", "takes none; name a multimodal"),
     ("metrics", "--runs {folder} {folder}", "names one folder twice"),
-    ("metrics", "--runs /nowhere", "/nowhere has no"),
-    ("metrics", "--runs=", "--runs"),
+    ("metrics", "--runs /nowhere", "'/nowhere' has no"),
+    ("metrics", "--runs=", "the output folder '' has no"),
     ("metrics", "--runs {folder}/users.jsonl", "has no \\*/\\*/scores.jsonl; "),
     ("report", "--published nonsense", "no published results for 'nonsense'; choose"),
     ("merge", "--quantization nf4", "without --quantization"),
     ("merge", "--adapter /nowhere", "missing or has no"),
     ("merge", "--model Inference/tiny_models/llama", "trained on .*; pass the matching"),
-    ("merge", "--merged {folder}/users.jsonl", "is no merged model.*; "),
+    ("merge", "--merged {folder}/users.jsonl", "move it away"),
     ("merge", "--merged {folder}", "is no merged model.*; "),
     ("merge", "--merged {folder}/covers", "is no merged model.*; "),
     ("microlens", "--raw_dir /nowhere", "the folder /nowhere is missing; "),
@@ -972,7 +972,7 @@ def config_cases():
         "value true": ("common: {seed: true}", "seed.*; "),
         "value negative": ("common: {limit: -1}", "limit.*; "),
         "value too large": (f"common: {{seed: {10**30}}}", "seed.*; "),
-        "value empty": ("common: {output_dir: ''}", "output_dir.*; "),
+        "value empty": ("popularity: {system: ''}", "system.*; "),
         "value escapes": ("popularity: {system: ../x}", "system.*; "),
         "key twice": ("common: {seed: 1, seed: 2}", "'?seed'?.*(twice|already)"),
         "section twice": ("common: {seed: 1}\ncommon: {limit: 2}", "'?common'?.*(twice|already)"),
@@ -1369,8 +1369,13 @@ def record_cases():
                 )
         yield case("a folder", partial(make_folder, record), rf"{Path(record).name}.*folder.*; ")
         digest = partial(other_digest, record)
-        says = "was changed after it was written: .* describes another file; restore it"
-        yield case("another digest", digest, says)
+        is_named = stage == "metrics"  # its inputs have the folder's name: a copy is measured again
+        says = (
+            "AUC"
+            if is_named
+            else "was changed after it was written: .* describes another file; restore it"
+        )
+        yield case("another digest", digest, says, handled=is_named)
         says = "was made with other settings .*; choose another" if stage in LONG else "wrote|AUC"
         settings = partial(set_json, record, "settings.seed", 7)
         yield case("other settings", settings, says, handled=stage not in LONG)

@@ -63,7 +63,10 @@ def main(argv=None):
         raise InputError("--runs names one folder twice; each run counts once")
     for folder, variants in files.items():
         if not variants:
-            raise InputError(f"{folder} has no */*/scores.jsonl; scripts/06_score.sh makes them")
+            raise InputError(
+                f"the output folder {folder!r} has no */*/scores.jsonl; scripts/06_score.sh makes "
+                "them"
+            )
     path = Path(options.output_dir) / "metrics.json"
     inputs = named_digests(
         {
