@@ -21,7 +21,8 @@ OUT_OF_MEMORY = (
     "Cannot allocate memory",
     "DataLoader worker",  # that was killed: by the kernel, for its memory
 )
-CANNOT_WRITE = ("No space left on device", "PytorchStreamWriter failed")
+# "unexpected pos": torch.save, closing an archive of which a part could not be written
+CANNOT_WRITE = ("No space left on device", "PytorchStreamWriter failed", "unexpected pos")
 
 
 class InputError(Exception):
