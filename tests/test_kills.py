@@ -618,13 +618,17 @@ class Bench:
             assert self.lost == 0
 
     def finished_rows(self):
-        """Lines of the output and its parts, whole ones."""
+        """Whole lines of the output and its parts."""
+        return set(self.finished_lines())
+
+    def finished_lines(self):
+        """`finished_rows` as a list, with those that are there twice."""
         if self.name not in ROWS:
-            return set()
+            return []
         output = self.work / self.stage.output
         parts = output.with_name(f"{output.name}.parts").glob("rank-*.jsonl")
         files = [output, *(path for path in parts if path.name.count(".") == 1)]
-        return {line for f in files if f.exists() for line in f.read_bytes().split(b"\n")[:-1]}
+        return [line for f in files if f.exists() for line in f.read_bytes().split(b"\n")[:-1]]
 
     def report(self, fault):
         """A line for KILL_REPORT."""
@@ -909,12 +913,14 @@ def test_another_number_of_processes_after_each_kill_changes_no_byte(bench):
             for rank in range(world)
         ]
         ended = bench.server.run_together(*jobs)
-        assert {done.returncode for done in ended} == {-signal.SIGKILL}, ended[0].stderr
+        codes = [done.returncode for done in ended]  # 0: of a process with few rows in stage 6
+        assert -signal.SIGKILL in codes and {*codes} <= {0, -signal.SIGKILL}, ended[0].stderr
         check_records(bench.work)
         after = bench.finished_rows()
         assert before < after
-        assert len(after) == len(before) + world * kill_after, "no row is computed twice"
-        bench.tried += world
+        assert len(after) >= len(before) + codes.count(-signal.SIGKILL) * kill_after
+        assert len(bench.finished_lines()) == len(after), "no row is computed twice"
+        bench.tried += codes.count(-signal.SIGKILL)
     environments = [{"RANK": str(rank), "WORLD_SIZE": "3"} for rank in range(3)]
     job = {"words": bench.command(), "kill_after": 0}
     before = bench.finished_rows()
