@@ -1,7 +1,5 @@
 """Every bad input ends in one sentence or is reported; none ends in a traceback or in silence."""
 
-import re
-
 import pytest
 from bad_cases import all_cases
 from bad_inputs import Servers, in_order, run_cases, table
@@ -18,16 +16,6 @@ FAST = {
     "raw": "M_pairs.csv: milliseconds in one line",
     "images": "EPS, stage 4",
 }
-# Known faults, to be fixed in mllmrec/ranking/checkpoints.py, stage/options.py and data/split.py;
-# whoever fixes one removes it here.
-OPEN = re.compile(
-    r"checkpoints: train: (adapter_model.safetensors missing|trainer_state|adapter |"
-    r"optimizer.pt (dam|of an)|scheduler.pt (dam|of an)|rng_state.pth (dam|of an)|a folder of another name)|"
-    r"config: popularity: (key twice|section twice|brackets|not YAML|tab|tag|two documents|"
-    r"key of a list|not UTF-8|UTF-16|NUL|HTML)$|"
-    r"options: sample: (--test_fold 3|--folds 1000|--seed 1 --seed 2|--config a.yaml)|"
-    r"raw: amazon: meta_Baby.jsonl: blank lines only"
-)
 
 
 def check(cases, small_run, folder):

@@ -325,7 +325,11 @@ def test_no_number_takes_a_value_that_is_none(tmp_path, value):
         (["--folds", "1"], "--folds must be 0 or at least 2"),
         (["--folds", "5", "--test_fold", "5"], "and --test_fold one of them"),
         (["--train_fraction", "1e-9"], "none is in the train split"),
-        (["--n_users", "3", "--folds", "5", "--test_fold", "4"], "none is in the test split"),
+        (
+            ["--n_users", "3", "--folds", "5", "--test_fold", "4"],
+            "--folds 5 are more than the 3 users",
+        ),
+        (["--test_fold", "1"], "--test_fold needs --folds"),
     ],
 )
 def test_combinations_that_cannot_work_are_refused(tmp_path, monkeypatch, argv, message):
@@ -359,3 +363,16 @@ def test_a_new_stage_script_brings_its_section(tmp_path, monkeypatch):
         assert "unknown section 'train'" in error_of(tmp_path, "train: {rate: 0.3}")
     finally:
         known_sections.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("train: {rate: 0.1, rate: 0.2}", "the key 'rate' is there twice"),
+        ("train: {rate: 0.1}\ntrain: {rate: 0.2}", "the key 'train' is there twice"),
+        ("train: {rate: }", "option 'rate' in section 'train' has no value"),
+        ("train: " + "[" * 5000, "is not valid YAML"),
+    ],
+)
+def test_a_config_says_each_thing_once(tmp_path, text, message):
+    assert message in error_of(tmp_path, text)

@@ -14,9 +14,8 @@ import pytest
 from conftest import REAL, ROOT, STAGES, skip_without_real_data, small_config
 from fork_server import HEAVY, LIGHT, ForkServer
 from PIL import Image, ImageDraw
-from safetensors.numpy import save_file
 
-from mllmrec.ranking.checkpoints import last_complete_checkpoint
+from mllmrec.ranking.checkpoints import last_complete_checkpoint, seal_checkpoint
 from mllmrec.stage.jsonl import read_by_id, read_rows, write_rows
 from mllmrec.stage.schema import SCHEMAS
 from mllmrec.stage.scripts import load_script
@@ -501,26 +500,57 @@ def test_a_broken_cover_is_reported_in_stage_4(small_run, tmp_path):
     )
 
 
-def test_an_incomplete_checkpoint_is_removed(tmp_path):
-    complete = ("rng_state.pth", "trainer_state.json")
-    steps = {9: complete, 18: complete, 99: complete[1:], 100: complete[:1]}
-    for step, files in steps.items():
-        (tmp_path / f"checkpoint-{step}").mkdir()
-        for name in files:
-            (tmp_path / f"checkpoint-{step}" / name).write_text("{}")
-            if name.endswith(".pth"):
-                with zipfile.ZipFile(tmp_path / f"checkpoint-{step}" / name, "w") as file:
-                    file.writestr("data", bytes(100))
-    for number, name in enumerate(("rng_state.pth", "optimizer.pt", "adapter_model.safetensors")):
-        truncated = tmp_path / f"checkpoint-{19 + number}"
-        shutil.copytree(tmp_path / "checkpoint-18", truncated)
-        if name.endswith("safetensors"):
-            save_file({"a": np.zeros(100)}, truncated / name)
-        elif name != "rng_state.pth":
-            shutil.copy(truncated / "rng_state.pth", truncated / name)
-        content = (truncated / name).read_bytes()
-        (truncated / name).write_bytes(content[: len(content) // 2])
-    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-18")
-    assert not (tmp_path / "checkpoint-99").exists()
-    assert not (tmp_path / "checkpoint-100").exists()
-    assert last_complete_checkpoint(tmp_path / "nowhere") is None
+def test_an_incomplete_or_damaged_checkpoint_is_removed(tmp_path, capsys):
+    names = ("rng_state.pth", "optimizer.pt", "adapter_model.safetensors", "trainer_state.json")
+
+    def checkpoint(step, sealed=True):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        for name in names:
+            with zipfile.ZipFile(folder / name, "w") as file:
+                file.writestr("data", bytes(range(100)))
+        (folder / "trainer_state.json").write_text('{"best_model_checkpoint": null}')
+        if sealed:
+            seal_checkpoint(folder)
+        return folder
+
+    def flip(path):
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+
+    checkpoint(9)
+    good = checkpoint(18)
+    for step, name in enumerate(names, start=20):
+        flip(checkpoint(step) / name)
+        (checkpoint(step + 10) / name).unlink()
+    checkpoint(99, sealed=False)
+    (tmp_path / "checkpoint-x").mkdir()
+    (tmp_path / "checkpoint-100").write_text("")
+    assert last_complete_checkpoint(tmp_path, may_delete=False) == str(good)
+    assert len(list(tmp_path.iterdir())) == 13
+    assert last_complete_checkpoint(tmp_path) == str(good)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "checkpoint-18",
+        "checkpoint-9",
+        "checkpoint-x",
+    ]
+    told = capsys.readouterr().out
+    for name in names:
+        assert f"({name} is damaged or missing) and is removed" in told
+    assert "checkpoint-99 cannot be resumed from (it is incomplete)" in told
+
+
+def test_a_checkpoint_without_the_best_one_is_not_resumed_from(tmp_path):
+    """The Trainer would keep the last adapter and only warn."""
+    for step in (3, 6):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        best = json.dumps({"best_model_checkpoint": str(tmp_path / "checkpoint-3")})
+        (folder / "trainer_state.json").write_text(best)
+        with zipfile.ZipFile(folder / "rng_state.pth", "w") as file:
+            file.writestr("data", b"x")
+        seal_checkpoint(folder)
+    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-6")
+    shutil.rmtree(tmp_path / "checkpoint-3")
+    assert last_complete_checkpoint(tmp_path) is None

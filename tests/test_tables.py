@@ -97,11 +97,23 @@ def test_a_file_is_recognised_by_its_content(write, name, pack, mark):
         (lzma.compress(PLAIN), r"is packed \(xz\); unpack it"),
         (b"PK\x03\x04" + bytes(30), r"is packed \(zip\); unpack it"),
         (b"x.csv".ljust(257, b"\0") + b"ustar", r"is packed \(tar\); unpack it"),
-        (gzip.compress(gzip.compress(PLAIN, mtime=0), mtime=0), r"is packed \(gzip, twice\); unpack it"),
-        (gzip.compress(PLAIN, mtime=0)[:6], r"truncated or damaged after line 0 .*; fetch it again"),
+        (
+            gzip.compress(gzip.compress(PLAIN, mtime=0), mtime=0),
+            r"is packed \(gzip, twice\); unpack it",
+        ),
+        (
+            gzip.compress(PLAIN, mtime=0)[:6],
+            r"truncated or damaged after line 0 .*; fetch it again",
+        ),
         (b"\x1f\x8b", r"truncated or damaged after line 0 .*; fetch it again"),
-        (gzip.compress(PLAIN, mtime=0)[:-3], r"truncated or damaged after line 3 .*; fetch it again"),
-        (gzip.compress(PLAIN, mtime=0) + b"rest", r"truncated or damaged after line 3 .*; fetch it again"),
+        (
+            gzip.compress(PLAIN, mtime=0)[:-3],
+            r"truncated or damaged after line 3 .*; fetch it again",
+        ),
+        (
+            gzip.compress(PLAIN, mtime=0) + b"rest",
+            r"truncated or damaged after line 3 .*; fetch it again",
+        ),
         (b"\x1f\x8b\x08" + bytes(40), r"truncated or damaged after line 0 .*; fetch it again"),
         (PLAIN.decode().encode("utf-16"), "is UTF-16 text; save it as UTF-8"),
         (PLAIN.decode().encode("utf-16-le"), "holds NUL bytes, .*; save it as UTF-8"),

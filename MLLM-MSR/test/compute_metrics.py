@@ -23,7 +23,7 @@ from mllmrec.evaluation.tables import print_metrics, read_metrics, score_files
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import read_rows, write_json
 from mllmrec.stage.options import CommonOptions, option, parse_options, print_options
-from mllmrec.stage.record import Job, named_digests
+from mllmrec.stage.record import Job, check_described, named_digests, read_record
 from mllmrec.stage.transaction import writing
 
 SECTION = "metrics"
@@ -67,6 +67,11 @@ def main(argv=None):
                 f"the output folder {folder!r} has no */*/scores.jsonl; scripts/06_score.sh makes "
                 "them"
             )
+    for variants in files.values():
+        for scores in variants.values():
+            record = read_record(scores)
+            if record:  # scores from elsewhere have none
+                check_described(scores, record)
     path = Path(options.output_dir) / "metrics.json"
     inputs = named_digests(
         {

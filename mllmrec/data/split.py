@@ -174,6 +174,9 @@ def check_options(options: SplitOptions) -> None:
         "--split_by leave_one_out needs --history chronological: popularity knows later targets": (
             options.split_by == "leave_one_out" and options.history == "released"
         ),
+        "--test_fold needs --folds: without it there is one split": (
+            not options.folds and options.test_fold > 0
+        ),
         f"--split_by {options.split_by} cannot be used with --folds": (
             options.split_by != "user" and options.folds > 0
         ),
@@ -213,6 +216,8 @@ def prepare(log: InteractionLog, catalogue: pd.DataFrame, options: SplitOptions)
     elif options.split_by == "released":
         by_time = rows[np.argsort(log.time[rows], kind="stable")]
         columns = _released_split_lines(pd.unique(user[by_time]), options)
+    elif options.folds > n_users:
+        raise InputError(f"--folds {options.folds} are more than the {n_users} users; lower it")
     else:
         columns = _user_split_lines(n_users, options)
     line_user, line_skip, split, fold = columns

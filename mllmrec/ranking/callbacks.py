@@ -8,6 +8,7 @@ import numpy as np
 from transformers import TrainerCallback
 
 from mllmrec.evaluation import plots
+from mllmrec.ranking.checkpoints import seal_checkpoint
 from mllmrec.ranking.sampler import EpochSampler
 from mllmrec.stage.jsonl import atomic_file, write_rows
 from mllmrec.stage.schema import Row
@@ -46,6 +47,11 @@ class CheckpointCallback(TrainerCallback):
         if self.steps and state.global_step % self.steps == 0 and not ends_epoch:
             control.should_save = control.should_log = True
         return control
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Seal the checkpoint: from here on it can be resumed from."""
+        if state.is_world_process_zero:
+            seal_checkpoint(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         """Log the rest of the epoch."""

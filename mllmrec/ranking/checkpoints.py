@@ -1,18 +1,16 @@
 """What a training has left on disk: a finished adapter, or checkpoints to resume from."""
 
-import json
-import shutil
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-
 from mllmrec.stage.errors import InputError
+from mllmrec.stage.jsonl import read_json, write_json
 from mllmrec.stage.record import (
     Job,
     check_described,
+    named_digests,
     process_rank,
     read_record,
     read_state,
@@ -21,14 +19,15 @@ from mllmrec.stage.record import (
     world_size,
 )
 from mllmrec.stage.transaction import (
-    DELETED,
     delete_output,
     finish_deletion,
     output_lock,
+    remove_file,
     remove_folder,
     remove_temporary,
 )
 
+DIGESTS = "digests.json"  # of a checkpoint's files, written last
 TRAINING_FILES = ("training_log.jsonl", "training_curve.png", "training.rejected.jsonl")
 
 
@@ -88,33 +87,48 @@ def _is_trained(adapter: Path, job: Job) -> bool:
 
 
 def last_complete_checkpoint(folder: Path, may_delete: bool = True) -> str | None:
-    """Path of the last checkpoint that was written to its end, or None.
+    """Path of the last checkpoint that can be resumed from, or None.
 
-    Incomplete ones, of a killed process, are deleted if `may_delete`.
+    Incomplete ones, of a killed process, and damaged ones are reported and deleted if `may_delete`.
     """
-    found = sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.rsplit("-", 1)[1]))
-    complete = [path for path in found if _is_complete(path)]
-    if may_delete:
-        for path in set(found) - set(complete):
-            remove_folder(path)
-        for path in folder.glob(f".checkpoint-*{DELETED}"):  # of a process that was killed
-            shutil.rmtree(path)
-    return str(complete[-1]) if complete else None
+    found = [path for path in folder.glob("checkpoint-*") if path.name[11:].isdecimal()]
+    found.sort(key=lambda path: int(path.name[11:]))
+    faults = {path: _fault(path) for path in found}
+    for path, fault in faults.items():
+        if fault and may_delete:
+            print(f"{path} cannot be resumed from ({fault}) and is removed")
+            remove_folder(path) if path.is_dir() else remove_file(path)
+    complete = [path for path in found if faults[path] is None]
+    for path in reversed(complete):
+        best = read_json(path / "trainer_state.json").get("best_model_checkpoint")
+        if best is None or Path(best).absolute() in [p.absolute() for p in complete]:
+            return str(path)
+    return None
 
 
-def _is_complete(checkpoint: Path) -> bool:
-    """False for a checkpoint of a process that was killed, or that a power loss cut short.
+def seal_checkpoint(checkpoint: Path) -> None:
+    """Write the digests of a checkpoint's files: it is complete, and this is what it holds.
 
-    The main process writes trainer_state.json last; each process has an RNG state of its own. A
-    truncated file of tensors has a wrong size (safetensors) or no directory at its end (zip).
+    The RNG states of several processes are left out, since each process writes its own.
     """
-    rng_states = list(checkpoint.glob("rng_state*"))
+    files = [path for path in sorted(checkpoint.iterdir()) if path.is_file()]
+    named = {p.name: p for p in files if p.name != DIGESTS and not p.name.startswith("rng_state_")}
+    write_json(checkpoint / DIGESTS, named_digests(named))
+
+
+def _fault(checkpoint: Path) -> str | None:
+    """Why a checkpoint cannot be resumed from: its process was killed, or a file is damaged."""
+    if not (checkpoint / DIGESTS).is_file():
+        return "it is incomplete"
     try:
-        json.loads((checkpoint / "trainer_state.json").read_bytes())
-        for path in checkpoint.glob("*.safetensors"):
-            with safe_open(path, "numpy"):
-                pass
-    except (OSError, ValueError, SafetensorError):
-        return False
-    archives = [*checkpoint.glob("*.pt"), *checkpoint.glob("*.bin"), *rng_states]
-    return len(rng_states) == world_size() and all(map(zipfile.is_zipfile, archives))
+        digests = read_json(checkpoint / DIGESTS)
+    except InputError:
+        return f"{DIGESTS} is damaged"
+    for name, digest in digests.items():
+        path = checkpoint / name
+        if not path.is_file() or named_digests({name: path})[name] != digest:
+            return f"{name} is damaged or missing"
+    rng_states = list(checkpoint.glob("rng_state*"))
+    if len(rng_states) != world_size() or not all(map(zipfile.is_zipfile, rng_states)):
+        return f"it has {len(rng_states)} RNG states for {world_size()} processes"
+    return None

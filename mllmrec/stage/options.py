@@ -224,18 +224,37 @@ def _section_values(path: Path, section: str, known: list[str]) -> dict[str, Any
                 raise InputError(
                     f"{path}: option {key!r} in section {name!r} must be one value or a list"
                 )
-            if value is not None and key in known:
+            if value is None:
+                raise InputError(
+                    f"{path}: option {key!r} in section {name!r} has no value; write one, or "
+                    "remove the line"
+                )
+            if key in known:
                 values[key] = [str(v) for v in value] if isinstance(value, list) else str(value)
     return values
 
 
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """As yaml.SafeLoader, which takes the last of two equal keys without a word."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        """Raises yaml.YAMLError for a key that is there twice."""
+        keys = [key.value for key, _ in node.value]
+        for key in keys:
+            if isinstance(key, str) and key != "<<" and keys.count(key) > 1:
+                raise yaml.YAMLError(f"the key {key!r} is there twice,{node.start_mark}")
+        return super().construct_mapping(node, deep)
+
+
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        loaded = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeyLoader) or {}
     except FileNotFoundError:
         raise InputError(f"there is no config {path}; the shipped ones are in configs/") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise InputError(
+            f"{path} is not valid YAML: {' '.join(str(error).split())}; correct the file"
+        ) from None
     if not isinstance(loaded, dict):
         raise InputError(f"{path} must hold one section per stage, each with 'option: value' lines")
     for name, value in loaded.items():
