@@ -73,7 +73,13 @@ STAGES = {
         HEAVY,
     ),
     "popularity": Stage("MLLM-MSR/baselines/popularity.py", ("baselines/*",)),
-    "metrics": Stage("MLLM-MSR/test/compute_metrics.py", ("metrics.*",)),
+    "metrics": Stage(
+        "MLLM-MSR/test/compute_metrics.py",
+        (
+            "metrics.*",
+            "mllm_msr/sft/scores.run.json",
+        ),  # else only that the file was changed is said
+    ),
     "report": Stage("MLLM-MSR/test/report.py", ("report.*",), ("--users", "3")),
     "merge": Stage("MLLM-MSR/train/merge_adapter.py", ("mllm_msr/merged/*",), (), HEAVY),
     "shell": Stage("bash", (), (), None),
