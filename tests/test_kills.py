@@ -251,7 +251,6 @@ def test_a_job_killed_at_any_call_is_finished_or_refused(quick, tmp_path, kind, 
         assert old_job == low or (rerun and refuses and old_job is None)
         new_job = restarted(tmp_path, state, lambda folder: job(folder, "high"))
         assert new_job == high or (refuses and new_job is None)
-        assert restarted(tmp_path, state, lambda f: job(f, overwrite=True)) == low
 
 
 def test_a_file_killed_while_it_is_replaced_is_the_old_or_the_new_one(quick, tmp_path):
