@@ -18,6 +18,7 @@ from pydantic.dataclasses import dataclass
 from mllmrec.data.columns import trimmed
 from mllmrec.data.interactions import Array
 from mllmrec.data.tables import stream_jsonl
+from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import PathLike, read_by_id, write_rows
 from mllmrec.stage.options import NAME, CommonOptions, option
 from mllmrec.stage.schema import Row
@@ -74,14 +75,16 @@ def read_pages(
     Items of the log without a page, or whose page has no title, are rejected.
     """
     places = pd.Index(item_ids)
-    state = np.full(len(item_ids), NO_PAGE, dtype=np.int8)
+    state, n_pages = np.full(len(item_ids), NO_PAGE, dtype=np.int8), 0
     for batch in stream_jsonl(path, PAGE_IMAGES):
         place = places.get_indexer(page_ids(batch))
-        known = place >= 0
+        known, n_pages = place >= 0, n_pages + batch.num_rows
         has_image = first_image_urls(batch, options.image_size).is_valid()
         page = np.where(has_image.to_numpy(zero_copy_only=False), COMPLETE, NO_IMAGE)
         page[~has_text(batch["title"])] = NO_TITLE
         np.maximum.at(state, place[known], page[known].astype(np.int8))
+    if not n_pages:
+        raise InputError(f"{path} has no product page; fetch it again")
     # The id names the image file.
     unusable = np.array([re.fullmatch(r"[\w-]+", i, re.ASCII) is None for i in item_ids], bool)
     state[unusable] = -1

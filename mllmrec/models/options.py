@@ -48,7 +48,7 @@ class GenerationStageOptions(ModelOptions):
 class LoraOptions(ModelOptions):
     """What LoRA trains."""
 
-    lora_r: int = option(8, "rank (paper: 8, released code: 16)", ge=1)
+    lora_r: int = option(8, "rank (paper: 8, released code: 16)", ge=1, le=4096)
     lora_alpha: int = option(32, "scale (released code: 32; not reported in the paper)", gt=0)
     lora_dropout: float = option(
         0.1, "dropout (released code: 0.1; not reported in the paper)", ge=0, lt=1

@@ -24,7 +24,7 @@ from types import TracebackType
 from typing import BinaryIO
 
 from filelock import FileLock, Timeout
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 from tqdm import tqdm
 
 from mllmrec.stage.errors import InputError
@@ -50,7 +50,7 @@ from mllmrec.stage.record import (
     write_record,
     write_state,
 )
-from mllmrec.stage.schema import FileSchema, Row
+from mllmrec.stage.schema import FileSchema, Row, problem, schema_of
 from mllmrec.stage.transaction import (
     delete_output,
     finish_deletion,
@@ -91,8 +91,9 @@ class ResumableOutput:
         self.path, self.key, self.job = Path(path), key, job
         self.keys = key if isinstance(key, tuple) else (key,)
         self.ids = list(ids)
-        if len(set(self.ids)) != len(self.ids):
+        if len(set(self.ids)) < len(self.ids):
             raise InputError(f"{path} would hold an id twice; the input names one id in two lines")
+        self._known = set(self.ids)
         self.wanted = self.ids[: job.limit or None]
         self.rank, self.world = process_rank(), world_size()
         self.parts = self.path.with_name(self.path.name + ".parts")
@@ -259,7 +260,12 @@ class ResumableOutput:
         self.job.check_same(self.path, (record, state))
         if record is not None:
             check_described(self.path, record)
-        elif self.path.exists() and state is None:
+        if state is None and any(p.stat().st_size for p in self.parts.glob("rank-*.jsonl")):
+            raise InputError(
+                f"{self.parts} has rows, but no state.json that says how they were made; delete "
+                "the folder, or start again with --overwrite true"
+            )
+        if record is None and self.path.exists() and state is None:
             raise InputError(
                 f"{self.path} has no run record beside it, so it is unknown how it was made; move "
                 "it away, or delete it with --overwrite true"
@@ -274,9 +280,28 @@ class ResumableOutput:
         rows: dict[RowId, Row] = {}
         for path in ([joined] if joined.exists() else []) + self._part_files(ending):
             for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
-                row = parse_line(line, _PART_ROW, f"{path}, line {number}", (self.keys, ""))
-                rows[self._row_id(row)] = row
+                where = f"{path}, line {number}"
+                row = parse_line(line, _PART_ROW, where, (self.keys, ""))
+                rows[self._checked_id(row, ending, where)] = row
         return rows
+
+    def _checked_id(self, row: Row, ending: str, where: str) -> RowId:
+        """The id of a row that an earlier run wrote. Raises InputError if the row is damaged."""
+        schema, fault = schema_of(f"{self.path.stem}{ending}"), None
+        try:
+            if schema is not None:
+                schema.row.validate_python(row)
+            row_id = self._row_id(row)
+            # Without inputs (images of a growing list) an id may be one of an earlier list.
+            if self.job.inputs and row_id not in self._known:
+                fault = f"{row_id!r} is not in the input"
+        except ValidationError as error:
+            fault = problem(error)
+        except TypeError:  # a list cannot be an id
+            fault = "the id must be a string"
+        if fault:
+            raise InputError(f"{where}: {fault}; remove the line, or start with --overwrite true")
+        return row_id
 
     def _read_done(self) -> set[RowId]:
         done = set(self._read(self.path, ".jsonl"))
