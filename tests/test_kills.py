@@ -389,7 +389,12 @@ class Stage(NamedTuple):
 
 DATA = ("users.jsonl", "items.jsonl", "covers")
 STAGES = {
-    "sample": Stage("data_processing/sample.py", "users.jsonl", other=("--seed", "43")),
+    "sample": Stage(
+        "data_processing/sample.py",
+        "users.jsonl",
+        other=("--seed", "43"),
+        few=("--n_items", "32", "--max_length", "9"),  # few covers
+    ),
     "split": Stage("data_processing/split.py", "users.jsonl", other=("--seed", "43")),
     "download": Stage(
         "data_processing/download_images.py",
