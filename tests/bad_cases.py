@@ -1409,7 +1409,8 @@ def record_cases():
             base="interrupted",
             keep_outputs=True,
         )
-    in_part = r"rank-0\.jsonl, line 3: .*(; | or )make the file again with .*--overwrite"
+    remedy = "(make the file again with|remove the line, or start with) .*--overwrite"
+    in_part = rf"rank-0\.jsonl, line 3: .*(; | or ){remedy}"
     for name, text in {
         "broken": b'{"item_id": ',
         "not UTF-8": b'{"item_id": "\xff"}',
