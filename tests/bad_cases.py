@@ -1617,7 +1617,7 @@ def raw_cases():
                 "gzip truncated": (lambda b: half(gzip.compress(b)), "is truncated or damaged"),
                 "gzip twice": (lambda b: gzip.compress(gzip.compress(b)), "twice"),
                 "not UTF-8": (lambda b: b.replace(b"v3", b"v\xff3"), "line [0-9]+.*UTF-8"),
-                "blank lines only": (b"\n\n\n", "no rows|empty|line|no interaction|no page"),
+                "blank lines only": (b"\n\n\n", "no rows|empty|line|no product page"),
                 "brackets": (b"[" * 100_000, "line 1|column|header"),
             }
             for name, (content, says) in whole.items():

@@ -86,6 +86,7 @@ def test_released_lists_of_all_users_equal_a_re_implementation(real_log, core_fr
     check_lists(real_log, core_frame, order, None)
 
 
+@pytest.mark.slow
 @skip_without_real_data
 @pytest.mark.parametrize(
     ("order", "auc", "hr"), [("time", 0.783, 0.635), ("popularity", 0.562, 0.289)]
