@@ -19,7 +19,7 @@ from typing import Literal
 
 from pydantic.dataclasses import dataclass
 
-from mllmrec.data.images import check_image_paths, padded_sizes
+from mllmrec.data.images import check_item_images, padded_sizes
 from mllmrec.models.options import GenerationStageOptions
 from mllmrec.prompts import mllm_msr
 from mllmrec.prompts.templates import fill, user_turn
@@ -78,8 +78,7 @@ def main(argv=None):
     print_options(options, "stage 2, image summaries")
     items_path = Path(options.data_dir) / "items.jsonl"
     items = read_by_id(items_path, "item_id")
-    images = [item["image"] for item in items.values() if item["image"] is not None]
-    check_image_paths(images, items_path, options.data_dir, options.image_roots)
+    check_item_images(items, items_path, options.data_dir, options.image_roots)
     output = ResumableOutput(
         options.system_dir / "image_summaries.jsonl",
         "item_id",

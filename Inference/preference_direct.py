@@ -63,11 +63,12 @@ def main(argv=None):
 
         engine, limit = load_engine(options.model, options, multimodal=False)
         limit = min(options.max_prompt_tokens or limit, limit)
-        new_writer = partial(PromptWriter, engine.chat, limit, options.domain)
-        line = options.block_line
+        new_writer = partial(
+            PromptWriter, engine.chat, limit, options.domain, block_line=options.block_line
+        )
         dialogues = (
-            (user, direct_preference(history, new_writer(history.ids, line), options))
-            for user, history in ((user, histories[user]) for user in output.todo)
+            (user, direct_preference(histories[user], new_writer(histories[user].ids), options))
+            for user in output.todo
         )
         output.write_results(run_dialogues(engine, dialogues), "preferences", "user")
     print(f"next: bash scripts/04_datasets.sh {options.config} --output_dir {options.output_dir}")

@@ -28,6 +28,7 @@ from mllmrec.data.amazon_pages import PageOptions, add_texts, read_pages, write_
 from mllmrec.data.columns import require_rows
 from mllmrec.data.images import check_image_paths
 from mllmrec.data.raw_files import check_raw_file
+from mllmrec.data.split import write_items
 from mllmrec.data.tables import read_table
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import (
@@ -143,17 +144,7 @@ def write_all(options, files, broken):
     write_rows(users_path, lines)
     names = [relative_path(image, items_path) for image in items["image"] if image]
     check_image_paths(names, items_path, options.data_dir, options.image_roots)
-    write_rows(
-        items_path,
-        (
-            {
-                "item_id": item_id,
-                "title": title,
-                "image": relative_path(image, items_path) if image else None,
-            }
-            for item_id, title, image in items[["title", "image"]].itertuples(name=None)
-        ),
-    )
+    write_items(items, items_path)
     write_json(stats_path, found)
     write_image_urls(items, urls_path, broken)
     write_rejected(rejected_rows, rejected)

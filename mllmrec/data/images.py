@@ -3,7 +3,7 @@
 import io
 import os
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 from PIL import Image, ImageOps
 
 from mllmrec.stage.errors import InputError
+from mllmrec.stage.schema import Row
 
 # Pillow knows more, and starts other programs for some of them.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
@@ -126,6 +127,14 @@ def check_image_paths(
                 f"--image_roots ({' '.join(roots) or 'none'}); if that is right, name its folder "
                 "with --image_roots, also in the later stages"
             )
+
+
+def check_item_images(
+    items: Mapping[str, Row], of_file: str | Path, data_dir: str | Path, roots: Sequence[str]
+) -> None:
+    """`check_image_paths` of the lines of items.jsonl that have an image."""
+    names = [item["image"] for item in items.values() if item["image"] is not None]
+    check_image_paths(names, of_file, data_dir, roots)
 
 
 @cache  # thousands of images lie in one folder

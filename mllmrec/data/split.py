@@ -367,15 +367,20 @@ def write_data(data: PreparedData, options: SplitOptions) -> pd.DataFrame:
     items = data.items
     if len(np.unique(data.line_user)) < len(data.user_ids):
         items = items[items.index.isin(used)]
+    write_items(items, items_path)
+    write_json(stats_path, data.statistics)
+    return items
+
+
+def write_items(items: pd.DataFrame, path: Path) -> None:
+    """Write items.jsonl. items: indexed by item_id, columns title and image (path or None)."""
 
     def rows() -> Iterator[Row]:
         for item_id, title, image in items[["title", "image"]].itertuples(name=None):
-            path = relative_path(image, items_path) if isinstance(image, str) else None
-            yield {"item_id": item_id, "title": title, "image": path}
+            name = relative_path(image, path) if isinstance(image, str) else None
+            yield {"item_id": item_id, "title": title, "image": name}
 
-    write_rows(items_path, rows())
-    write_json(stats_path, data.statistics)
-    return items
+    write_rows(path, rows())
 
 
 def rejected_rows_path(options: SplitOptions) -> Path:

@@ -12,7 +12,7 @@ from typing import Any
 from jinja2 import Environment
 
 from mllmrec.data.candidates import read_users, users_of_split
-from mllmrec.data.images import ImageError, check_image_paths, open_image
+from mllmrec.data.images import ImageError, check_item_images, open_image
 from mllmrec.evaluation import plots
 from mllmrec.evaluation.metrics import SHOWN
 from mllmrec.stage.errors import InputError
@@ -81,8 +81,7 @@ def user_examples(files: RunFiles, n_users: int) -> list[dict[str, Any]]:
     test_users = users_of_split(read_users(users_path), "test")
     users = {user["user_id"]: user for user in test_users}
     items = read_by_id(items_path, "item_id")
-    images = [item["image"] for item in items.values() if item["image"] is not None]
-    check_image_paths(images, items_path, files.data_dir, files.image_roots)
+    check_item_images(items, items_path, files.data_dir, files.image_roots)
     preferences = _read_preferences(preferences_path)
     lists: dict[str, list[Row]] = {}
     for row in read_rows(scores_path):

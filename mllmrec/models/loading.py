@@ -228,7 +228,7 @@ def check_keys(name: str, keys: Mapping[str, Iterable[Any]]) -> None:
     if any(found.values()):
         raise InputError(
             f"the checkpoint {name} does not hold the weights of its model ({listed(found)}); "
-            "fetch it again or name another --model"
+            f"{REMEDY}"
         )
 
 

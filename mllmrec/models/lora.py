@@ -15,8 +15,7 @@ from peft import (
     get_peft_model_state_dict,
     prepare_model_for_kbit_training,
 )
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 
 from mllmrec.models.loading import cannot, check_finite, listed, module_path, read_config
 from mllmrec.models.options import LoraOptions
@@ -186,7 +185,8 @@ def load_adapter(model: Any, folder: PathLike, name: str) -> Any:
             warnings.filterwarnings("ignore", message="Found missing adapter keys")
             warnings.filterwarnings("ignore", category=FutureWarning)  # renamings inside peft
             adapted = PeftModel.from_pretrained(model, str(folder)).eval()
-        in_file = load_file(Path(folder) / WEIGHTS)
+        with safe_open(Path(folder) / WEIGHTS, "pt") as file:
+            in_file = set(file.keys())
     except SafetensorError as error:
         raise cannot(f"{Path(folder) / WEIGHTS} cannot be read", error, REMEDY) from None
     except Exception as error:  # a wrong value in its config can fail in any line of PEFT
@@ -195,8 +195,8 @@ def load_adapter(model: Any, folder: PathLike, name: str) -> Any:
         raise cannot(what, error, remedy) from None
     in_model = get_peft_model_state_dict(adapted).keys()
     found = {
-        "of the file are not in the model": sorted(in_file.keys() - in_model),
-        "of the model are not in the file": sorted(in_model - in_file.keys()),
+        "of the file are not in the model": sorted(in_file - in_model),
+        "of the model are not in the file": sorted(in_model - in_file),
     }
     if any(found.values()) or not in_model:
         raise InputError(

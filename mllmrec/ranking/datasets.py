@@ -20,7 +20,7 @@ from mllmrec.data.candidates import (
     user_key,
     users_of_split,
 )
-from mllmrec.data.images import ImageError, check_image_paths, open_image
+from mllmrec.data.images import ImageError, check_item_images, open_image
 from mllmrec.prompts import mllm_msr as prompts
 from mllmrec.ranking.rows import Candidate, QuestionFormat, candidate_row
 from mllmrec.stage.errors import InputError
@@ -185,8 +185,7 @@ def write_splits(splits: Sequence[str], options: DatasetOptions, with_answer: bo
             if output.is_needed:
                 if sources is None:
                     sources = Sources(*paths)
-                    images = [i["image"] for i in sources.items.values() if i["image"] is not None]
-                    check_image_paths(images, paths[1], data, options.image_roots)
+                    check_item_images(sources.items, paths[1], data, options.image_roots)
                 output.finish(_write_split(split, path, sources, options, with_answer))
 
 

@@ -16,7 +16,6 @@ from mllmrec.data.images import ImageError, image_size
 from mllmrec.prompts import mllm_msr as prompts
 from mllmrec.prompts.templates import (
     assistant_turn,
-    count_images,
     cut,
     fill,
     plain_text,
@@ -183,7 +182,8 @@ def check_training_rows(
     pixels.
 
     Raises InputError naming the line for a question that is there twice, an unknown label, an
-    answer that is not the label's, more than one image, or an image without a readable header.
+    answer that is not the label's, or an image without a readable header; the number of images is
+    checked by the file's schema.
     """
     sizes: dict[Path, tuple[int, int]] = {}
     lines: dict[tuple[str, ...], int] = {}
@@ -204,13 +204,6 @@ def check_training_rows(
             raise InputError(
                 f"{where}: the answer is {answer[:40]!r}, for the label {label} it must be "
                 f"{answers[label]!r}; {MAKE_AGAIN}"
-            )
-        if len(row["images"]) > 1 or len(row["images"]) != count_images(row["messages"][0]):
-            raise InputError(
-                f"{where}: there are {len(row['images'])} images and "
-                f"{count_images(row['messages'][0])} places for them, there must be one of "
-                f"each or "
-                f"none; {MAKE_AGAIN}"
             )
         for name in row["images"]:
             image = Path(path).parent / name
