@@ -92,7 +92,9 @@ def test_a_shared_prefix_changes_neither_loss_nor_gradients(kind, stage, data):
     many = of_one_item(data[1])
     rows = [many[0], data[1][0], *many[1:4]]
     assert len({row["messages"][0]["content"][1]["text"] for row in rows}) == 5
-    shared = Collator(reader, "answer", share_prefix=True)(rows)
+    collator = Collator(reader, "answer", share_prefix=True)
+    collator.in_parts = False
+    shared = collator(rows)
     assert len(shared["input_ids"]) == 2, "two items"
     loss, found = gradients(model, shared)
     wanted_loss, wanted = gradients(model, Collator(reader, "answer")(rows))

@@ -10,9 +10,10 @@ from conftest import ROOT, TINY, call, saved, write_unchecked
 from fork_server import HEAVY, ForkServer
 from peft import PeftModel
 from peft.utils import load_peft_weights
-from transformers import AutoModelForImageTextToText, AutoTokenizer
+from transformers import AutoModelForImageTextToText, AutoTokenizer, Trainer
 
 from mllmrec.models.random_models import random_llava, random_qwen_vl
+from mllmrec.ranking.trainer import RankingTrainer
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import read_rows, write_rows
 from mllmrec.stage.record import read_record
@@ -131,6 +132,7 @@ def test_two_processes_train_like_one_with_twice_the_accumulation(small_run, ser
     They are resumed by `accelerate launch` with a config of configs/accelerate/.
     """
     more = ["--batch_size", "2", "--lora_dropout", "0", "--epochs", "2", "--logging_steps", "1"]
+    more += ["--group_by", "item"]  # so that the processes' micro-batches have different parts
     one, two = prepared(small_run, tmp_path / "one"), prepared(small_run, tmp_path / "two")
     load_script(STAGE).main([*one[1:], *more, "--accumulation", "4"])
     two_more = [*two, *more, "--accumulation", "2", "--checkpoint_steps", "1"]
@@ -162,6 +164,32 @@ def test_two_processes_train_like_one_with_twice_the_accumulation(small_run, ser
     aucs = [[row["eval_auc"] for row in log if "eval_auc" in row] for log in logs]
     assert aucs[0] == pytest.approx(aucs[1], abs=0.02)
     assert len(aucs[0]) == 2
+
+
+@pytest.mark.parametrize("accumulation", ["1", "2"])
+def test_the_items_of_a_micro_batch_train_one_after_the_other_as_in_one_pass(
+    accumulation, small_run, tmp_path, monkeypatch
+):
+    """`group_by: item`: the same losses and weights, but never two images in a pass."""
+    more = ["--group_by", "item", "--epochs", "1", "--limit", "24", "--validation_users", "2"]
+    more += ["--batch_size", "6", "--accumulation", accumulation, "--lora_dropout", "0"]
+    images = {}
+    for name in ("apart", "together"):
+        command, passes = prepared(small_run, tmp_path / name), images.setdefault(name, [])
+
+        def compute_loss(self, model, inputs, *args, passes=passes, **kwargs):
+            passes.append(len(inputs["pixel_values"]))
+            return Trainer.compute_loss(self, model, inputs, *args, **kwargs)
+
+        stage = load_script(STAGE)
+        with monkeypatch.context() as patch:
+            patch.setattr(RankingTrainer, "compute_loss", compute_loss, raising=False)
+            if name == "together":
+                patch.setattr(stage, "needs_equal_passes", lambda _: True)
+            stage.main([*command[1:], *more, "--logging_steps", "1"])
+    assert max(images["apart"]) == 1 < max(images["together"])
+    assert sum(images["apart"]) == sum(images["together"])
+    assert_same_training(tmp_path / "apart", tmp_path / "together", 1e-5, 1e-5)
 
 
 def test_a_training_that_does_not_get_better_stops_early(small_run, tmp_path, capsys):

@@ -13,7 +13,8 @@ Out, all in {output_dir}/{system}/:
     python MLLM-MSR/train/train_llava_sft.py --config configs/microlens.yaml
 
 A text model (`--model`) trains on rows without images. Sample: 552 steps in about 55 seconds on 2
-CPU cores. LLaVA-v1.6-Mistral-7B: a GPU (README, "Which card for what"); time: not measured yet.
+CPU cores. LLaVA-v1.6-Mistral-7B: a GPU (README, "Which card for what"); 2 to 3 rows a second on an
+H200 (docs/benchmarks.md).
 """
 
 from mllmrec.stage.main import run_main
@@ -186,22 +187,36 @@ def supervised_fine_tuning(model, reader, rows, arguments, options):
         raise InputError("--pad_images needs --group_by none: rows of a batch would depend on it")
     if options.patience and rows.validation:
         callbacks.append(EarlyStoppingCallback(options.patience))
-    return RankingTrainer(
+    collator = Collator(
+        reader,
+        options.loss,
+        share_prefix=options.group_by == "item",
+        pad_images=options.pad_images > 0,
+    )
+    trainer = RankingTrainer(
         model=model,
         args=arguments,
         train_dataset=rows.train,
         eval_dataset=rows.validation,
         callbacks=callbacks,
-        data_collator=Collator(
-            reader,
-            options.loss,
-            share_prefix=options.group_by == "item",
-            pad_images=options.pad_images > 0,
-        ),
+        data_collator=collator,
         sampler=sampler,
         reader=reader,
         batch_tokens=options.score_batch_tokens,
     )
+    if needs_equal_passes(trainer):
+        collator.in_parts = False
+    return trainer
+
+
+def needs_equal_passes(trainer):
+    """True if a micro-batch must be one pass through the model.
+
+    Sharded training, where all processes run the same passes, and models whose loss is a mean over
+    the pass and not over the step.
+    """
+    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    return sharded or not trainer.model_accepts_loss_kwargs
 
 
 def check_options(options):

@@ -22,6 +22,10 @@ from mllmrec.stage.schema import Row
 class Collator:
     """Rows with answers -> one right-padded batch of tensors.
 
+    share_prefix: compute what the prompts of one group have in common once. The batch then holds
+    `parts`, one batch per group, for one forward and backward pass each: a pass over several images
+    is no faster than several passes and takes the memory of all. With `in_parts` set to False all
+    groups are one batch, which sharded training needs, where all processes run the same passes.
     pad_images: pad the images of a batch with black to the largest, as the released code does.
     loss: answer (on the answer's tokens only) or sequence (on all text). With `answer`,
     `logits_to_keep` (rows, answer tokens) holds the positions before the answers' tokens, and
@@ -37,6 +41,7 @@ class Collator:
     ) -> None:
         self.reader, self.chat, self.loss = reader, reader.chat, loss
         self.share_prefix, self.pad_images = share_prefix, pad_images
+        self.in_parts = share_prefix
 
     def text(self, row: Row) -> str:
         """The rendered row, question and answer."""
@@ -52,7 +57,21 @@ class Collator:
         batch["row_names"] = [row_name(row) for row in rows]
         return batch
 
+    @property
+    def _pad_token_id(self) -> int:
+        return int(self.chat.tokenizer.pad_token_id)
+
     def _batch(self, rows: Sequence[Row]) -> Any:
+        if self.in_parts:
+            parts = [
+                self._packed_batch([rows[index] for index in group]) for group in group_rows(rows)
+            ]
+            # Not for the model: the trainer counts these.
+            counted = {
+                name: pad_rows([part[name][0].tolist() for part in parts], padding, "right")
+                for name, padding in (("input_ids", self._pad_token_id), ("shift_labels", -100))
+            }
+            return {"parts": parts, "labels": counted["shift_labels"], **counted}
         if self.share_prefix:
             return self._packed_batch(rows)
         images = [self.reader.image(row) for row in rows]
@@ -109,7 +128,7 @@ class Collator:
             positions.append(group_positions)
             answers.append(group_answers)
         batch = self.chat.encode([t for t, _ in firsts], [image for _, image in firsts], "right")
-        batch |= collate_packed(packs, self.chat.tokenizer.pad_token_id)
+        batch |= collate_packed(packs, self._pad_token_id)
         return _with_labels(batch, positions, answers)
 
 

@@ -1,5 +1,6 @@
 """The Trainer of stage 5: its validation ranks candidate lists instead of computing a loss."""
 
+import contextlib
 from typing import Any
 
 import numpy as np
@@ -25,9 +26,18 @@ class RankingTrainer(SamplerTrainer):
         self.train_sampler, self.reader, self.batch_tokens = sampler, reader, batch_tokens
 
     def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """One micro-batch. Raises InputError, naming its rows, if the loss is not finite."""
-        names = inputs.pop("row_names")
-        loss: torch.Tensor = super().training_step(model, inputs, *args, **kwargs)
+        """One micro-batch, its parts one after the other (see Collator).
+
+        Raises InputError, naming its rows, if the loss is not finite.
+        """
+        names, parts = inputs.pop("row_names"), inputs.pop("parts", None) or [inputs]
+        losses = []
+        for number, part in enumerate(parts, start=1):
+            # Processes with different numbers of parts exchange gradients once, with the last.
+            last = number == len(parts)
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
+                losses.append(super().training_step(model, part, *args, **kwargs))
+        loss = torch.stack(losses).sum()  # each is divided by the answer tokens of the whole step
         if not torch.isfinite(loss):
             raise InputError(
                 f"the loss in step {self.state.global_step + 1} is {loss.item()} ({names[0]}"
