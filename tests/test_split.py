@@ -10,7 +10,7 @@ from conftest import REAL, ROOT, skip_without_real_data
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mllmrec.data.candidates import item_popularity, popularity_scores
+from mllmrec.data.candidates import item_popularity, popularity_scores, redraw_negatives
 from mllmrec.data.interactions import InteractionLog, k_core, sample_negatives, split_users
 from mllmrec.data.split import SPLITS, SplitOptions, prepare, write_data
 from mllmrec.stage.errors import InputError
@@ -497,6 +497,39 @@ def test_popularity_counts_training_lines_of_a_leave_one_out_split_only():
         ("u", "e", 0.0),
         ("v", "a", 1.0),
     ]
+
+
+@pytest.mark.parametrize("sampling", ["uniform", "popularity"])
+def test_redrawn_negatives_are_unseen_and_as_frequent_as_their_kind_says(sampling):
+    """200 users, half of all interactions with 10 of 60 items; targets and other splits stay."""
+    rng = np.random.default_rng(0)
+    share = np.repeat([0.05, 0.01], [10, 50])
+    lines = []
+    for number in range(200):
+        *history, target = (f"i{k}" for k in rng.choice(60, 5, replace=False, p=share / sum(share)))
+        split = "test" if number % 2 else "train"
+        lines.append(
+            {
+                "user_id": f"u{number}",
+                "history": history,
+                "target": target,
+                "negatives": ["i0"] * 8,
+                "split": split,
+            }
+        )
+    redrawn = redraw_negatives(lines, sampling, seed=1)
+    assert redrawn == redraw_negatives(lines, sampling, seed=1)
+    popular = 0
+    for before, after in zip(lines, redrawn, strict=True):
+        assert {**after, "negatives": []} == {**before, "negatives": []}
+        if before["split"] == "train":
+            assert after == before
+            continue
+        assert len(set(after["negatives"])) == 8
+        assert not {*before["history"], before["target"]} & set(after["negatives"])
+        popular += sum(int(item[1:]) < 10 for item in after["negatives"])
+    expected = {"uniform": 0.13, "popularity": 0.39}[sampling]
+    assert popular / 800 == pytest.approx(expected, abs=0.06)
 
 
 def test_popularity_of_a_split_by_user_counts_histories_and_training_targets():

@@ -3,6 +3,9 @@
 In:  {data_dir}/users.jsonl
 Out: {output_dir}/baselines/popularity/scores.jsonl   score = interactions in all histories and in
                                                       the training users' targets
+     popularity_uniform_negatives/scores.jsonl, popularity_weighted_negatives/scores.jsonl, beside
+     it: the same for test lists whose negatives are drawn anew, uniformly or in proportion to their
+     interactions, because what popularity alone reaches depends on that
 
     python MLLM-MSR/baselines/popularity.py --config configs/microlens.yaml
 
@@ -15,13 +18,24 @@ from pathlib import Path
 
 from pydantic.dataclasses import dataclass
 
-from mllmrec.data.candidates import check_negatives, popularity_scores, read_users
+from mllmrec.data.candidates import (
+    check_negatives,
+    popularity_scores,
+    read_users,
+    redraw_negatives,
+)
 from mllmrec.stage.jsonl import require, write_rows
 from mllmrec.stage.options import NAME, CommonOptions, option, parse_options, print_options
 from mllmrec.stage.record import Job, file_digests
 from mllmrec.stage.transaction import writing
 
 SECTION = "popularity"
+# variant -> how the negatives of its lists are drawn, "" for those of users.jsonl.
+VARIANTS = {
+    "popularity": "",
+    "popularity_uniform_negatives": "uniform",
+    "popularity_weighted_negatives": "popularity",
+}
 
 
 @dataclass
@@ -33,17 +47,19 @@ def main(argv=None):
     options = parse_options(Options, SECTION, argv, __doc__)
     print_options(options, "baseline: popularity")
     users_path = Path(options.data_dir) / "users.jsonl"
-    path = options.system_dir / "popularity" / "scores.jsonl"
     job = Job.of(options, file_digests(require(users_path)))
-    with writing(job, [path]) as output:
-        if output.is_needed:
-            users = read_users(users_path)
-            for number, user in enumerate(users, start=1):
-                check_negatives(user, f"{users_path}, line {number}")
-            rows = popularity_scores(users)
-            write_rows(path, rows)
-            output.finish({"out": len(rows)})
-            print(f"wrote {path}: {len(rows):,} scores")
+    users = read_users(users_path)
+    for number, user in enumerate(users, start=1):
+        check_negatives(user, f"{users_path}, line {number}")
+    for variant, sampling in VARIANTS.items():
+        path = options.system_dir / variant / "scores.jsonl"
+        with writing(job, [path]) as output:
+            if output.is_needed:
+                lists = redraw_negatives(users, sampling, options.seed) if sampling else users
+                rows = popularity_scores(lists)
+                write_rows(path, rows)
+                output.finish({"out": len(rows)})
+                print(f"wrote {path}: {len(rows):,} scores")
 
 
 if __name__ == "__main__":

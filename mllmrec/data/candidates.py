@@ -4,6 +4,10 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+import pandas as pd
+
+from mllmrec.data.interactions import sample_negatives
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import PathLike, read_lines
 from mllmrec.stage.schema import Row
@@ -98,6 +102,32 @@ def popularity_scores(users: Sequence[Row], split: str = "test") -> list[Row]:
         if user["split"] == split
         for item_id, label in candidates(user)
     ]
+
+
+def redraw_negatives(users: Sequence[Row], sampling: str, seed: int) -> list[Row]:
+    """The lines of users.jsonl, those of the test with negatives drawn anew.
+
+    As many as before, among all items of the lines but those of the user's own lines; sampling:
+    uniform, or popularity, in proportion to an item's interactions (histories and targets). The
+    target stays. A list that cannot be filled keeps its negatives.
+    """
+    seen = [[*user["history"], user["target"]] for user in users]
+    item, items = pd.factorize(np.array([i for own in seen for i in own], dtype=object), sort=True)
+    line_user, _ = pd.factorize(np.array([user["user_id"] for user in users], dtype=object))
+    user = np.repeat(line_user, [len(own) for own in seen]).astype(np.int64)
+    touched = np.unique(user * len(items) + item)
+    interactions = np.bincount(touched % len(items), minlength=len(items))
+    weights = interactions if sampling == "popularity" else None
+    lines = [n for n, line in enumerate(users) if line["split"] == "test"]
+    how_many = max((len(users[n]["negatives"]) for n in lines), default=0)
+    rng = np.random.default_rng([seed, 4])
+    drawn = sample_negatives(touched, line_user[lines], len(items), how_many, rng, weights)
+    redrawn = list(users)
+    for n, codes in zip(lines, drawn, strict=True):
+        if codes.min(initial=0) >= 0:
+            own = codes[: len(users[n]["negatives"])]
+            redrawn[n] = {**users[n], "negatives": items[own].tolist()}
+    return redrawn
 
 
 def users_of_split(users: Iterable[Row], split: str) -> list[Row]:
