@@ -14,7 +14,7 @@ Out: {output_dir}/{system}/{variant}/scores.jsonl   user_id, item_id, label, sco
 `--adapter none` is the paper's LLaVA without SFT. `--hide nothing image preference` also scores
 with gray images and with empty preferences: what each contributes. An interrupted run resumes.
 Sample: 10,164 rows in about 12 seconds on 2 CPU cores. LLaVA-v1.6-Mistral-7B: a GPU; its weights
-take 15 GB in bfloat16; memory and time: not measured yet.
+take 15 GB in bfloat16; 20 rows a second on an H200 (docs/benchmarks.md).
 """
 
 from mllmrec.stage.main import run_main

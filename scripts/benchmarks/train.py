@@ -3,11 +3,13 @@
     bash scripts/benchmark.sh train --size 100m
 
 Published (our own re-implementation): one row in a micro-batch, the loss on every token of the
-text, rows in random order; fp16 on a GPU, float32 on a CPU, which cannot train in fp16. Ours: the
-loss on the answer, and several rows of one item in a micro-batch, whose image is computed once
-(`group_by: item`), or, with `--ours length`, rows of similar length. Both have the same random
-weights, rows and number of rows in an optimizer step. Each repeat is a process of its own, so that
-its peak memory is its own; medians.
+text, rows in random order, LoRA also on the vision tower's layers of the same names; fp16 on a GPU,
+float32 on a CPU, which cannot train in fp16. Ours: the loss on the answer, and rows of one item
+together, whose image is computed once (`group_by: item`), or, with `--ours length`, rows of similar
+length. TRL: its SFTTrainer on prompts and completions, one row in a micro-batch, LoRA on the
+language model; "not run" without the package (pip install trl==1.16.0). All have the same random
+weights, rows, LoRA rank and number of rows in an optimizer step. Each repeat is a process of its
+own, so that its peak memory is its own; medians.
 
 How many rows share an item follows the training rows of MicroLens-50k, 40,658 rows of 10,818 items:
 cut into groups of at most four, 22% of the groups have one row, 22% two, 17% three and 39% four.
@@ -21,6 +23,7 @@ Out: outputs/benchmark/train.json.
 
 from mllmrec.stage.main import run_main
 
+import importlib.util
 import itertools
 import json
 import resource
@@ -57,6 +60,7 @@ from mllmrec.ranking.sampler import EpochSampler, EpochSettings
 
 GROUP_FRACTIONS = (0.22, 0.22, 0.17, 0.39)  # of groups of one to four rows, MicroLens-50k
 GROUP_BY = {"published": "none", "length": "length", "item": "item"}
+PROCEDURES = (*GROUP_BY, "trl")
 
 
 def make_rows(folder, n_rows):
@@ -88,7 +92,7 @@ class Training:
         sizes = {Path(folder) / row["images"][0]: reader.image(row).size for row in self.rows}
         self.lengths = reader.lengths(self.rows, sizes)
         self.pad_token_id = reader.chat.tokenizer.pad_token_id
-        self.model = add_lora(model, LoraOptions()).train()
+        self.model = add_lora(model, LoraOptions(lora_vision=published)).train()
         if args.gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
         self.weights = [p for p in self.model.parameters() if p.requires_grad]
@@ -99,7 +103,7 @@ class Training:
         self.collator = Collator(reader, loss, share_prefix=procedure == "item")
         settings = EpochSettings(args.step, self.micro_batch, GROUP_BY[procedure], seed=0)
         order = list(EpochSampler(self.rows, self.lengths, settings))
-        self.steps = in_parts(order, args.step)
+        self.steps = cut(order, args.step)
 
     def run(self):
         """(seconds, tokens) of one epoch.
@@ -107,7 +111,7 @@ class Training:
         What happens once, such as the allocation of memory, is not timed: the largest micro-batch
         is computed before.
         """
-        micro_batches = [part for step in self.steps for part in in_parts(step, self.micro_batch)]
+        micro_batches = [part for step in self.steps for part in cut(step, self.micro_batch)]
         self._backward(max(micro_batches, key=self._images_and_length), self.step)
         self.optimizer.zero_grad()
         synchronize()
@@ -123,9 +127,7 @@ class Training:
         )
 
     def _optimizer_step(self, indices):
-        tokens = sum(
-            self._backward(part, len(indices)) for part in in_parts(indices, self.micro_batch)
-        )
+        tokens = sum(self._backward(part, len(indices)) for part in cut(indices, self.micro_batch))
         self.scaler.unscale_(self.optimizer)
         torch.nn.utils.clip_grad_norm_(self.weights, 1.0)
         self.scaler.step(self.optimizer)
@@ -136,34 +138,107 @@ class Training:
     def _backward(self, indices, rows_in_step):
         """Add the gradients of one micro-batch; return its number of tokens."""
         batch = self.collator([self.rows[index] for index in indices])
-        tokens = (batch["input_ids"] != self.pad_token_id).sum().item()
-        batch, device = to_model(batch, self.model), self.model.device
-        with torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32):
-            loss = self.model(**batch).loss * len(indices) / rows_in_step
-        self.scaler.scale(loss).backward()
+        parts, device, tokens = batch.get("parts", [batch]), self.model.device, 0
+        answers = [(part["labels"] != -100).sum().item() for part in parts]
+        for part, answer_tokens in zip(parts, answers, strict=True):
+            tokens += (part["input_ids"] != self.pad_token_id).sum().item()
+            share = answer_tokens / sum(answers) * len(indices) / rows_in_step
+            part = to_model(part, self.model)
+            with torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32):
+                loss = self.model(**part).loss * share
+            self.scaler.scale(loss).backward()
         return tokens
 
 
-def in_parts(indices, size):
+def train_with_trl(args, folder):
+    """(model, seconds) of `args.steps` optimizer steps of TRL's SFTTrainer after a first one.
+
+    The first step, which is not timed, is where memory is allocated. In float32 or bfloat16.
+    """
+    from datasets import Dataset, Image, List
+    from transformers import TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+
+    device = pick_device()
+    dtype = pick_dtype(args.dtype, device)
+    model, processor = random_llava(args.size, dtype=dtype, device=device)
+    model = add_lora(model, LoraOptions())
+    chat = ChatProcessor(processor)
+    answers = RowReader(chat, folder).answer_tokens.texts
+    n_timed = args.step * args.steps
+    made = make_rows(folder, n_timed + args.step)
+    rows = [
+        {
+            "prompt": row["messages"][:1],
+            "completion": [
+                {
+                    "role": "assistant",
+                    "content": [{"type": "text", "text": answers[row["label"]].strip()}],
+                }
+            ],
+            "images": [str(Path(folder) / name) for name in row["images"]],
+        }
+        for row in made[n_timed:] + made[:n_timed]
+    ]
+    moments = []
+
+    class StepClock(TrainerCallback):
+        def on_step_end(self, *_, **__):
+            synchronize()
+            moments.append(time.perf_counter())
+
+    settings = SFTConfig(
+        output_dir=str(Path(folder) / "trl"),
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=args.step,
+        max_steps=args.steps + 1,
+        learning_rate=2e-5,
+        max_length=None,
+        train_sampling_strategy="sequential",
+        bf16=dtype == torch.bfloat16,
+        use_cpu=device.type == "cpu",
+        gradient_checkpointing=args.gradient_checkpointing,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+    data = Dataset.from_list(rows)
+    data = data.cast_column("images", List(Image()))
+    SFTTrainer(
+        model=model,
+        args=settings,
+        train_dataset=data,
+        processing_class=processor,
+        callbacks=[StepClock()],
+    ).train()
+    return model, moments[-1] - moments[0]
+
+
+def cut(indices, size):
+    """`indices` in pieces of `size`."""
     return [indices[start : start + size] for start in range(0, len(indices), size)]
 
 
 def measure(procedure, args):
-    """Train one epoch in this process; return dict of seconds, tokens, peak memory and sizes."""
+    """Train in this process; return dict of seconds, peak memory and sizes."""
     with tempfile.TemporaryDirectory() as folder:
-        training = Training(procedure, args, folder)
-        seconds, tokens = training.run()
-    model = training.model
+        if procedure == "trl":
+            model, seconds = train_with_trl(args, folder)
+            result = {"seconds": seconds}
+        else:
+            training = Training(procedure, args, folder)
+            seconds, tokens = training.run()
+            model, lengths = training.model, training.lengths
+            result = {
+                "seconds": seconds,
+                "tokens": tokens,
+                "parameters": count_parameters(model),
+                "mean_length": sum(lengths) / len(lengths),
+            }
     on_gpu = model.device.type == "cuda"
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    result = {
-        "seconds": seconds,
-        "tokens": tokens,
-        "peak_gb": (torch.cuda.max_memory_allocated() if on_gpu else peak) / 1e9,
-        "parameters": count_parameters(model),
-        "mean_length": sum(training.lengths) / len(training.lengths),
-    }
-    if on_gpu:
+    result["peak_gb"] = (torch.cuda.max_memory_allocated() if on_gpu else peak) / 1e9
+    if on_gpu and procedure != "trl":
         language_model = count_parameters(model.get_decoder().layers)
         result["mfu"] = 4 * language_model * tokens / seconds / matmul_flops(model.device)
     return result
@@ -184,7 +259,8 @@ def measure_in_processes(args):
         if name not in ("measure", "ours", "gradient_checkpointing")
     ]
     words += ["--gradient_checkpointing"] if args.gradient_checkpointing else []
-    results = {procedure: [] for procedure in ("published", *args.ours)}
+    peers = ["trl"] if importlib.util.find_spec("trl") else []
+    results = {procedure: [] for procedure in ("published", *peers, *args.ours)}
     for _ in range(args.repeats):
         for procedure, measured in results.items():
             command = [sys.executable, __file__, *words, "--measure", procedure]
@@ -195,24 +271,23 @@ def measure_in_processes(args):
     return results
 
 
-def report_row(procedure, results, args):
-    """One row of the report: a procedure of ours compared with the published one."""
-    baseline, ours = results["published"], results[procedure]
+def report_row(baseline, procedure, results, args):
+    """One row of the report: a procedure of ours compared with `baseline`, published or trl."""
     n_rows = args.step * args.steps
-    baseline_s, ours_s = (median_of(measured, "seconds") for measured in (baseline, ours))
-    row = {
-        "case": f"ours, group_by {procedure}, {args.batch} rows in a micro-batch",
-        "baseline_s": round(baseline_s, 2),
-        "ours_s": round(ours_s, 2),
-        "ratio": round(baseline_s / ours_s, 2),
-        "baseline_rows_per_s": round(n_rows / baseline_s, 3),
-        "ours_rows_per_s": round(n_rows / ours_s, 3),
-        "baseline_peak_gb": round(max(result["peak_gb"] for result in baseline), 2),
-        "ours_peak_gb": round(max(result["peak_gb"] for result in ours), 2),
-    }
-    for name, measured in (("baseline", baseline), ("ours", ours)):
+    row = {"case": f"{baseline}; ours: group_by {procedure}, {args.batch} rows in a micro-batch"}
+    if baseline not in results:
+        return row | {"baseline_s": "not run"}
+    sides = {"baseline": results[baseline], "ours": results[procedure]}
+    seconds = {side: median_of(measured, "seconds") for side, measured in sides.items()}
+    peaks = {side: max(result["peak_gb"] for result in sides[side]) for side in sides}
+    row |= {f"{side}_s": round(value, 2) for side, value in seconds.items()}
+    row["ratio"] = round(seconds["baseline"] / seconds["ours"], 2)
+    row |= {f"{side}_rows_per_s": round(n_rows / value, 3) for side, value in seconds.items()}
+    row |= {f"{side}_peak_gb": round(value, 2) for side, value in peaks.items()}
+    row["memory_ratio"] = round(peaks["ours"] / peaks["baseline"], 2)
+    for side, measured in sides.items():
         if "mfu" in measured[0]:
-            row[f"{name}_mfu"] = round(median_of(measured, "mfu"), 3)
+            row[f"{side}_mfu"] = round(median_of(measured, "mfu"), 3)
     print_row(row)
     return row
 
@@ -236,7 +311,7 @@ def parse_arguments(argv):
     parser.add_argument("--gradient_checkpointing", action="store_true")
     parser.add_argument("--repeats", type=int, default=3)
     text = "measure one procedure in this process, print JSON; the script calls itself with it"
-    parser.add_argument("--measure", choices=GROUP_BY, help=text)
+    parser.add_argument("--measure", choices=PROCEDURES, help=text)
     return parse(parser, argv)
 
 
@@ -246,7 +321,11 @@ def main(argv=None):
         print(json.dumps(measure(args.measure, args)))
         return
     results = measure_in_processes(args)
-    rows = [report_row(procedure, results, args) for procedure in args.ours]
+    rows = [
+        report_row(baseline, procedure, results, args)
+        for procedure in args.ours
+        for baseline in ("published", "trl")
+    ]
     sizes = {key: results["published"][0][key] for key in ("parameters", "mean_length")}
     write_report("train", rows, options=vars(args), **sizes)
 
