@@ -15,6 +15,7 @@ CPU; about 3 seconds. No downloaded data: the catalogue, titles and covers are m
 from mllmrec.stage.main import run_main
 
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -46,6 +47,9 @@ class Options(SplitOptions):
     n_items: int = option(200, "items in the catalogue", ge=1)
     n_users: int = option(1200, "users in all three splits", ge=1)
     min_length: int = option(9, "fewest items of a user, the target included", ge=2)
+    cover_shapes: Literal["one", "varied"] = option(
+        "one", "varied: a third of the covers is extended to a wider, a third to a higher format"
+    )
     max_length: int = option(16, "most items of a user, the target included", ge=2)
 
 
@@ -54,6 +58,8 @@ def build_world(options):
     rng = np.random.default_rng([options.seed, 0])
     items = world.catalogue(options.n_items, rng)
     covers = [world.draw_cover(item["colour"], item["shape"], rng) for item in items]
+    if options.cover_shapes == "varied":
+        covers = [world.extended(cover, number) for number, cover in enumerate(covers)]
     lengths = rng.integers(options.min_length, options.max_length + 1, size=options.n_users)
     return items, covers, [world.simulate_user(items, int(length), rng) for length in lengths]
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 
 from mllmrec.evaluation.metrics import CandidateLists, aggregate, evaluate, per_user, pooled_auc
+from mllmrec.evaluation.paired import Scored, paired_differences
 from mllmrec.stage.errors import InputError
 
 
@@ -35,6 +36,50 @@ def test_ranks_by_hand():
     assert found["ndcg@5"] == pytest.approx((1 + 1 / math.log2(4)) / 3)
     assert found["auc_per_user"] == pytest.approx((1 + 4 / 6 + 1 / 6) / 3)
     assert found["users"] == 3
+
+
+def scored(matrix):
+    return Scored.of(rows_of(matrix))
+
+
+def test_a_paired_difference_is_that_of_the_metrics_and_its_interval_is_narrower():
+    """One user's list is as hard for both variants, so the difference varies less than they do."""
+    rng = np.random.default_rng(0)
+    a = rng.normal(size=(120, 21))
+    a[:, 0] += rng.normal(1, 2, 120)
+    b = a + rng.normal(0, 0.1, a.shape)
+    b[:, 0] += 0.4
+    found = paired_differences([(scored(b), scored(a))], resamples=200)
+    metrics = [evaluate(rows_of(m), resamples=200) for m in (b, a)]
+    for name, difference in found.items():
+        assert difference.value == pytest.approx(metrics[0][name] - metrics[1][name], abs=1e-9)
+        assert difference.low <= difference.value <= difference.high
+    low, high = metrics[0]["auc_ci95"]
+    assert found["auc"].high - found["auc"].low < (high - low) / 2
+    assert found["auc"].is_real
+    same = paired_differences([(scored(a), scored(a))], resamples=50)
+    assert not any(difference.is_real for difference in same.values())
+    assert {(d.value, d.low, d.high) for d in same.values()} == {(0.0, 0.0, 0.0)}
+
+
+def test_a_difference_that_changes_sign_between_seeds_is_not_real():
+    rng = np.random.default_rng(0)
+    a = rng.normal(size=(60, 21))
+    up, down = a.copy(), a.copy()
+    up[:, 0] += 2
+    down[:, 0] -= 1
+    pairs = [(scored(up), scored(a)), (scored(down), scored(a)), (scored(up), scored(a))]
+    found = paired_differences(pairs, resamples=100)["auc"]
+    assert found.low > 0, "the users' bootstrap alone would call it real"
+    assert found.seeds_low < 0 < found.seeds_high
+    assert not found.is_real
+
+
+def test_variants_with_other_candidates_are_not_compared():
+    rows = rows_of([[1, 0, 0], [0, 1, 0]])
+    other = [{**row, "item_id": row["item_id"] + "x"} for row in rows]
+    with pytest.raises(InputError, match="did not score the same candidates"):
+        paired_differences([(Scored.of(rows), Scored.of(other))])
 
 
 def test_constant_scorer_is_chance():

@@ -92,6 +92,15 @@ def test_covers_of_one_kind_differ(shape):
     assert (first != second).any()
 
 
+def test_an_extended_cover_holds_the_whole_cover_and_nothing_new():
+    cover = world.draw_cover("red", "star", np.random.default_rng(0))
+    sizes = [world.extended(cover, number).size for number in range(3)]
+    assert sizes == [(48, 64), (72, 64), (48, 96)]
+    wide = np.asarray(world.extended(cover, 1))
+    assert (wide[:, 12:60] == np.asarray(cover)).all()
+    assert (wide[:, :12] == wide[0, 0]).all() and (wide[:, 60:] == wide[0, 0]).all()
+
+
 def test_the_rule_by_hand():
     red, blue = (
         {"colour": "red", "shape": "star", "topic": "music"},

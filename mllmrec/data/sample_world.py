@@ -127,6 +127,18 @@ def draw_cover(colour: str, shape: str, rng: Rng) -> Image.Image:
     return image
 
 
+def extended(cover: Image.Image, number: int) -> Image.Image:
+    """The cover as it is, or half as wide again, or half as high again, as `number` decides.
+
+    What is added has the colour of its ground, so it shows nothing new.
+    """
+    width, height = cover.size
+    size = ((width, height), (3 * width // 2, height), (width, 3 * height // 2))[number % 3]
+    canvas = Image.new("RGB", size, cover.getpixel((0, 0)))
+    canvas.paste(cover, ((size[0] - width) // 2, (size[1] - height) // 2))
+    return canvas
+
+
 def caption(item: Item) -> str:
     """What a perfect stage 2 writes about a cover (`summary: image`)."""
     return f"A {item['colour']} {item['shape']} on a plain ground."

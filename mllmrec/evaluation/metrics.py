@@ -204,7 +204,7 @@ def _bootstrap(
     """metric -> its value in each resample of the users, NaN where it is not defined."""
     n_users = len(lists.users)
     samples = {name: np.empty(resamples) for name in ("auc", *values)}
-    pooled, stacked = _PooledAuc(lists), np.stack(list(values.values()))
+    pooled, stacked = PooledAuc(lists), np.stack(list(values.values()))
     defined = np.isfinite(stacked)
     stacked = np.where(defined, stacked, 0.0)
     for number in range(resamples):
@@ -223,7 +223,7 @@ def _interval(sample: Array) -> list[float]:
     return [float(v) for v in np.percentile(defined, [2.5, 97.5])] if len(defined) else [0.0, 1.0]
 
 
-class _PooledAuc:
+class PooledAuc:
     """Pooled AUC under changing user weights: sorted once, a sum for each resample."""
 
     def __init__(self, lists: CandidateLists) -> None:

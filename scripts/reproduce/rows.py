@@ -1,0 +1,153 @@
+"""What is run for each row of a table: stages and their options.
+
+A step is `SCRIPT OPTIONS`: a numbered script of scripts/, or a Python stage by its path. Every step
+also gets the config, the seed and the folders of its run; one that is up to date does nothing.
+`{full}` stands for the folder of the full system's outputs, which other rows read.
+"""
+
+import shlex
+from dataclasses import dataclass
+
+from mllmrec.stage.options import ROOT, load_config
+
+SCORE = "MLLM-MSR/test/test_with_llava_sft.py --hide nothing"
+POPULARITY = "MLLM-MSR/baselines/popularity.py"
+
+
+@dataclass(frozen=True)
+class TableRow:
+    """A row of a table.
+
+    label: its name there; scores: folder of its scores.jsonl below the run's folder; steps: after
+    stage 1, in order; world: key of WORLDS; against: key of the row that it is compared with, ""
+    for none.
+    """
+
+    label: str
+    scores: str
+    steps: tuple[str, ...]
+    world: str = "main"
+    against: str = ""
+
+
+def full_system(label: str, world: str = "main") -> TableRow:
+    """MLLM-MSR as the config says."""
+    steps = ("02_image_summary", "03_preference", "04_datasets", "05_train", SCORE)
+    return TableRow(label, "mllm_msr/sft", steps, world)
+
+
+def other_training(
+    name: str, label: str, options: tuple[str, str, str], world: str = "main", against: str = "ours"
+) -> TableRow:
+    """The full system's preferences, and other options in stages 4, 5 and 6.
+
+    options: those of the three stages.
+    """
+    rows, train, score = options
+    steps = (
+        "02_image_summary",
+        "03_preference",
+        f"04_datasets --system {name} --preferences {{full}}/user_preferences.jsonl {rows}",
+        f"05_train --system {name} {train}",
+        f"{SCORE} --system {name} --variant {name} {score}",
+    )
+    return TableRow(label, f"{name}/{name}", steps, world, against)
+
+
+def other_scoring(name: str, label: str, options: str) -> TableRow:
+    """The full system's adapter, scored with other options."""
+    steps = (*full_system(label).steps[:-1], f"{SCORE} --variant {name} {options}")
+    return TableRow(label, f"mllm_msr/{name}", steps, against="ours")
+
+
+def popularity(label: str, world: str = "main") -> TableRow:
+    return TableRow(label, "baselines/popularity", (POPULARITY,), world)
+
+
+def padded(label: str, world: str, against: str) -> TableRow:
+    """Images padded with black in stages 2 and 6, as many at a time as in the released code."""
+    steps = (
+        "02_image_summary --system padded --pad_images 8",
+        "03_preference --system padded",
+        "04_datasets --system padded",
+        "05_train --system padded",
+        f"{SCORE} --system padded --variant padded --pad_images 6",
+    )
+    return TableRow(label, "padded/padded", steps, world, against)
+
+
+def released_options(section: str, only: str = "", leave_out: tuple[str, ...] = ()) -> str:
+    """Options of a section of configs/systems/mllm_msr_released.yaml, as words of a command."""
+    values = load_config(ROOT / "configs/systems/mllm_msr_released.yaml")[section]
+    words = [
+        word
+        for name, value in values.items()
+        if name not in leave_out and only in ("", name)
+        for word in (f"--{name}", str(value).lower() if isinstance(value, bool) else str(value))
+    ]
+    return shlex.join(words)
+
+
+# name -> options of stage 1: data that differ from the config's, in a run folder of their own.
+WORLDS = {
+    "main": "",
+    "varied": "--cover_shapes varied",
+    "released": "--history released --released_order time",
+}
+PROMPT = "prompt_format"
+# What depends on the size of models and data stays as in the config.
+SIZES = ("dtype", "limit", "epochs", "accumulation", "lora_r", "max_text_tokens", "reuse_prefix")
+
+# Each option of the released code alone (docs/fidelity.md), then all of them together.
+DEVIATIONS = {
+    "ours": full_system("ours: all defaults"),
+    "sequence": other_training(
+        "sequence", "loss on the whole sequence", ("", "--loss sequence", "")
+    ),
+    "vision": other_training(
+        "vision", "LoRA also on the vision tower", ("", "--lora_vision true", "")
+    ),
+    "optimiser": other_training(
+        "optimiser",
+        "constant schedule, weight decay, Gaussian LoRA, last epoch kept",
+        (
+            "",
+            "--schedule constant --warmup_ratio 0 --weight_decay 0.01 --lora_init gaussian "
+            "--keep last",
+            "",
+        ),
+    ),
+    "question": other_training(
+        "question",
+        "preference before title in the question",
+        (released_options("datasets"), "", ""),
+    ),
+    "raw": other_training(
+        "raw",
+        "raw prompts, no end token",
+        (
+            "",
+            f"--end_token false {released_options('train', PROMPT)}",
+            released_options("score", PROMPT),
+        ),
+    ),
+    "bare": other_scoring("bare", "bare answer token in scoring", "--answer_token bare"),
+    "varied": full_system("ours, covers of three shapes", "varied"),
+    "padded": padded("images padded with black, covers of three shapes", "varied", "varied"),
+    "lists": full_system("ours, released histories", "released"),
+    "released": other_training(
+        "released",
+        "all released settings, released histories",
+        (
+            released_options("datasets"),
+            released_options("train", leave_out=SIZES),
+            released_options("score", leave_out=SIZES),
+        ),
+        "released",
+        "lists",
+    ),
+    "popularity": popularity("popularity"),
+    "popularity_lists": popularity("popularity, released histories", "released"),
+}
+
+TABLES = {"deviations": DEVIATIONS}

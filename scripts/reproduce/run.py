@@ -1,0 +1,255 @@
+"""Run the rows of a table over several seeds, and write the table with intervals.
+
+    bash scripts/reproduce_deviations.sh configs/sample.yaml
+
+In:  a config; the stages' own inputs
+Out: {output}/{world}-{seed}/   one run per seed (and per world: other options of stage 1)
+     {output}/logs/             what the stages print
+     {output}/{table}.json      metrics of each row and seed, differences, commands, versions
+     {output}/{table}.md, .csv  the table: mean over the seeds with its 95% interval (Student's t;
+                                with one seed bootstrap over users), and the difference to the row
+                                that it is compared with (bootstrap over users, paired)
+
+Started again, it goes on where it was stopped, since the stages resume. A row that fails is "not
+run" in the table, its reason is printed, and the exit code is 1 at the end.
+"""
+
+from mllmrec.stage.main import run_main
+
+import argparse
+import csv
+import io
+import os
+import shlex
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+
+from rows import TABLES, WORLDS
+
+from mllmrec.evaluation.metrics import SHOWN, aggregate, evaluate
+from mllmrec.evaluation.paired import Scored, paired_differences
+from mllmrec.evaluation.tables import half_width
+from mllmrec.stage.errors import InputError
+from mllmrec.stage.jsonl import atomic_file, read_rows, write_json
+from mllmrec.stage.options import load_config
+from mllmrec.stage.record import machine
+
+COMPARED = ("auc", "hr@5")  # metrics whose differences are in the table
+
+
+class Run:
+    """One seed in one world: a folder, and the steps that were done in it."""
+
+    def __init__(self, folder, seed, world, args):
+        self.folder, self.seed, self.world, self.args = folder, seed, world, args
+        self.log = args.output / "logs" / f"{folder.name}.log"
+        self.failed, self.done, self.seconds = {}, set(), {}
+
+    def row(self, key, row):
+        """Run the steps of a row; a failure is kept in `failed`."""
+        started = time.monotonic()
+        for step in (f"01_prepare_data {WORLDS[self.world]}", *row.steps):
+            if step not in self.done:
+                reason = self._step(step)
+                if reason:
+                    self.failed[key] = f"{step}: {reason}"
+                    return
+                self.done.add(step)
+        self.seconds[key] = round(time.monotonic() - started, 1)
+
+    def _step(self, step):
+        """Run one step; return the last line that it printed if it failed, else None."""
+        words = shlex.split(step.replace("{full}", str(self.folder / "mllm_msr")))
+        command = self._program(words[0]) + words[1:]
+        command += ["--seed", str(self.seed), "--output_dir", str(self.folder)]
+        command += ["--data_dir", str(self.folder / "data")]
+        threads = str(max(1, len(os.sched_getaffinity(0)) // self.args.jobs))
+        environment = os.environ | {"OMP_NUM_THREADS": threads, "PYTHON": sys.executable}
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.log, "a", encoding="utf-8") as log:
+            log.write(f"$ {shlex.join(command)}\n")
+            log.flush()
+            done = subprocess.run(command, stdout=log, stderr=log, env=environment)
+        if done.returncode == 0:
+            return None
+        lines = self.log.read_text(encoding="utf-8", errors="replace").split("\n")
+        return next((line for line in reversed(lines) if line.strip()), "no output")
+
+    def _program(self, script):
+        """The words that start a step's script with the config."""
+        config = str(self.args.config)
+        if script.endswith(".py"):
+            launch = shlex.split(os.environ.get("ACCELERATE", ""))
+            module = ["-m", "accelerate.commands.launch", "--quiet", *launch] if launch else []
+            return [sys.executable, *module, script, "--config", config]
+        return ["bash", f"scripts/{script}.sh", config]
+
+
+def run_rows(rows, args):
+    """{(row, seed): Run}, each row run for each seed; `args.jobs` runs at once."""
+    worlds = dict.fromkeys(row.world for row in rows.values())
+    runs = {
+        (seed, world): Run(args.output / f"{world}-{seed}", seed, world, args)
+        for seed in args.seeds
+        for world in worlds
+    }
+    total, finished, started = len(rows) * len(args.seeds), [], time.monotonic()
+
+    def work(run):
+        for key, row in rows.items():
+            if row.world == run.world:
+                run.row(key, row)
+                finished.append(key)
+                minutes = (time.monotonic() - started) / 60
+                left = minutes / len(finished) * (total - len(finished))
+                print(
+                    f"{len(finished)} of {total} rows, {minutes:.0f} min, about {left:.0f} min "
+                    f"left: {run.folder.name}, {key}: {run.failed.get(key, 'done')}",
+                    flush=True,
+                )
+
+    with ThreadPoolExecutor(args.jobs) as pool:
+        list(pool.map(work, runs.values()))
+    return {(key, seed): runs[seed, row.world] for key, row in rows.items() for seed in args.seeds}
+
+
+def measure(rows, runs, args):
+    """{key: row of the report} of the rows whose steps were done for every seed."""
+    scored, report = {}, {}
+    for key, row in rows.items():
+        if any(key in runs[key, seed].failed for seed in args.seeds):
+            continue
+        paths = [runs[key, seed].folder / row.scores / "scores.jsonl" for seed in args.seeds]
+        lines = [read_rows(path) for path in paths]
+        scored[key] = [Scored.of(own, path) for own, path in zip(lines, paths, strict=True)]
+        per_seed = [evaluate(own, path) for own, path in zip(lines, paths, strict=True)]
+        report[key] = {
+            "label": row.label,
+            "metrics": per_seed[0] if len(per_seed) == 1 else aggregate(per_seed),
+            "per_seed": dict(zip(map(str, args.seeds), per_seed, strict=True)),
+            "steps": row.steps,
+            "stage_1": WORLDS[row.world],
+            "seconds": [runs[key, seed].seconds[key] for seed in args.seeds],
+        }
+    for key, own in report.items():
+        against = rows[key].against
+        if against in scored:
+            pairs = list(zip(scored[key], scored[against], strict=True))
+            found = paired_differences(pairs, args.resamples)
+            own["against"] = rows[against].label
+            own["differences"] = {
+                name: {**asdict(found[name]), "is_real": found[name].is_real} for name in found
+            }
+    return report
+
+
+def table_lines(rows, report):
+    """The table as lists of cells, the header first; rows that were not run say so."""
+    header = ["row", *(name.upper() for name in SHOWN)]
+    header += [f"difference in {name.upper()}" for name in COMPARED] + ["compared with"]
+    lines = [header]
+    for key, row in rows.items():
+        if key not in report:
+            lines.append([row.label, *["not run"] * len(SHOWN), *[""] * (len(COMPARED) + 1)])
+            continue
+        own = report[key]
+        cells = [_cell(own["metrics"], name) for name in SHOWN]
+        differences = own.get("differences", {})
+        cells += [_difference(differences[n]) if differences else "" for n in COMPARED]
+        lines.append([row.label, *cells, own.get("against", "")])
+    return lines
+
+
+def _cell(metrics, name):
+    half = half_width(metrics, name)
+    return f"{100 * metrics[name]:.1f}" + ("" if half is None else f" ± {half:.1f}")
+
+
+def _difference(found):
+    """x100, with its interval; * where no interval holds 0."""
+    low, high = 100 * found["low"], 100 * found["high"]
+    return f"{100 * found['value']:+.1f} [{low:+.1f}, {high:+.1f}]" + "*" * found["is_real"]
+
+
+def write_table(rows, report, args):
+    """Write the table as JSON, Markdown and CSV, and print it."""
+    path, lines = args.output / args.table, table_lines(rows, report)
+    seeds = ", ".join(map(str, args.seeds))
+    write_json(
+        f"{path}.json",
+        {
+            "table": args.table,
+            "config": str(args.config),
+            "seeds": args.seeds,
+            "rows": report,
+            "not_run": [key for key in rows if key not in report],
+            **machine(),
+        },
+    )
+    several = len(args.seeds) > 1
+    text = [
+        f"Metrics x100, mean of the seeds {seeds}, ± half of the 95% interval (Student's t over "
+        "the seeds)."
+        if several
+        else f"Metrics x100, seed {seeds}, ± half of the 95% interval (bootstrap over users).",
+        "Differences: paired bootstrap over users, 95%"
+        + (
+            "; * no interval holds 0, nor does that over the seeds."
+            if several
+            else "; * 0 is outside."
+        ),
+        "",
+        *(f"| {' | '.join(cells)} |" for cells in lines[:1]),
+        "|---|" + "---:|" * (len(lines[0]) - 2) + "---|",
+        *(f"| {' | '.join(cells)} |" for cells in lines[1:]),
+    ]
+    with atomic_file(f"{path}.md") as file:
+        file.write(("\n".join(text) + "\n").encode())
+    with atomic_file(f"{path}.csv") as file:
+        buffer = io.StringIO()
+        csv.writer(buffer).writerows(lines)
+        file.write(buffer.getvalue().encode())
+    print("\n".join(text))
+    print(f"wrote {path}.json, {path}.md and {path}.csv")
+
+
+def parse_arguments(argv):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("table", choices=TABLES)
+    parser.add_argument("--config", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[42, 43, 44])
+    parser.add_argument("--rows", nargs="+", default=[], help="keys of the rows; none = all")
+    parser.add_argument("--output", type=Path, help="default: outputs/reproduce/NAME of the config")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at once, which share the cores")
+    parser.add_argument("--resamples", type=int, default=1000, help="of the bootstrap")
+    args = parser.parse_args(argv)
+    args.output = args.output or Path("outputs/reproduce") / args.config.stem
+    return args
+
+
+def main(argv=None):
+    args = parse_arguments(argv)
+    load_config(args.config)
+    known = TABLES[args.table]
+    unknown = [key for key in args.rows if key not in known]
+    if unknown:
+        raise InputError(f"--rows: there is no row {unknown[0]!r}; choose from {', '.join(known)}")
+    rows = {key: row for key, row in known.items() if not args.rows or key in args.rows}
+    runs = run_rows(rows, args)
+    report = measure(rows, runs, args)
+    write_table(rows, report, args)
+    failed = {key: run.failed[key] for (key, _), run in runs.items() if key in run.failed}
+    for key, reason in failed.items():
+        print(f"not run: {key}: {reason}", file=sys.stderr)
+    if failed:
+        raise InputError(f"{len(failed)} of {len(rows)} rows were not run; see {args.output}/logs")
+
+
+if __name__ == "__main__":
+    run_main(main)
