@@ -99,7 +99,7 @@ def _resamples(lists: CandidateLists, resamples: int, rng: np.random.Generator) 
 def _differences(a: CandidateLists, b: CandidateLists, weights: Array) -> dict[str, Array]:
     """metric -> its difference for each row of `weights`, which says how often a user counts."""
     pooled = PooledAuc(a), PooledAuc(b)
-    auc = [[side.weighted(weight) for weight in weights] for side in pooled]
+    auc = np.array([[side.weighted(weight) for weight in weights] for side in pooled])
     first, second = per_user(a), per_user(b)
     means = {name: weights @ (first[name] - second[name]) / weights.sum(1) for name in first}
-    return {"auc": np.subtract(*auc), **means}
+    return {"auc": auc[0] - auc[1], **means}

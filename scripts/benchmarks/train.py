@@ -150,12 +150,31 @@ class Training:
         return tokens
 
 
+def trl_dataset(chat, args, folder):
+    """The rows as prompts and completions; first those of the step that is not timed."""
+    from datasets import Dataset, Image, List
+
+    answers = RowReader(chat, folder).answer_tokens.texts
+    n_timed = args.step * args.steps
+    made = make_rows(folder, n_timed + args.step)
+    rows = []
+    for row in made[n_timed:] + made[:n_timed]:
+        answer = {"type": "text", "text": answers[row["label"]].strip()}
+        rows.append(
+            {
+                "prompt": row["messages"][:1],
+                "completion": [{"role": "assistant", "content": [answer]}],
+                "images": [str(Path(folder) / name) for name in row["images"]],
+            }
+        )
+    return Dataset.from_list(rows).cast_column("images", List(Image()))
+
+
 def train_with_trl(args, folder):
     """(model, seconds) of `args.steps` optimizer steps of TRL's SFTTrainer after a first one.
 
     The first step, which is not timed, is where memory is allocated. In float32 or bfloat16.
     """
-    from datasets import Dataset, Image, List
     from transformers import TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
@@ -163,23 +182,7 @@ def train_with_trl(args, folder):
     dtype = pick_dtype(args.dtype, device)
     model, processor = random_llava(args.size, dtype=dtype, device=device)
     model = add_lora(model, LoraOptions())
-    chat = ChatProcessor(processor)
-    answers = RowReader(chat, folder).answer_tokens.texts
-    n_timed = args.step * args.steps
-    made = make_rows(folder, n_timed + args.step)
-    rows = [
-        {
-            "prompt": row["messages"][:1],
-            "completion": [
-                {
-                    "role": "assistant",
-                    "content": [{"type": "text", "text": answers[row["label"]].strip()}],
-                }
-            ],
-            "images": [str(Path(folder) / name) for name in row["images"]],
-        }
-        for row in made[n_timed:] + made[:n_timed]
-    ]
+    data = trl_dataset(ChatProcessor(processor), args, folder)
     moments = []
 
     class StepClock(TrainerCallback):
@@ -202,8 +205,6 @@ def train_with_trl(args, folder):
         report_to="none",
         disable_tqdm=True,
     )
-    data = Dataset.from_list(rows)
-    data = data.cast_column("images", List(Image()))
     SFTTrainer(
         model=model,
         args=settings,

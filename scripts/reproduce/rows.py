@@ -150,4 +150,113 @@ DEVIATIONS = {
     "popularity_lists": popularity("popularity, released histories", "released"),
 }
 
-TABLES = {"deviations": DEVIATIONS}
+FULL = full_system("MLLM-MSR")
+SUMMARIES = FULL.steps[:1]
+# How stage 3 writes an item whose image was not described.
+NO_SUMMARY = "--block_line '{number}. Title: {title}. {image_word}: not known.'"
+TEXT_QUESTION = (
+    "--with_images false --recommend_prompt 'The {person} {past}: {preference} Will this {person} "
+    "{act} the {item} called {title} next? Answer with yes or no only.'"
+)
+
+
+def baseline(script: str, label: str, variant: str, options: str = "") -> TableRow:
+    """A script of MLLM-MSR/baselines/ that writes scores."""
+    step = f"MLLM-MSR/baselines/{script}.py --variant {variant} {options}"
+    return TableRow(label, f"baselines/{variant}", (step,))
+
+
+def ablation(name: str, label: str, preferences: str) -> TableRow:
+    """MLLM-MSR with other preferences; preferences: the step that writes them."""
+    steps = (
+        *SUMMARIES,
+        f"{preferences} --system {name}",
+        f"04_datasets --system {name}",
+        f"05_train --system {name}",
+        f"{SCORE} --system {name} --variant {name}",
+    )
+    return TableRow(label, f"{name}/{name}", steps, against="full")
+
+
+def recurrent(name: str, label: str, options: str) -> TableRow:
+    """MLLM-MSR with other options in stage 3."""
+    step = f"03_preference --summaries {{full}}/image_summaries.jsonl {options}"
+    return ablation(name, label, step)
+
+
+ZERO_SHOT = TableRow(
+    "LLaVA without SFT",
+    "mllm_msr/zero_shot",
+    (*FULL.steps[:3], f"{SCORE} --adapter none"),
+    against="full",
+)
+TALLREC = TableRow(
+    "TALLRec (text only, titles)",
+    "tallrec/tallrec",
+    (
+        "MLLM-MSR/baselines/title_history.py --system tallrec",
+        f"04_datasets --system tallrec {TEXT_QUESTION}",
+        "05_train --system tallrec --model {text_model}",
+        f"{SCORE} --system tallrec --variant tallrec --model {{text_model}}",
+    ),
+    against="full",
+)
+TITLES = ablation(
+    "titles", "LLaVA SFT, titles for the preference", "MLLM-MSR/baselines/title_history.py"
+)
+DIRECT = ablation(
+    "direct",
+    "without recurrence",
+    "Inference/preference_direct.py --summaries {full}/image_summaries.jsonl",
+)
+NO_SUMMARIES = recurrent("no_summary", "without image summaries", NO_SUMMARY)
+
+SEQUENTIAL = {
+    "popularity": popularity("popularity"),
+    "gru4rec": baseline("gru4rec", "GRU4Rec", "gru4rec"),
+    "gru4rec_f": baseline("gru4rec", "GRU4Rec-F (titles)", "gru4rec_f", "--features title"),
+    "sasrec_bce": baseline("sasrec", "SASRec, published loss", "sasrec_bce", "--loss bce"),
+    "sasrec": baseline("sasrec", "SASRec, cross-entropy", "sasrec"),
+    "sasrec_f": baseline("sasrec", "SASRec-F (titles)", "sasrec_f", "--features title"),
+}
+MAIN_RESULTS = {
+    **SEQUENTIAL,
+    "zero_shot": ZERO_SHOT,
+    "tallrec": TALLREC,
+    "titles": TITLES,
+    "full": FULL,
+}
+ABLATIONS = {"full": FULL, "direct": DIRECT, "no_summary": NO_SUMMARIES, "titles": TITLES}
+BLOCK_SIZES = {
+    **{
+        f"block{size}": recurrent(f"block{size}", f"block size {size}", f"--block_size {size}")
+        for size in (1, 2, 4, 5)
+    },
+    **{
+        f"length{tokens}": recurrent(
+            f"length{tokens}",
+            f"preference of at most {tokens} tokens",
+            f"--max_new_tokens {tokens}",
+        )
+        for tokens in (10, 20)
+    },
+    "full": FULL,
+}
+SUMMARY_ONLY = "--features summary --item_ids false"
+PRELIMINARY = {
+    "gru4rec_summary": TableRow(
+        "GRU4Rec on image summaries",
+        "baselines/gru4rec_summary",
+        (*SUMMARIES, f"MLLM-MSR/baselines/gru4rec.py --variant gru4rec_summary {SUMMARY_ONLY}"),
+    ),
+    "gru4rec": SEQUENTIAL["gru4rec"],
+    "popularity": SEQUENTIAL["popularity"],
+}
+
+TABLES = {
+    "deviations": DEVIATIONS,
+    "table3": MAIN_RESULTS,
+    "figure4": ABLATIONS,
+    "figure5": BLOCK_SIZES,
+    "preliminary": PRELIMINARY,
+}

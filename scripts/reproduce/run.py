@@ -10,7 +10,7 @@ Out: {output}/{world}-{seed}/   one run per seed (and per world: other options o
                                 with one seed bootstrap over users), and the difference to the row
                                 that it is compared with (bootstrap over users, paired)
 
-Started again, it goes on where it was stopped, since the stages resume. A row that fails is "not
+Started again, it resumes, as the stages do. A row whose stages do not end well is "not
 run" in the table, its reason is printed, and the exit code is 1 at the end.
 """
 
@@ -29,16 +29,14 @@ from dataclasses import asdict
 from pathlib import Path
 
 from rows import TABLES, WORLDS
+from tables import markdown, table_lines
 
-from mllmrec.evaluation.metrics import SHOWN, aggregate, evaluate
+from mllmrec.evaluation.metrics import aggregate, evaluate
 from mllmrec.evaluation.paired import Scored, paired_differences
-from mllmrec.evaluation.tables import half_width
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import atomic_file, read_rows, write_json
 from mllmrec.stage.options import load_config
 from mllmrec.stage.record import machine
-
-COMPARED = ("auc", "hr@5")  # metrics whose differences are in the table
 
 
 class Run:
@@ -63,7 +61,10 @@ class Run:
 
     def _step(self, step):
         """Run one step; return the last line that it printed if it failed, else None."""
-        words = shlex.split(step.replace("{full}", str(self.folder / "mllm_msr")))
+        places = {"{full}": self.folder / "mllm_msr", "{text_model}": self.args.text_model}
+        for place, value in places.items():
+            step = step.replace(place, str(value))
+        words = shlex.split(step)
         command = self._program(words[0]) + words[1:]
         command += ["--seed", str(self.seed), "--output_dir", str(self.folder)]
         command += ["--data_dir", str(self.folder / "data")]
@@ -76,8 +77,12 @@ class Run:
             done = subprocess.run(command, stdout=log, stderr=log, env=environment)
         if done.returncode == 0:
             return None
-        lines = self.log.read_text(encoding="utf-8", errors="replace").split("\n")
-        return next((line for line in reversed(lines) if line.strip()), "no output")
+        # A progress bar ends its lines with a carriage return.
+        lines = (
+            self.log.read_text(encoding="utf-8", errors="replace").replace("\r", "\n").split("\n")
+        )
+        printed = [line.strip() for line in lines if line.strip()]
+        return next((line for line in reversed(printed) if "error" in line.lower()), printed[-1])
 
     def _program(self, script):
         """The words that start a step's script with the config."""
@@ -147,73 +152,26 @@ def measure(rows, runs, args):
     return report
 
 
-def table_lines(rows, report):
-    """The table as lists of cells, the header first; rows that were not run say so."""
-    header = ["row", *(name.upper() for name in SHOWN)]
-    header += [f"difference in {name.upper()}" for name in COMPARED] + ["compared with"]
-    lines = [header]
-    for key, row in rows.items():
-        if key not in report:
-            lines.append([row.label, *["not run"] * len(SHOWN), *[""] * (len(COMPARED) + 1)])
-            continue
-        own = report[key]
-        cells = [_cell(own["metrics"], name) for name in SHOWN]
-        differences = own.get("differences", {})
-        cells += [_difference(differences[n]) if differences else "" for n in COMPARED]
-        lines.append([row.label, *cells, own.get("against", "")])
-    return lines
-
-
-def _cell(metrics, name):
-    half = half_width(metrics, name)
-    return f"{100 * metrics[name]:.1f}" + ("" if half is None else f" ± {half:.1f}")
-
-
-def _difference(found):
-    """x100, with its interval; * where no interval holds 0."""
-    low, high = 100 * found["low"], 100 * found["high"]
-    return f"{100 * found['value']:+.1f} [{low:+.1f}, {high:+.1f}]" + "*" * found["is_real"]
-
-
-def write_table(rows, report, args):
-    """Write the table as JSON, Markdown and CSV, and print it."""
-    path, lines = args.output / args.table, table_lines(rows, report)
-    seeds = ", ".join(map(str, args.seeds))
-    write_json(
-        f"{path}.json",
-        {
-            "table": args.table,
-            "config": str(args.config),
-            "seeds": args.seeds,
-            "rows": report,
-            "not_run": [key for key in rows if key not in report],
-            **machine(),
-        },
-    )
-    several = len(args.seeds) > 1
-    text = [
-        f"Metrics x100, mean of the seeds {seeds}, ± half of the 95% interval (Student's t over "
-        "the seeds)."
-        if several
-        else f"Metrics x100, seed {seeds}, ± half of the 95% interval (bootstrap over users).",
-        "Differences: paired bootstrap over users, 95%"
-        + (
-            "; * no interval holds 0, nor does that over the seeds."
-            if several
-            else "; * 0 is outside."
-        ),
-        "",
-        *(f"| {' | '.join(cells)} |" for cells in lines[:1]),
-        "|---|" + "---:|" * (len(lines[0]) - 2) + "---|",
-        *(f"| {' | '.join(cells)} |" for cells in lines[1:]),
-    ]
+def write_report(rows, measured, args):
+    """Write the table as JSON, Markdown and CSV, and print it. measured: see `measure`."""
+    path = args.output / args.table
+    report = {
+        "table": args.table,
+        "config": str(args.config),
+        "seeds": args.seeds,
+        "rows": measured,
+        "not_run": {key: row.label for key, row in rows.items() if key not in measured},
+        **machine(),
+    }
+    write_json(f"{path}.json", report)
+    text = markdown(report)
     with atomic_file(f"{path}.md") as file:
-        file.write(("\n".join(text) + "\n").encode())
+        file.write(text.encode())
+    buffer = io.StringIO()
+    csv.writer(buffer).writerows(table_lines(report))
     with atomic_file(f"{path}.csv") as file:
-        buffer = io.StringIO()
-        csv.writer(buffer).writerows(lines)
         file.write(buffer.getvalue().encode())
-    print("\n".join(text))
+    print(text)
     print(f"wrote {path}.json, {path}.md and {path}.csv")
 
 
@@ -235,15 +193,14 @@ def parse_arguments(argv):
 
 def main(argv=None):
     args = parse_arguments(argv)
-    load_config(args.config)
+    args.text_model = load_config(args.config).get("preference", {}).get("model", "")
     known = TABLES[args.table]
     unknown = [key for key in args.rows if key not in known]
     if unknown:
         raise InputError(f"--rows: there is no row {unknown[0]!r}; choose from {', '.join(known)}")
     rows = {key: row for key, row in known.items() if not args.rows or key in args.rows}
     runs = run_rows(rows, args)
-    report = measure(rows, runs, args)
-    write_table(rows, report, args)
+    write_report(rows, measure(rows, runs, args), args)
     failed = {key: run.failed[key] for (key, _), run in runs.items() if key in run.failed}
     for key, reason in failed.items():
         print(f"not run: {key}: {reason}", file=sys.stderr)

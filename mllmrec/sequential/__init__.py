@@ -1,0 +1,1 @@
+"""Sequential baselines: items as vectors, users as sequences of items."""

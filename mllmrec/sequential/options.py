@@ -1,0 +1,44 @@
+"""Options of the sequential baselines. No torch, so that --help answers at once."""
+
+from typing import Literal
+
+from pydantic.dataclasses import dataclass
+
+from mllmrec.stage.options import NAME, CommonOptions, option
+
+
+@dataclass
+class SequentialOptions(CommonOptions):
+    """What all sequential baselines have; each adds its model's own."""
+
+    system: str = option("baselines", "subfolder of output_dir for the scores", pattern=NAME)
+    variant: str = option(
+        "", "name of the row in metrics.json; default: the baseline's", pattern=r"^[\w-]*$"
+    )
+    loss: Literal["cross_entropy", "bce"] = option(
+        "cross_entropy",
+        "cross_entropy: over all items; bce: binary, against one random negative per position",
+    )
+    features: list[Literal["title", "summary"]] = option(
+        [],
+        "what the vector of an item also depends on: embeddings of its title, of its image summary",
+    )
+    item_ids: bool = option(
+        True, "false: an item is its features only, without a vector of its own"
+    )
+    encoder: str = option(
+        "sentence-transformers/all-MiniLM-L6-v2",
+        "frozen encoder of the features, hub id or folder; the default comes with requirements.txt",
+    )
+    summaries: str = option("", "default: {output_dir}/mllm_msr/image_summaries.jsonl")
+    width: int = option(64, "length of an item's vector", ge=1, le=4096)
+    max_length: int = option(20, "last items of a history that are read", ge=1, le=10_000)
+    dropout: float = option(0.3, "dropout", ge=0, lt=1)
+    learning_rate: float = option(1e-3, "of AdamW", gt=0)
+    weight_decay: float = option(0.0, "of AdamW", ge=0)
+    batch_size: int = option(256, "users in a batch", ge=1)
+    epochs: int = option(40, "most epochs", ge=1)
+    patience: int = option(
+        5, "stop after this many epochs without a better validation NDCG@5", ge=1
+    )
+    threads: int = option(0, "CPU threads, 0 = all", ge=0, le=1024)

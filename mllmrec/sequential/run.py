@@ -1,0 +1,85 @@
+"""A sequential baseline from users.jsonl to scores.jsonl, the same for every model."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mllmrec.data.candidates import candidates, check_negatives, read_users, score_row
+from mllmrec.sequential.data import CandidateNumbers, SequenceData
+from mllmrec.sequential.items import read_features
+from mllmrec.sequential.training import CHOSEN_BY, fit, score_candidates
+from mllmrec.stage.errors import InputError
+from mllmrec.stage.jsonl import read_by_id, require, write_rows
+from mllmrec.stage.record import Job, file_digests
+from mllmrec.stage.schema import Row
+from mllmrec.stage.transaction import writing
+
+NewModel = Callable[[int, torch.Tensor | None, Any], torch.nn.Module]
+
+
+def run_baseline(name: str, new_model: NewModel, options: Any) -> None:
+    """Train on the training users, score the candidates of the test users, write scores.jsonl.
+
+    name: of the row, unless --variant names another; new_model: (number of items, features,
+    options) -> model; options: SequentialOptions. Nothing is learned from validation users, but
+    the epoch is chosen by them; of test users only the histories are read, when they are scored.
+    """
+    data_dir = Path(options.data_dir)
+    users_path, items_path = data_dir / "users.jsonl", data_dir / "items.jsonl"
+    summaries = options.summaries or Path(options.output_dir) / "mllm_msr/image_summaries.jsonl"
+    inputs = [require(users_path), require(items_path)]
+    inputs += [require(summaries)] if "summary" in options.features else []
+    job = Job.of(options, file_digests(*inputs), ignore=("threads",))
+    path = options.system_dir / (options.variant or name) / "scores.jsonl"
+    with writing(job, [path]) as output:
+        if not output.is_needed:
+            return
+        torch.set_num_threads(options.threads or len(os.sched_getaffinity(0)))
+        torch.manual_seed(options.seed)
+        users, items = read_users(users_path), read_by_id(items_path, "item_id")
+        check_lists(users, items, users_path, items_path)
+        data = SequenceData.of(users, list(items))
+        if not data.training:
+            raise InputError(f"{users_path} has no training users; make it again with stage 1")
+        features = read_features(options.features, items, Path(summaries), options.encoder)
+        model = new_model(len(items), features, options)
+        found = fit(model, data, data.candidate_lists(users, "validation"), options, print_epoch)
+        lists = data.candidate_lists(users, "test")
+        rows = scored_rows(users, lists, score_candidates(found.model, lists, options))
+        write_rows(path, rows)
+        output.finish({"training_users": len(data.training), "out": len(rows)}, log=found.log)
+        print(f"wrote {path}: {len(rows):,} scores, epoch {found.best['epoch']}")
+
+
+def check_lists(
+    users: list[Row], items: dict[str, Row], users_path: Path, items_path: Path
+) -> None:
+    """Raise InputError for a line without negatives, or with an item that items.jsonl lacks."""
+    for number, user in enumerate(users, start=1):
+        where = f"{users_path}, line {number}"
+        check_negatives(user, where)
+        for item in (*user["history"], user["target"], *user["negatives"]):
+            if item not in items:
+                raise InputError(
+                    f"{where}: item {item!r} is not in {items_path}; scripts/01_prepare_data.sh "
+                    "makes both again"
+                )
+
+
+def scored_rows(users: list[Row], lists: CandidateNumbers, scores: list[list[float]]) -> list[Row]:
+    """Lines of scores.jsonl. scores: of each test user's candidates, in the order of `lists`."""
+    tested = (user for user in users if user["split"] == "test")
+    return [
+        score_row(user_id, item, label, score)
+        for user, user_id, own in zip(tested, lists.users, scores, strict=True)
+        for (item, label), score in zip(candidates(user), own, strict=True)
+    ]
+
+
+def print_epoch(line: dict[str, float]) -> None:
+    """One line per epoch: loss, validation metrics, seconds."""
+    shown = (f"{name} {value:.4f}" for name, value in line.items() if name in ("loss", CHOSEN_BY))
+    print(f"epoch {line['epoch']}: {', '.join(shown)}, {line['seconds']:.1f} s", flush=True)

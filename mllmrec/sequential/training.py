@@ -1,0 +1,141 @@
+"""Training and scoring of sequential models; the models are in MLLM-MSR/baselines/.
+
+A model maps item numbers (users, length) to states (users, length, width), the state at a position
+from the items up to there; the score of an item is the product of a state and the item's vector
+(`model.items()`, all vectors).
+"""
+
+import copy
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from mllmrec.evaluation.metrics import CandidateLists, per_user
+from mllmrec.sequential.data import PADDING, CandidateNumbers, SequenceData, padded
+from mllmrec.stage.errors import InputError
+
+CHOSEN_BY = "ndcg@5"  # of the validation users
+SCORED = 512  # users in a batch of scoring
+
+
+@dataclass
+class Fit:
+    """A trained model at its best epoch, and the validation metrics of every epoch."""
+
+    model: Any
+    log: list[dict[str, float]] = field(default_factory=list)
+
+    @property
+    def best(self) -> dict[str, float]:
+        """The line of the epoch that was kept."""
+        return max(self.log, key=lambda line: line[CHOSEN_BY])
+
+
+def fit(
+    model: Any,
+    data: SequenceData,
+    validation: CandidateNumbers,
+    options: Any,
+    report: Callable[[dict[str, float]], None] = lambda _: None,
+) -> Fit:
+    """Train until the validation metric stops rising; the best epoch's weights are kept.
+
+    Learns from `data.training` alone. Without validation users the last epoch is kept. report: is
+    called with the line of each epoch.
+    """
+    generator = torch.Generator().manual_seed(options.seed)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay
+    )
+    result, best_weights = Fit(model), None
+    for epoch in range(1, options.epochs + 1):
+        started, losses = time.monotonic(), []
+        model.train()
+        for inputs, targets in data.training_batches(options, generator):
+            loss = next_item_loss(model, inputs, targets, options.loss, generator)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        line = {"epoch": epoch, "loss": sum(losses) / len(losses)}
+        if not math.isfinite(line["loss"]):
+            raise InputError(
+                f"the loss of epoch {epoch} is {line['loss']}: the training diverged; lower "
+                "--learning_rate"
+            )
+        line |= validation_metrics(model, validation, options)
+        line["seconds"] = time.monotonic() - started
+        result.log.append(line)
+        report(line)
+        if result.best is line:
+            best_weights = copy.deepcopy(model.state_dict())
+        elif validation.users and epoch - result.best["epoch"] >= options.patience:
+            break
+    assert best_weights is not None
+    model.load_state_dict(best_weights)
+    return result
+
+
+def next_item_loss(
+    model: Any,
+    inputs: torch.Tensor,
+    targets: torch.Tensor,
+    loss: str,
+    generator: torch.Generator,
+) -> torch.Tensor:
+    """Mean over all positions that have a next item.
+
+    cross_entropy: of the next item among all items. bce: binary cross-entropy of the next item and
+    of one random item, as published for SASRec (a random item may be one that the user had).
+    """
+    real = targets != PADDING
+    states, wanted, vectors = model(inputs)[real], targets[real], model.items()
+    if loss == "cross_entropy":  # number 0, the padding, is no item
+        return functional.cross_entropy(states @ vectors[1:].T, wanted - 1)
+    negative = torch.randint(1, len(vectors), wanted.shape, generator=generator)
+    positive_logits = (states * vectors[wanted]).sum(1)
+    negative_logits = (states * vectors[negative]).sum(1)
+    return -(
+        functional.logsigmoid(positive_logits) + functional.logsigmoid(-negative_logits)
+    ).mean()
+
+
+@torch.inference_mode()
+def score_candidates(model: Any, lists: CandidateNumbers, options: Any) -> list[list[float]]:
+    """Scores of each user's candidates: the log-probability of being the next of all items.
+
+    With the binary loss: the logit. A user's ranking is that of the products; the normalisation
+    makes the scores of different users comparable, which the pooled AUC needs.
+    """
+    model.eval()
+    vectors, scores = model.items(), []
+    for start in range(0, len(lists.users), SCORED):
+        part = slice(start, start + SCORED)
+        histories = [row[-options.max_length :] for row in lists.histories[part]]
+        states = model(padded(histories))
+        last = states[torch.arange(len(histories)), [len(row) - 1 for row in histories]]
+        logits = last @ vectors.T
+        if options.loss == "cross_entropy":
+            logits = logits - logits[:, 1:].logsumexp(1, keepdim=True)
+        for row, chosen in zip(logits, lists.candidates[part], strict=True):
+            scores.append(row[chosen].tolist())
+    return scores
+
+
+def validation_metrics(model: Any, lists: CandidateNumbers, options: Any) -> dict[str, float]:
+    """AUC per user, HR@5, MRR@5 and NDCG@5 of the validation users; without users the epoch."""
+    if not lists.users:
+        return {CHOSEN_BY: math.nan}
+    rows = score_candidates(model, lists, options)
+    scored = [
+        {"user_id": user, "item_id": str(n), "label": int(n == 0), "score": score}
+        for user, own in zip(lists.users, rows, strict=True)
+        for n, score in enumerate(own)
+    ]
+    values = per_user(CandidateLists.of(scored, "validation users"), (5,))
+    return {name: float(value.mean()) for name, value in values.items()}

@@ -1,0 +1,59 @@
+"""A report of run.py as a table."""
+
+from mllmrec.evaluation.metrics import SHOWN
+from mllmrec.evaluation.tables import half_width
+
+COMPARED = ("auc", "hr@5")  # metrics whose differences are in the table
+
+
+def table_lines(report):
+    """The table as lists of cells, the header first; rows that were not run say so."""
+    header = ["row", *(name.upper() for name in SHOWN)]
+    header += [f"difference in {name.upper()}" for name in COMPARED] + ["compared with"]
+    lines = [header]
+    for row in report["rows"].values():
+        differences = row.get("differences", {})
+        lines.append(
+            [
+                row["label"],
+                *(metric_cell(row["metrics"], name) for name in SHOWN),
+                *(difference_cell(differences[n]) if differences else "" for n in COMPARED),
+                row.get("against", ""),
+            ]
+        )
+    for label in report["not_run"].values():
+        lines.append([label, *["not run"] * len(SHOWN), *[""] * (len(COMPARED) + 1)])
+    if not any("differences" in row for row in report["rows"].values()):
+        lines = [line[: len(SHOWN) + 1] for line in lines]
+    return lines
+
+
+def metric_cell(metrics, name):
+    """A metric x100 with half of its 95% interval."""
+    half = half_width(metrics, name)
+    return f"{100 * metrics[name]:.1f}" + ("" if half is None else f" ± {half:.1f}")
+
+
+def difference_cell(found):
+    """A difference x100 with its interval; * where no interval holds 0."""
+    low, high = 100 * found["low"], 100 * found["high"]
+    return f"{100 * found['value']:+.1f} [{low:+.1f}, {high:+.1f}]" + "*" * found["is_real"]
+
+
+def markdown(report):
+    """What the figures are, and the table."""
+    seeds = ", ".join(map(str, report["seeds"]))
+    several = len(report["seeds"]) > 1
+    lines = table_lines(report)
+    text = [
+        f"Metrics x100, mean of the seeds {seeds}, ± half of the 95% interval over the seeds "
+        "(Student's t)."
+        if several
+        else f"Metrics x100, seed {seeds}, ± half of the 95% interval (bootstrap over users).",
+    ]
+    if "compared with" in lines[0]:
+        note = "no interval holds 0, nor does that over the seeds" if several else "0 is outside"
+        text.append(f"Differences: paired bootstrap over users, 95%; * {note}.")
+    bars = "|---|" + "---:|" * len(SHOWN) + "---:|---:|---|" * ("compared with" in lines[0])
+    rows = [f"| {' | '.join(cells)} |" for cells in lines]
+    return "\n".join([*text, "", rows[0], bars, *rows[1:], ""])

@@ -1,0 +1,135 @@
+"""The tables' commands exist and take their options; a small table from beginning to end."""
+
+import itertools
+import json
+import shlex
+import subprocess
+import sys
+
+import pytest
+import yaml
+from conftest import ROOT
+
+from mllmrec.stage.options import load_config, parse_options
+from mllmrec.stage.scripts import load_script
+
+rows = load_script("scripts/reproduce/rows.py")
+tables = load_script("scripts/reproduce/tables.py")
+ALL_ROWS = [
+    pytest.param(row, id=f"{table}-{key}")
+    for table, own in rows.TABLES.items()
+    for key, row in own.items()
+]
+# numbered script -> the Python stage that gets its options
+STAGE_OF = {
+    "01_prepare_data": "data_processing/sample.py",
+    "02_image_summary": "Inference/image_summary.py",
+    "03_preference": "Inference/preference_recurrent.py",
+    "04_datasets": "MLLM-MSR/train/dataset_create.py",
+    "05_train": "MLLM-MSR/train/train_llava_sft.py",
+}
+
+
+def step_options(step):
+    """The options object of a step, as its stage would parse them."""
+    words = shlex.split(step.replace("{full}", "x/full").replace("{text_model}", "x/text"))
+    stage = load_script(STAGE_OF.get(words[0], words[0]))
+    options_class = getattr(stage, "Options", None) or stage.DatasetOptions
+    section = getattr(stage, "SECTION", "datasets")
+    return options_class, parse_options(
+        options_class, section, ["--config", str(ROOT / "configs/sample.yaml"), *words[1:]]
+    )
+
+
+@pytest.mark.parametrize("row", ALL_ROWS)
+def test_every_step_of_a_row_is_a_stage_that_takes_its_options(row):
+    for step in (f"01_prepare_data {rows.WORLDS[row.world]}", *row.steps):
+        name = shlex.split(step)[0]
+        assert (ROOT / f"scripts/{name}.sh").exists() or (ROOT / name).exists()
+        step_options(step)
+    last = step_options(row.steps[-1])[1]
+    written = getattr(last, "variant", "") or row.scores.rpartition("/")[2]
+    assert row.scores == f"{last.system}/{written}", "it writes the scores that are read"
+
+
+@pytest.mark.parametrize("table", rows.TABLES)
+def test_rows_are_compared_with_rows_of_the_same_table_and_candidates(table):
+    own = rows.TABLES[table]
+    for row in own.values():
+        if row.against in own:
+            assert own[row.against].world == row.world
+    assert (ROOT / f"scripts/reproduce_{table}.sh").exists()
+
+
+def test_each_deviation_is_the_released_codes_value():
+    """What the rows of the single deviations change are values of the released config."""
+    released = load_config(ROOT / "configs/systems/mllm_msr_released.yaml")
+    sections = {"05_train": "train", rows.SCORE.split()[0]: "score", "04_datasets": "datasets"}
+    seen = set()
+    for key in ("sequence", "vision", "optimiser", "question", "raw", "bare", "released"):
+        for step in rows.DEVIATIONS[key].steps:
+            words = shlex.split(step)
+            for option, value in itertools.pairwise(words):
+                name, section = option.removeprefix("--"), sections.get(words[0])
+                if option.startswith("--") and section and name in released.get(section, {}):
+                    assert str(released[section][name]).lower() == value.lower(), name
+                    seen.add((section, name))
+    left_out = {("train", name) for name in (*rows.SIZES, "warmup_ratio")}
+    left_out |= {("score", name) for name in rows.SIZES}
+    wanted = {(s, name) for s in ("train", "score", "datasets") for name in released[s]}
+    assert wanted - left_out <= seen
+
+
+def reproduce(tmp_path, *words):
+    config = tmp_path / "c.yaml"
+    small = {"n_users": 40, "n_items": 60, "train_fraction": 0.5}
+    base = str(ROOT / "configs/sample.yaml")
+    config.write_text(yaml.safe_dump({"base": base, "dataset": "sample", "data": small}))
+    command = [sys.executable, "scripts/reproduce/run.py", *words, "--config", str(config)]
+    command += ["--output", str(tmp_path / "out"), "--resamples", "20"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def test_a_table_of_two_seeds_resumes_and_has_an_interval_for_each_cell(tmp_path):
+    words = ("table3", "--rows", "popularity", "sasrec", "--seeds", "1", "2", "--jobs", "2")
+    done = reproduce(tmp_path, *words)
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads((tmp_path / "out" / "table3.json").read_text())
+    assert list(report["rows"]) == ["popularity", "sasrec"]
+    for row in report["rows"].values():
+        assert row["per_seed"].keys() == {"1", "2"}
+        mean = sum(run["auc"] for run in row["per_seed"].values()) / 2
+        assert row["metrics"]["auc"] == pytest.approx(mean)
+        assert row["metrics"]["auc_ci95"][0] < mean < row["metrics"]["auc_ci95"][1]
+    text = (tmp_path / "out" / "table3.md").read_text()
+    assert "| popularity |" in text and "±" in text
+    scores = tmp_path / "out" / "main-1" / "baselines" / "sasrec" / "scores.jsonl"
+    before = scores.stat().st_mtime_ns
+    assert reproduce(tmp_path, *words).returncode == 0
+    assert scores.stat().st_mtime_ns == before
+    assert (tmp_path / "out" / "table3.md").read_text() == text
+
+
+def test_a_row_that_fails_is_not_run_and_the_others_are(tmp_path):
+    done = reproduce(tmp_path, "table3", "--rows", "popularity", "zero_shot", "--seeds", "1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    (tmp_path / "out" / "main-1" / "mllm_msr" / "image_summaries.jsonl").write_text("{")
+    rerun = reproduce(tmp_path, "table3", "--rows", "zero_shot", "popularity", "--seeds", "1")
+    assert rerun.returncode == 1
+    assert "not run: zero_shot: 0" in rerun.stderr and "image_summaries.jsonl" in rerun.stderr
+    assert "1 of 2 rows were not run" in rerun.stderr
+    text = (tmp_path / "out" / "table3.md").read_text()
+    assert "| LLaVA without SFT | not run | not run |" in text
+    assert "| popularity | 5" in text or "| popularity | 4" in text
+
+
+def test_an_unknown_row_is_refused(tmp_path):
+    done = reproduce(tmp_path, "table3", "--rows", "sasrek")
+    assert done.returncode == 1
+    assert "there is no row 'sasrek'; choose from popularity, gru4rec" in done.stderr
+
+
+def test_a_difference_is_marked_only_where_it_is_real():
+    found = {"value": 0.021, "low": 0.01, "high": 0.034, "is_real": True}
+    assert tables.difference_cell(found) == "+2.1 [+1.0, +3.4]*"
+    assert tables.difference_cell({**found, "is_real": False}) == "+2.1 [+1.0, +3.4]"

@@ -1,0 +1,224 @@
+"""Sequential baselines: what a state depends on, what is learned from, and that it is learned."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from mllmrec.evaluation.metrics import evaluate
+from mllmrec.sequential.data import SequenceData, padded
+from mllmrec.sequential.gru4rec import GRU4Rec
+from mllmrec.sequential.items import ItemVectors, encode
+from mllmrec.sequential.run import scored_rows
+from mllmrec.sequential.sasrec import SASRec
+from mllmrec.sequential.training import fit, next_item_loss, score_candidates
+from mllmrec.stage.errors import InputError
+from mllmrec.stage.jsonl import read_rows
+from mllmrec.stage.record import read_record
+from mllmrec.stage.scripts import load_script
+
+MODELS = {"sasrec": SASRec, "gru4rec": GRU4Rec}
+ITEMS = [f"i{n}" for n in range(30)]
+
+
+def options_of(name, **changes):
+    stage = load_script(f"MLLM-MSR/baselines/{name}.py")
+    defaults = {"width": 16, "max_length": 8, "dropout": 0.1, "batch_size": 16, "epochs": 12}
+    return stage.Options(**{**defaults, "learning_rate": 1e-2, **changes})
+
+
+def new_model(name, options, features=None):
+    torch.manual_seed(options.seed)
+    return MODELS[name](len(ITEMS), features, options)
+
+
+def chain_users(n_users, seed=0):
+    """Users who walk through the items in steps of one or two; 20 negatives; a fifth is tested."""
+    rng = np.random.default_rng(seed)
+    users = []
+    for number in range(n_users):
+        walk = np.cumsum([rng.integers(30), *rng.integers(1, 3, 6)]) % 30
+        history, target = [ITEMS[k] for k in walk[:-1]], ITEMS[walk[-1]]
+        others = [item for item in ITEMS if item not in {*history, target}]
+        users.append(
+            {
+                "user_id": f"u{number}",
+                "history": history,
+                "target": target,
+                "negatives": rng.choice(others, 20, replace=False).tolist(),
+                "split": ("test", "validation", "train", "train", "train")[number % 5],
+                "fold": None,
+            }
+        )
+    return users
+
+
+def trained(name, users, **changes):
+    """(fitted model, scores.jsonl rows of the test users)."""
+    options = options_of(name, **changes)
+    data = SequenceData.of(users, ITEMS)
+    model = new_model(name, options)
+    found = fit(model, data, data.candidate_lists(users, "validation"), options)
+    lists = data.candidate_lists(users, "test")
+    return found, scored_rows(users, lists, score_candidates(model, lists, options))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_state_depends_on_the_items_up_to_there_and_not_on_padding(name):
+    model = new_model(name, options_of(name)).eval()
+    with torch.no_grad():
+        states = model(torch.tensor([[3, 7, 2, 9]]))
+        later = model(torch.tensor([[3, 7, 5, 1]]))
+        longer = model(torch.tensor([[3, 7, 2, 9, 0, 0], [1, 1, 1, 1, 1, 1]]))
+        earlier = model(torch.tensor([[4, 7, 2, 9]]))
+    assert states.shape == (1, 4, 16)
+    assert torch.allclose(states[:, :2], later[:, :2], atol=1e-6)
+    assert not torch.allclose(states[:, 2], later[:, 2], atol=1e-3)
+    assert torch.allclose(states[0], longer[0, :4], atol=1e-6)
+    assert not torch.allclose(states[:, 3], earlier[:, 3], atol=1e-4), "it remembers"
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "bce"])
+@pytest.mark.parametrize("name", MODELS)
+def test_the_next_item_is_learned(name, loss):
+    found, rows = trained(name, chain_users(300), loss=loss, epochs=25, patience=25)
+    metrics = evaluate(rows, resamples=20)
+    assert metrics["hr@5"] > 0.9
+    assert metrics["auc"] > 0.9, "scores of different users are comparable"
+    assert found.log[-1]["loss"] < found.log[0]["loss"]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_nothing_is_learned_from_test_users(name):
+    """Other targets, negatives and histories of test users: the same parameters, bit by bit."""
+    users = chain_users(60)
+    rng = np.random.default_rng(1)
+    changed = [
+        {
+            **user,
+            "history": list(reversed(user["history"])),
+            "target": ITEMS[rng.integers(30)],
+            "negatives": user["negatives"][::-1],
+        }
+        if user["split"] == "test"
+        else user
+        for user in users
+    ]
+    assert changed != users
+    models = [trained(name, own, epochs=3)[0].model.state_dict() for own in (users, changed)]
+    assert all(torch.equal(models[0][key], models[1][key]) for key in models[0])
+    training = [user for user in users if user["split"] == "train"]
+    other = [{**user, "target": ITEMS[0]} if user in training else user for user in users]
+    model = trained(name, other, epochs=3)[0].model.state_dict()
+    assert not all(torch.equal(models[0][key], model[key]) for key in model)
+
+
+def test_random_targets_are_ranked_by_chance():
+    users = chain_users(600)
+    rng = np.random.default_rng(2)
+    for user in users:
+        if user["split"] == "test":
+            drawn = rng.choice([i for i in ITEMS if i not in user["history"]], 21, replace=False)
+            user["target"], user["negatives"] = drawn[0], drawn[1:].tolist()
+    low, high = evaluate(trained("sasrec", users)[1])["auc_per_user_ci95"]
+    assert low < 0.5 < high
+
+
+def test_without_a_better_epoch_training_stops_and_the_best_one_is_kept():
+    users = chain_users(100)
+    options = options_of("gru4rec", epochs=60, patience=2)
+    data = SequenceData.of(users, ITEMS)
+    validation, model = data.candidate_lists(users, "validation"), new_model("gru4rec", options)
+    found = fit(model, data, validation, options)
+    assert len(found.log) < 60
+    assert found.log[-1]["epoch"] == found.best["epoch"] + 2
+    kept = score_candidates(found.model, validation, options)
+    shorter = options_of("gru4rec", epochs=int(found.best["epoch"]), patience=60)
+    again = fit(new_model("gru4rec", shorter), data, validation, shorter)
+    assert score_candidates(again.model, validation, options) == kept
+
+
+def test_the_losses_by_hand():
+    """Two users, one of whom has a shorter sequence: its padding does not count."""
+    options = options_of("sasrec", dropout=0.0)
+    model = new_model("sasrec", options)
+    rows = padded([[1, 2, 3], [4, 5]])
+    inputs, targets = rows[:, :-1], rows[:, 1:]
+    states, vectors = model(inputs), model.items()
+    wanted = [(states[0, 0], 2), (states[0, 1], 3), (states[1, 0], 5)]
+    expected = []
+    for state, item in wanted:
+        weights = (vectors[1:] @ state).double().exp()
+        expected.append(-math.log(weights[item - 1] / weights.sum()))
+    loss = next_item_loss(model, inputs, targets, "cross_entropy", torch.Generator())
+    assert loss.item() == pytest.approx(np.mean(expected), rel=1e-5)
+    drawn = torch.randint(1, 31, (3,), generator=torch.Generator().manual_seed(5))
+    expected = []
+    for (state, item), negative in zip(wanted, drawn, strict=True):
+        up, down = (torch.sigmoid((vectors[i] @ state).double()).item() for i in (item, negative))
+        expected.append(-math.log(up) - math.log(1 - down))
+    generator = torch.Generator().manual_seed(5)
+    loss = next_item_loss(model, inputs, targets, "bce", generator)
+    assert loss.item() == pytest.approx(np.mean(expected), rel=1e-5)
+
+
+def test_scores_are_log_probabilities_of_all_items():
+    users = chain_users(10)
+    options = options_of("gru4rec")
+    data = SequenceData.of(users, ITEMS)
+    lists = data.candidate_lists(users, "test")
+    lists.candidates = [list(range(1, 31))] * len(lists.users)
+    scores = score_candidates(new_model("gru4rec", options), lists, options)
+    assert np.exp(scores).sum(1) == pytest.approx(1.0, abs=1e-5)
+
+
+def test_features_are_part_of_an_items_vector_or_all_of_it():
+    features = torch.randn(30, 5)
+    both = ItemVectors(30, 16, features)
+    assert torch.allclose(both()[4], both.ids.weight[4] + both.project(features[3]))
+    only = ItemVectors(30, 16, features, with_ids=False)
+    assert torch.allclose(only()[4], only.project(features[3]))
+    with pytest.raises(InputError, match="--item_ids false needs --features"):
+        ItemVectors(30, 16, None, with_ids=False)
+
+
+def test_the_encoder_puts_titles_of_one_topic_near_each_other():
+    texts = ["a recipe for noodle soup", "how to cook pasta at home", "the football world cup"]
+    vectors = encode(texts, "sentence-transformers/all-MiniLM-L6-v2")
+    assert vectors.norm(dim=1).tolist() == pytest.approx([1, 1, 1], abs=1e-4)
+    assert vectors[0] @ vectors[1] > vectors[0] @ vectors[2] + 0.1
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_baseline_writes_scores_of_the_test_users(name, small_run, tmp_path):
+    stage = load_script(f"MLLM-MSR/baselines/{name}.py")
+    words = ["--config", str(small_run.config), "--output_dir", str(tmp_path), "--epochs", "2"]
+    summaries = str(small_run.system / "image_summaries.jsonl")
+    words += ["--features", "title", "summary", "--summaries", summaries, "--variant", "own"]
+    stage.main(words)
+    path = tmp_path / "baselines" / "own" / "scores.jsonl"
+    rows, users = read_rows(path), read_rows(small_run.folder / "users.jsonl")
+    tested = {user["user_id"]: user for user in users if user["split"] == "test"}
+    assert {row["user_id"] for row in rows} == tested.keys()
+    assert evaluate(rows, resamples=5)["candidates"] == 21
+    assert all(row["item_id"] == tested[row["user_id"]]["target"] for row in rows if row["label"])
+    record = read_record(path)
+    assert [line["epoch"] for line in record["log"]] == [1, 2]
+    before = path.stat().st_mtime_ns
+    stage.main(words)
+    assert path.stat().st_mtime_ns == before, "it is up to date"
+
+
+def test_titles_of_a_history_stand_where_the_preference_would(small_run, tmp_path):
+    words = ["--config", str(small_run.config), "--output_dir", str(tmp_path), "--system", "titles"]
+    load_script("MLLM-MSR/baselines/title_history.py").main([*words, "--max_titles", "2"])
+    rows = read_rows(tmp_path / "titles" / "user_preferences.jsonl")
+    users = {user["user_id"]: user for user in read_rows(small_run.folder / "users.jsonl")}
+    items = {item["item_id"]: item for item in read_rows(small_run.folder / "items.jsonl")}
+    assert [row["user_id"] for row in rows] == list(users)
+    for row in rows:
+        history = users[row["user_id"]]["history"]
+        titles = [items[item]["title"] for item in history[-2:]]
+        assert row["preference"] == "; ".join(f"{n}. {t}" for n, t in enumerate(titles, start=1))
+        assert users[row["user_id"]]["target"] not in row["blocks"][0]["items"]
