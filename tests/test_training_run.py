@@ -26,15 +26,15 @@ TRAINING_MODULES = tuple(f"mllmrec.ranking.{name}" for name in ("trainer", "coll
 # Kills itself at the start of micro-batch number argv[1], with SIGKILL.
 KILLED = """
 import os, runpy, signal, sys
-from transformers import Trainer
-whole, left = Trainer.training_step, int(sys.argv[1])
+from mllmrec.ranking.trainer import RankingTrainer
+whole, left = RankingTrainer.training_step, int(sys.argv[1])
 def training_step(self, *args, **options):
     global left
     left -= 1
     if left == 0:
         os.kill(os.getpid(), signal.SIGKILL)
     return whole(self, *args, **options)
-Trainer.training_step = training_step
+RankingTrainer.training_step = training_step
 sys.argv = sys.argv[2:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """

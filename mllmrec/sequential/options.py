@@ -36,9 +36,9 @@ class SequentialOptions(CommonOptions):
     dropout: float = option(0.3, "dropout", ge=0, lt=1)
     learning_rate: float = option(1e-3, "of AdamW", gt=0)
     weight_decay: float = option(0.0, "of AdamW", ge=0)
-    batch_size: int = option(256, "users in a batch", ge=1)
+    batch_size: int = option(64, "users in a batch", ge=1)
     epochs: int = option(40, "most epochs", ge=1)
     patience: int = option(
         5, "stop after this many epochs without a better validation NDCG@5", ge=1
     )
-    threads: int = option(0, "CPU threads, 0 = all", ge=0, le=1024)
+    threads: int = option(0, "CPU threads, 0 = as torch decides", ge=0, le=1024)

@@ -1,6 +1,6 @@
 """A sequential baseline from users.jsonl to scores.jsonl, the same for every model."""
 
-import os
+import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,8 @@ def run_baseline(name: str, new_model: NewModel, options: Any) -> None:
     with writing(job, [path]) as output:
         if not output.is_needed:
             return
-        torch.set_num_threads(options.threads or len(os.sched_getaffinity(0)))
+        if options.threads:
+            torch.set_num_threads(options.threads)
         torch.manual_seed(options.seed)
         users, items = read_users(users_path), read_by_id(items_path, "item_id")
         check_lists(users, items, users_path, items_path)
@@ -50,7 +51,10 @@ def run_baseline(name: str, new_model: NewModel, options: Any) -> None:
         lists = data.candidate_lists(users, "test")
         rows = scored_rows(users, lists, score_candidates(found.model, lists, options))
         write_rows(path, rows)
-        output.finish({"training_users": len(data.training), "out": len(rows)}, log=found.log)
+        counts = {"training_users": len(data.training), "out": len(rows)}
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+        best = int(found.best["epoch"])
+        output.finish(counts, log=found.log, epochs=best, peak_gb=round(peak, 2))
         print(f"wrote {path}: {len(rows):,} scores, epoch {found.best['epoch']}")
 
 

@@ -253,7 +253,32 @@ PRELIMINARY = {
     "popularity": SEQUENTIAL["popularity"],
 }
 
+HIDDEN = "MLLM-MSR/test/test_with_llava_sft.py --hide"
+# The sample's own rows: what image, preference, title and order contribute, and the bounds.
+SAMPLE = {
+    "full": FULL,
+    "zero_shot": ZERO_SHOT,
+    "no_image": TableRow(
+        "SFT, gray images",
+        "mllm_msr/sft_no_image",
+        (*FULL.steps[:4], f"{HIDDEN} image"),
+        against="full",
+    ),
+    "no_preference": TableRow(
+        "SFT, empty preferences",
+        "mllm_msr/sft_no_preference",
+        (*FULL.steps[:4], f"{HIDDEN} preference"),
+        against="full",
+    ),
+    "popularity": popularity("popularity"),
+    **{
+        rule: TableRow(f"`{rule}`", f"bounds/{rule}", ())
+        for rule in ("title_only", "no_recency", "ceiling")
+    },
+}
+
 TABLES = {
+    "sample": SAMPLE,
     "deviations": DEVIATIONS,
     "table3": MAIN_RESULTS,
     "figure4": ABLATIONS,

@@ -36,7 +36,7 @@ from mllmrec.evaluation.paired import Scored, paired_differences
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import atomic_file, read_rows, write_json
 from mllmrec.stage.options import load_config
-from mllmrec.stage.record import machine
+from mllmrec.stage.record import machine, read_record
 
 
 class Run:
@@ -45,11 +45,10 @@ class Run:
     def __init__(self, folder, seed, world, args):
         self.folder, self.seed, self.world, self.args = folder, seed, world, args
         self.log = args.output / "logs" / f"{folder.name}.log"
-        self.failed, self.done, self.seconds = {}, set(), {}
+        self.failed, self.done = {}, set()
 
     def row(self, key, row):
         """Run the steps of a row; a failure is kept in `failed`."""
-        started = time.monotonic()
         for step in (f"01_prepare_data {WORLDS[self.world]}", *row.steps):
             if step not in self.done:
                 reason = self._step(step)
@@ -57,7 +56,6 @@ class Run:
                     self.failed[key] = f"{step}: {reason}"
                     return
                 self.done.add(step)
-        self.seconds[key] = round(time.monotonic() - started, 1)
 
     def _step(self, step):
         """Run one step; return the last line that it printed if it failed, else None."""
@@ -122,6 +120,12 @@ def run_rows(rows, args):
     return {(key, seed): runs[seed, row.world] for key, row in rows.items() for seed in args.seeds}
 
 
+def last_stage(scores):
+    """Seconds, and what else is known of the run that wrote scores.jsonl, from its record."""
+    record = read_record(scores) or {}
+    return {key: record[key] for key in ("seconds", "epochs", "peak_gb") if key in record}
+
+
 def measure(rows, runs, args):
     """{key: row of the report} of the rows whose steps were done for every seed."""
     scored, report = {}, {}
@@ -138,7 +142,7 @@ def measure(rows, runs, args):
             "per_seed": dict(zip(map(str, args.seeds), per_seed, strict=True)),
             "steps": row.steps,
             "stage_1": WORLDS[row.world],
-            "seconds": [runs[key, seed].seconds[key] for seed in args.seeds],
+            "last_stage": [last_stage(path) for path in paths],
         }
     for key, own in report.items():
         against = rows[key].against
