@@ -1,5 +1,6 @@
 """The tables' commands exist and take their options; a small table from beginning to end."""
 
+import functools
 import itertools
 import json
 import re
@@ -16,11 +17,7 @@ from mllmrec.stage.scripts import load_script
 
 rows = load_script("scripts/reproduce/rows.py")
 tables = load_script("scripts/reproduce/tables.py")
-ALL_ROWS = [
-    pytest.param(row, id=f"{table}-{key}")
-    for table, own in rows.TABLES.items()
-    for key, row in own.items()
-]
+ALL_ROWS = {row: f"{table}-{key}" for table, own in rows.TABLES.items() for key, row in own.items()}
 # numbered script -> the Python stage that gets its options
 STAGE_OF = {
     "01_prepare_data": "data_processing/sample.py",
@@ -31,10 +28,14 @@ STAGE_OF = {
 }
 
 
+stage_of = functools.cache(load_script)
+
+
+@functools.cache
 def step_options(step):
     """The options object of a step, as its stage would parse them."""
     words = shlex.split(step.replace("{full}", "x/full").replace("{text_model}", "x/text"))
-    stage = load_script(STAGE_OF.get(words[0], words[0]))
+    stage = stage_of(STAGE_OF.get(words[0], words[0]))
     options_class = getattr(stage, "Options", None) or stage.DatasetOptions
     section = getattr(stage, "SECTION", "datasets")
     return options_class, parse_options(
@@ -42,7 +43,7 @@ def step_options(step):
     )
 
 
-@pytest.mark.parametrize("row", ALL_ROWS)
+@pytest.mark.parametrize("row", ALL_ROWS, ids=ALL_ROWS.values())
 def test_every_step_of_a_row_is_a_stage_that_takes_its_options(row):
     for step in (f"01_prepare_data {rows.WORLDS[row.world]}", *row.steps):
         name = shlex.split(step)[0]
@@ -97,34 +98,34 @@ def reproduce(tmp_path, *words):
 
 
 def test_a_table_of_two_seeds_resumes_and_has_an_interval_for_each_cell(tmp_path):
-    words = ("table3", "--rows", "popularity", "sasrec", "--seeds", "1", "2", "--jobs", "2")
+    words = ("sample", "--rows", "popularity", "title_only", "--seeds", "1", "2", "--jobs", "2")
     done = reproduce(tmp_path, *words)
     assert done.returncode == 0, done.stdout + done.stderr
-    report = json.loads((tmp_path / "out" / "table3.json").read_text())
-    assert list(report["rows"]) == ["popularity", "sasrec"]
+    report = json.loads((tmp_path / "out" / "sample.json").read_text())
+    assert list(report["rows"]) == ["popularity", "title_only"]
     for row in report["rows"].values():
         assert row["per_seed"].keys() == {"1", "2"}
         mean = sum(run["auc"] for run in row["per_seed"].values()) / 2
         assert row["metrics"]["auc"] == pytest.approx(mean)
         assert row["metrics"]["auc_ci95"][0] < mean < row["metrics"]["auc_ci95"][1]
-    text = (tmp_path / "out" / "table3.md").read_text()
+    text = (tmp_path / "out" / "sample.md").read_text()
     assert "| popularity |" in text and "±" in text
-    scores = tmp_path / "out" / "main-1" / "baselines" / "sasrec" / "scores.jsonl"
+    scores = tmp_path / "out" / "main-1" / "baselines" / "popularity" / "scores.jsonl"
     before = scores.stat().st_mtime_ns
     assert reproduce(tmp_path, *words).returncode == 0
     assert scores.stat().st_mtime_ns == before
-    assert (tmp_path / "out" / "table3.md").read_text() == text
+    assert (tmp_path / "out" / "sample.md").read_text() == text
 
 
 def test_a_row_that_fails_is_not_run_and_the_others_are(tmp_path):
-    (tmp_path / "out" / "main-1" / "baselines" / "sasrec" / "scores.jsonl").mkdir(parents=True)
-    done = reproduce(tmp_path, "table3", "--rows", "sasrec", "popularity", "--seeds", "1")
+    (tmp_path / "out" / "main-1" / "baselines" / "popularity" / "scores.jsonl").mkdir(parents=True)
+    done = reproduce(tmp_path, "sample", "--rows", "popularity", "title_only", "--seeds", "1")
     assert done.returncode == 1
-    assert "not run: sasrec: MLLM-MSR/baselines/sasrec.py" in done.stderr
+    assert "not run: popularity: MLLM-MSR/baselines/popularity.py" in done.stderr
     assert "1 of 2 rows were not run" in done.stderr
-    text = (tmp_path / "out" / "table3.md").read_text()
-    assert "| SASRec, cross-entropy | not run | not run |" in text
-    assert re.search(r"\| popularity \| \d", text)
+    text = (tmp_path / "out" / "sample.md").read_text()
+    assert "| popularity | not run | not run |" in text
+    assert re.search(r"\| `title_only` \| \d", text)
 
 
 def test_an_unknown_row_is_refused(tmp_path):

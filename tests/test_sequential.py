@@ -1,5 +1,6 @@
 """Sequential baselines: what a state depends on, what is learned from, and that it is learned."""
 
+import functools
 import math
 
 import numpy as np
@@ -22,8 +23,11 @@ MODELS = {"sasrec": SASRec, "gru4rec": GRU4Rec}
 ITEMS = [f"i{n}" for n in range(30)]
 
 
+stage_of = functools.cache(load_script)
+
+
 def options_of(name, **changes):
-    stage = load_script(f"MLLM-MSR/baselines/{name}.py")
+    stage = stage_of(f"MLLM-MSR/baselines/{name}.py")
     defaults = {"width": 16, "max_length": 8, "dropout": 0.1, "batch_size": 16, "epochs": 12}
     return stage.Options(**{**defaults, "learning_rate": 1e-2, **changes})
 
