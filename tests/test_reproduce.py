@@ -97,6 +97,7 @@ def reproduce(tmp_path, *words):
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_a_table_of_two_seeds_resumes_and_has_an_interval_for_each_cell(tmp_path):
     words = ("sample", "--rows", "popularity", "title_only", "--seeds", "1", "2", "--jobs", "2")
     done = reproduce(tmp_path, *words)

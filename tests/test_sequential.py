@@ -187,6 +187,7 @@ def test_features_are_part_of_an_items_vector_or_all_of_it():
         ItemVectors(30, 16, None, with_ids=False)
 
 
+@pytest.mark.slow
 def test_the_encoder_puts_titles_of_one_topic_near_each_other():
     texts = ["a recipe for noodle soup", "how to cook pasta at home", "the football world cup"]
     vectors = encode(texts, "sentence-transformers/all-MiniLM-L6-v2")
