@@ -143,6 +143,14 @@ def test_without_a_better_epoch_training_stops_and_the_best_one_is_kept():
     assert score_candidates(again.model, validation, options) == kept
 
 
+def test_without_validation_users_the_last_epoch_is_kept():
+    users = [user for user in chain_users(60) if user["split"] != "validation"]
+    found, rows = trained("gru4rec", users, epochs=4, patience=1)
+    assert found.best["epoch"] == len(found.log) == 4
+    first = trained("gru4rec", users, epochs=1)[1]
+    assert [row["score"] for row in rows] != [row["score"] for row in first]
+
+
 def test_the_losses_by_hand():
     """Two users, one of whom has a shorter sequence: its padding does not count."""
     options = options_of("sasrec", dropout=0.0)

@@ -32,8 +32,8 @@ class Fit:
 
     @property
     def best(self) -> dict[str, float]:
-        """The line of the epoch that was kept."""
-        return max(self.log, key=lambda line: line[CHOSEN_BY])
+        """The line of the epoch that was kept: without validation users the last one."""
+        return max(self.log, key=lambda line: line.get(CHOSEN_BY, line["epoch"]))
 
 
 def fit(
@@ -128,9 +128,9 @@ def score_candidates(model: Any, lists: CandidateNumbers, options: Any) -> list[
 
 
 def validation_metrics(model: Any, lists: CandidateNumbers, options: Any) -> dict[str, float]:
-    """AUC per user, HR@5, MRR@5 and NDCG@5 of the validation users; without users the epoch."""
+    """AUC per user, HR@5, MRR@5 and NDCG@5 of the validation users; nothing without users."""
     if not lists.users:
-        return {CHOSEN_BY: math.nan}
+        return {}
     rows = score_candidates(model, lists, options)
     scored = [
         {"user_id": user, "item_id": str(n), "label": int(n == 0), "score": score}
