@@ -14,6 +14,7 @@ Every learned row should be compared with this one. CPU, seconds.
 
 from mllmrec.stage.main import run_main
 
+import functools
 from pathlib import Path
 
 from pydantic.dataclasses import dataclass
@@ -43,20 +44,28 @@ class Options(CommonOptions):
     system: str = option("baselines", "subfolder of output_dir for the scores", pattern=NAME)
 
 
+def read_lists(users_path):
+    """Lines of users.jsonl, each of which must have negatives."""
+    users = read_users(users_path)
+    for number, user in enumerate(users, start=1):
+        check_negatives(user, f"{users_path}, line {number}")
+    return users
+
+
 def main(argv=None):
     options = parse_options(Options, SECTION, argv, __doc__)
     print_options(options, "baseline: popularity")
     users_path = Path(options.data_dir) / "users.jsonl"
     job = Job.of(options, file_digests(require(users_path)))
-    users = read_users(users_path)
-    for number, user in enumerate(users, start=1):
-        check_negatives(user, f"{users_path}, line {number}")
+    lists = functools.cache(lambda: read_lists(users_path))  # read if a variant needs it
     for variant, sampling in VARIANTS.items():
         path = options.system_dir / variant / "scores.jsonl"
         with writing(job, [path]) as output:
             if output.is_needed:
-                lists = redraw_negatives(users, sampling, options.seed) if sampling else users
-                rows = popularity_scores(lists)
+                users = lists()
+                if sampling:
+                    users = redraw_negatives(users, sampling, options.seed)
+                rows = popularity_scores(users)
                 write_rows(path, rows)
                 output.finish({"out": len(rows)})
                 print(f"wrote {path}: {len(rows):,} scores")

@@ -21,9 +21,8 @@ from pathlib import Path
 
 from pydantic.dataclasses import dataclass
 
-from mllmrec.data.candidates import is_leave_one_out, read_users
+from mllmrec.data.candidates import check_known, is_leave_one_out, read_users
 from mllmrec.prompts.templates import cut
-from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import read_by_id, require, write_rows
 from mllmrec.stage.options import CommonOptions, option, parse_options, print_options
 from mllmrec.stage.record import Job, file_digests
@@ -46,16 +45,12 @@ def title_history(titles, options):
     return "; ".join(f"{number}. {title}" for number, title in enumerate(shown, start=1))
 
 
-def history_rows(users, items, users_path, options):
-    """Lines of user_preferences.jsonl. items: lines of items.jsonl by id."""
+def history_rows(users_path, items_path, options):
+    """Lines of user_preferences.jsonl, from users.jsonl and items.jsonl."""
+    users, items = read_users(users_path), read_by_id(items_path, "item_id")
     leave_one_out = is_leave_one_out(users)
     for number, user in enumerate(users, start=1):
-        unknown = [item for item in user["history"] if item not in items]
-        if unknown:
-            raise InputError(
-                f"{users_path}, line {number}: item {unknown[0]!r} is not in items.jsonl; "
-                "scripts/01_prepare_data.sh makes both again"
-            )
+        check_known(user["history"], items, items_path, f"{users_path}, line {number}")
         text = title_history([items[item]["title"] for item in user["history"]], options)
         row = {"user_id": user["user_id"], "preference": text}
         row["blocks"] = [{"items": user["history"], "preference": text}]
@@ -71,10 +66,10 @@ def main(argv=None):
     path = options.system_dir / "user_preferences.jsonl"
     with writing(job, [path]) as output:
         if output.is_needed:
-            users, items = read_users(users_path), read_by_id(items_path, "item_id")
-            write_rows(path, history_rows(users, items, users_path, options))
-            output.finish({"out": len(users)})
-            print(f"wrote {path}: {len(users):,} users")
+            rows = list(history_rows(users_path, items_path, options))
+            write_rows(path, rows)
+            output.finish({"out": len(rows)})
+            print(f"wrote {path}: {len(rows):,} users")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Candidate lists of users, and lines of scores.jsonl."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -61,6 +61,21 @@ def check_negatives(user: Row, where: str) -> None:
             f"{where}: user {user['user_id']!r} has no negatives, so nothing could be ranked; make "
             "the file again with --negatives and --train_negatives above 0"
         )
+
+
+def check_known(
+    item_ids: Iterable[str], items: Container[str], items_path: PathLike, where: str
+) -> None:
+    """Raise InputError if an item of a line of users.jsonl is not in items.jsonl.
+
+    items: ids in it; where: file and line.
+    """
+    for item_id in item_ids:
+        if item_id not in items:
+            raise InputError(
+                f"{where}: item {item_id!r} is not in {items_path}; scripts/01_prepare_data.sh "
+                "makes both again"
+            )
 
 
 def is_leave_one_out(users: Sequence[Row]) -> bool:

@@ -109,6 +109,12 @@ def pad_black(image: Image.Image, size: tuple[int, int] | None) -> Image.Image:
     return ImageOps.expand(image, border=(left, top, right, bottom), fill="black")
 
 
+def pad_to_largest(images: Sequence[Image.Image | None]) -> list[Image.Image | None]:
+    """The images padded with black to the largest width and height among them; None stays None."""
+    size = largest([image.size if image else None for image in images])
+    return [pad_black(image, size) if image else None for image in images]
+
+
 def check_image_paths(
     names: Iterable[str], of_file: str | Path, data_dir: str | Path, roots: Sequence[str]
 ) -> None:

@@ -6,7 +6,13 @@ from typing import NamedTuple
 
 from pydantic.dataclasses import dataclass as options_dataclass
 
-from mllmrec.data.candidates import check_negatives, is_leave_one_out, read_users, user_key
+from mllmrec.data.candidates import (
+    check_known,
+    check_negatives,
+    is_leave_one_out,
+    read_users,
+    user_key,
+)
 from mllmrec.models.options import GenerationStageOptions
 from mllmrec.prompts import mllm_msr as prompts
 from mllmrec.stage.errors import InputError
@@ -100,12 +106,7 @@ def _check_history(user: Row, where: str, known: dict[Path, dict[str, Row]]) -> 
         )
     check_negatives(user, where)
     for item_id in user["history"]:
-        if item_id not in items:
-            raise InputError(
-                f"{where}: item {item_id!r} is not in {items_path}; scripts/01_prepare_data.sh "
-                f"makes "
-                "both again"
-            )
+        check_known([item_id], items, items_path, where)
         if item_id not in summaries:
             raise InputError(
                 f"{where}: item {item_id!r} has no line in {summaries_path}; finish "

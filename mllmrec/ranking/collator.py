@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 
-from mllmrec.data.images import largest, pad_black
+from mllmrec.data.images import pad_to_largest
 from mllmrec.models.padding import common_prefix_length, pad_rows
 from mllmrec.ranking.reader import RowReader
 from mllmrec.ranking.rows import group_rows, row_name
@@ -76,8 +76,7 @@ class Collator:
             return self._packed_batch(rows)
         images = [self.reader.image(row) for row in rows]
         if self.pad_images:
-            size = largest([image.size if image else None for image in images])
-            images = [pad_black(image, size) if image else None for image in images]
+            images = pad_to_largest(images)
         batch = self.chat.encode([self.text(row) for row in rows], images, side="right")
         answers = [self.answer_ids(row) for row in rows]
         lengths = batch["attention_mask"].sum(1).tolist()

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from mllmrec.data.candidates import (
     candidates,
+    check_known,
     check_negatives,
     is_leave_one_out,
     read_users,
@@ -102,12 +103,8 @@ class Sources:
         for number, user in enumerate(self.users, start=1):
             where = f"{self.users_path}, line {number}"
             check_negatives(user, where)
-            for item_id, _ in candidates(user):
-                if item_id not in self.items:
-                    raise InputError(
-                        f"{where}: item {item_id!r} is not in {self.items_path}; "
-                        "scripts/01_prepare_data.sh makes both again"
-                    )
+            listed = (item_id for item_id, _ in candidates(user))
+            check_known(listed, self.items, self.items_path, where)
 
     def preference(self, user: Row) -> tuple[str, str | None]:
         """(preference, None), or ("", reason) for a user that stage 3 rejected."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from mllmrec.data.candidates import candidates, check_negatives, read_users, score_row
+from mllmrec.data.candidates import candidates, check_known, check_negatives, read_users, score_row
 from mllmrec.sequential.data import CandidateNumbers, SequenceData
 from mllmrec.sequential.items import read_features
 from mllmrec.sequential.training import CHOSEN_BY, fit, score_candidates
@@ -65,12 +65,8 @@ def check_lists(
     for number, user in enumerate(users, start=1):
         where = f"{users_path}, line {number}"
         check_negatives(user, where)
-        for item in (*user["history"], user["target"], *user["negatives"]):
-            if item not in items:
-                raise InputError(
-                    f"{where}: item {item!r} is not in {items_path}; scripts/01_prepare_data.sh "
-                    "makes both again"
-                )
+        listed = (*user["history"], user["target"], *user["negatives"])
+        check_known(listed, items, items_path, where)
 
 
 def scored_rows(users: list[Row], lists: CandidateNumbers, scores: list[list[float]]) -> list[Row]:

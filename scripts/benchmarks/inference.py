@@ -21,7 +21,6 @@ from mllmrec.stage.main import run_main
 
 import numpy as np
 import torch
-from PIL import Image
 from tools import (
     count_parameters,
     cover,
@@ -34,6 +33,7 @@ from tools import (
     write_report,
 )
 
+from mllmrec.data.images import pad_to_largest
 from mllmrec.generation.engine import GenerationEngine, GenerationOptions, run_dialogues
 from mllmrec.generation.preferences import HistoryItem, UserHistory
 from mllmrec.generation.prefill import kv_bytes_per_token
@@ -92,20 +92,10 @@ def new_engine(model, chat, args):
 def published_summaries(model, chat, prompt, covers, new_tokens):
     summaries = []
     for start in range(0, len(covers), PUBLISHED_IMAGES):
-        images = padded_to_largest(covers[start : start + PUBLISHED_IMAGES])
+        images = pad_to_largest(covers[start : start + PUBLISHED_IMAGES])
         batch = chat.encode([prompt] * len(images), images)
         summaries += generate(model, chat, batch, new_tokens)
     return summaries
-
-
-def padded_to_largest(images):
-    """The images, each in the middle of a black image as wide and high as the largest of them."""
-    width, height = max(image.width for image in images), max(image.height for image in images)
-    padded = []
-    for image in images:
-        padded.append(Image.new("RGB", (width, height)))
-        padded[-1].paste(image, ((width - image.width) // 2, (height - image.height) // 2))
-    return padded
 
 
 def our_summaries(model, chat, prompt, covers, args):

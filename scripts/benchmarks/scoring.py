@@ -36,7 +36,7 @@ from tools import (
     write_report,
 )
 
-from mllmrec.data.images import largest, pad_black
+from mllmrec.data.images import pad_to_largest
 from mllmrec.models.chat import ChatProcessor, to_model
 from mllmrec.models.loading import DTYPES, pick_device
 from mllmrec.models.random_models import LLAVA_SIZES, random_llava
@@ -76,9 +76,7 @@ def score_published(model, reader, rows, new_tokens):
     chat, scored = reader.chat, []
     for start in range(0, len(rows), PUBLISHED_ROWS):
         batch = rows[start : start + PUBLISHED_ROWS]
-        images = [reader.image(row) for row in batch]
-        size = largest([image.size for image in images])
-        padded = [pad_black(image, size) for image in images]
+        padded = pad_to_largest([reader.image(row) for row in batch])
         generated = model.generate(
             **to_model(chat.encode([reader.prompt(row)[0] for row in batch], padded), model),
             max_new_tokens=new_tokens,
