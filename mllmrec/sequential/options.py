@@ -41,4 +41,5 @@ class SequentialOptions(CommonOptions):
     patience: int = option(
         5, "stop after this many epochs without a better validation NDCG@5", ge=1
     )
+    device: Literal["auto", "cpu", "cuda"] = option("auto", "auto: the GPU if there is one")
     threads: int = option(0, "CPU threads, 0 = as torch decides", ge=0, le=1024)

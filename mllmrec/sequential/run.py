@@ -46,7 +46,7 @@ def run_baseline(name: str, new_model: NewModel, options: Any) -> None:
         if not data.training:
             raise InputError(f"{users_path} has no training users; make it again with stage 1")
         features = read_features(options.features, items, Path(summaries), options.encoder)
-        model = new_model(len(items), features, options)
+        model = new_model(len(items), features, options).to(chosen_device(options.device))
         found = fit(model, data, data.candidate_lists(users, "validation"), options, print_epoch)
         lists = data.candidate_lists(users, "test")
         rows = scored_rows(users, lists, score_candidates(found.model, lists, options))
@@ -56,6 +56,13 @@ def run_baseline(name: str, new_model: NewModel, options: Any) -> None:
         best = int(found.best["epoch"])
         output.finish(counts, log=found.log, epochs=best, peak_gb=round(peak, 2))
         print(f"wrote {path}: {len(rows):,} scores, epoch {found.best['epoch']}")
+
+
+def chosen_device(name: str) -> str:
+    """cpu or cuda. name: auto, cpu or cuda. Raises InputError for cuda without a GPU."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: torch finds no GPU; pass --device cpu")
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
 
 
 def check_lists(

@@ -37,6 +37,6 @@ class SASRec(nn.Module):
         """numbers: (users, length), 0 behind the last item -> states (users, length, width)."""
         length = numbers.shape[1]
         states = self.items()[numbers] + self.positions.weight[:length]  # (users, length, width)
-        future = nn.Transformer.generate_square_subsequent_mask(length)  # (length, length)
+        future = nn.Transformer.generate_square_subsequent_mask(length, device=states.device)
         # No item attends to the padding, which is behind all of them.
         return self.blocks(self.dropout(states), mask=future, is_causal=True)

@@ -45,9 +45,10 @@ def fit(
 ) -> Fit:
     """Train until the validation metric stops rising; the best epoch's weights are kept.
 
-    Learns from `data.training` alone. Without validation users the last epoch is kept. report: is
-    called with the line of each epoch.
+    Learns from `data.training` alone, on the model's device. Without validation users the last
+    epoch is kept. report: is called with the line of each epoch.
     """
+    device = model_device(model)
     generator = torch.Generator().manual_seed(options.seed)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay
@@ -57,12 +58,13 @@ def fit(
         started, losses = time.monotonic(), []
         model.train()
         for inputs, targets in data.training_batches(options, generator):
+            inputs, targets = inputs.to(device), targets.to(device)
             loss = next_item_loss(model, inputs, targets, options.loss, generator)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            losses.append(loss.item())
-        line = {"epoch": epoch, "loss": sum(losses) / len(losses)}
+            losses.append(loss.detach())  # .item() here would wait for the GPU at every step
+        line = {"epoch": epoch, "loss": torch.stack(losses).mean().item()}
         if not math.isfinite(line["loss"]):
             raise InputError(
                 f"the loss of epoch {epoch} is {line['loss']}: the training diverged; lower "
@@ -81,6 +83,11 @@ def fit(
     return result
 
 
+def model_device(model: Any) -> torch.device:
+    """Where the model's parameters are."""
+    return next(model.parameters()).device
+
+
 def next_item_loss(
     model: Any,
     inputs: torch.Tensor,
@@ -97,7 +104,7 @@ def next_item_loss(
     states, wanted, vectors = model(inputs)[real], targets[real], model.items()
     if loss == "cross_entropy":  # number 0, the padding, is no item
         return functional.cross_entropy(states @ vectors[1:].T, wanted - 1)
-    negative = torch.randint(1, len(vectors), wanted.shape, generator=generator)
+    negative = torch.randint(1, len(vectors), wanted.shape, generator=generator).to(wanted.device)
     positive_logits = (states * vectors[wanted]).sum(1)
     negative_logits = (states * vectors[negative]).sum(1)
     return -(
@@ -117,12 +124,12 @@ def score_candidates(model: Any, lists: CandidateNumbers, options: Any) -> list[
     for start in range(0, len(lists.users), SCORED):
         part = slice(start, start + SCORED)
         histories = [row[-options.max_length :] for row in lists.histories[part]]
-        states = model(padded(histories))
+        states = model(padded(histories).to(vectors.device))
         last = states[torch.arange(len(histories)), [len(row) - 1 for row in histories]]
         logits = last @ vectors.T
         if options.loss == "cross_entropy":
             logits = logits - logits[:, 1:].logsumexp(1, keepdim=True)
-        for row, chosen in zip(logits, lists.candidates[part], strict=True):
+        for row, chosen in zip(logits.cpu(), lists.candidates[part], strict=True):
             scores.append(row[chosen].tolist())
     return scores
 
