@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from mllmrec.evaluation.metrics import evaluate
-from mllmrec.sequential.data import SequenceData, padded
+from mllmrec.sequential.data import SequenceData, padded, windows
 from mllmrec.sequential.gru4rec import GRU4Rec
 from mllmrec.sequential.items import ItemVectors, encode
-from mllmrec.sequential.run import scored_rows
+from mllmrec.sequential.run import is_test, scored_rows, with_other_histories
 from mllmrec.sequential.sasrec import SASRec
 from mllmrec.sequential.training import fit, next_item_loss, score_candidates
 from mllmrec.stage.errors import InputError
@@ -235,3 +235,37 @@ def test_titles_of_a_history_stand_where_the_preference_would(small_run, tmp_pat
         titles = [items[item]["title"] for item in history[-2:]]
         assert row["preference"] == "; ".join(f"{n}. {t}" for n, t in enumerate(titles, start=1))
         assert users[row["user_id"]]["target"] not in row["blocks"][0]["items"]
+
+
+def test_windows_hold_each_next_item_once():
+    for length in range(1, 9):
+        row = list(range(1, 18))
+        parts = windows(row, length)
+        pairs = [pair for part in parts for pair in zip(part, part[1:], strict=False)]
+        assert sorted(pairs) == list(zip(row, row[1:], strict=False))
+        assert max(map(len, parts)) <= length + 1
+        assert parts[0][-1] == row[-1], "the latest window is a full one"
+    assert windows([5], 3) == []
+
+
+def test_histories_of_others_and_targets_that_are_in_no_training_list_leave_no_skill():
+    """Chains of items: with its own history a target is nearly always found."""
+    users = chain_users(600)
+    _, own = trained("gru4rec", users)
+    others = with_other_histories(users)
+    tested = [(user, new) for user, new in zip(users, others, strict=True) if is_test(user)]
+    assert all(user["target"] == new["target"] for user, new in tested)
+    assert sum(user["history"] == new["history"] for user, new in tested) < len(tested) / 10
+    _, permuted = trained("gru4rec", others)
+    assert evaluate(own, resamples=20)["auc_per_user"] > 0.9
+    assert abs(evaluate(permuted, resamples=20)["auc_per_user"] - 0.5) < 0.1
+
+
+def test_left_out_items_are_in_no_training_list():
+    data = SequenceData.of(chain_users(50), ITEMS)
+    before = sum(map(len, data.training))
+    data.leave_out([3, 4, 5, 6])
+    left = [number for row in data.training for number in row]
+    assert not {3, 4, 5, 6} & set(left)
+    assert 0 < len(left) < before
+    assert min(map(len, data.training)) > 1

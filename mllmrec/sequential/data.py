@@ -1,6 +1,6 @@
 """users.jsonl as sequences of item numbers, for models that learn vectors of items."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +35,12 @@ class SequenceData:
         ]
         return cls(number, training)
 
+    def leave_out(self, numbers: Iterable[int]) -> None:
+        """Take items out of the training lists; lists of fewer than two items are removed."""
+        removed = set(numbers)
+        kept = ([n for n in row if n not in removed] for row in self.training)
+        self.training = [row for row in kept if len(row) > 1]
+
     def candidate_lists(self, users: Sequence[Row], split: str) -> "CandidateNumbers":
         """Histories and candidates of the users of one split."""
         chosen = [user for user in users if user["split"] == split]
@@ -48,11 +54,14 @@ class SequenceData:
     def training_batches(
         self, options: Any, generator: torch.Generator
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """(inputs, targets) of one epoch, both (users, length): the target is the next item."""
-        order = torch.randperm(len(self.training), generator=generator).tolist()
+        """(inputs, targets) of one epoch, both (sequences, length): the target is the next item.
+
+        A list of more than `max_length` items becomes several sequences, see `windows`.
+        """
+        sequences = [part for row in self.training for part in windows(row, options.max_length)]
+        order = torch.randperm(len(sequences), generator=generator).tolist()
         for start in range(0, len(order), options.batch_size):
-            chosen = [self.training[n] for n in order[start : start + options.batch_size]]
-            rows = padded([row[-options.max_length - 1 :] for row in chosen])
+            rows = padded([sequences[n] for n in order[start : start + options.batch_size]])
             yield rows[:, :-1], rows[:, 1:]
 
 
@@ -63,6 +72,15 @@ class CandidateNumbers:
     users: list[str]
     histories: list[list[int]]
     candidates: list[list[int]]
+
+
+def windows(row: list[int], length: int) -> list[list[int]]:
+    """Parts of at most `length` + 1 items, from the end, in which each next item occurs once.
+
+    The last item of a part is the first of the one behind it.
+    """
+    ends = range(len(row), 1, -length)
+    return [row[max(0, end - length - 1) : end] for end in ends]
 
 
 def padded(rows: Sequence[Sequence[int]]) -> torch.Tensor:

@@ -31,12 +31,17 @@ class SequentialOptions(CommonOptions):
         "frozen encoder of the features, hub id or folder; the default comes with requirements.txt",
     )
     summaries: str = option("", "default: {output_dir}/mllm_msr/image_summaries.jsonl")
+    control: Literal["none", "other_histories", "unseen_targets"] = option(
+        "none",
+        "a run that should be near chance; other_histories: a test user is scored with the history "
+        "of another; unseen_targets: no training list has an item that is a test user's target",
+    )
     width: int = option(64, "length of an item's vector", ge=1, le=4096)
     max_length: int = option(20, "last items of a history that are read", ge=1, le=10_000)
     dropout: float = option(0.3, "dropout", ge=0, lt=1)
     learning_rate: float = option(1e-3, "of AdamW", gt=0)
     weight_decay: float = option(0.0, "of AdamW", ge=0)
-    batch_size: int = option(64, "users in a batch", ge=1)
+    batch_size: int = option(64, "training sequences in a batch", ge=1)
     epochs: int = option(40, "most epochs", ge=1)
     patience: int = option(
         5, "stop after this many epochs without a better validation NDCG@5", ge=1

@@ -42,7 +42,11 @@ def run_baseline(name: str, new_model: NewModel, options: Any) -> None:
         torch.manual_seed(options.seed)
         users, items = read_users(users_path), read_by_id(items_path, "item_id")
         check_lists(users, items, users_path, items_path)
+        if options.control == "other_histories":
+            users = with_other_histories(users)
         data = SequenceData.of(users, list(items))
+        if options.control == "unseen_targets":
+            data.leave_out(data.number[user["target"]] for user in users if is_test(user))
         if not data.training:
             raise InputError(f"{users_path} has no training users; make it again with stage 1")
         features = read_features(options.features, items, Path(summaries), options.encoder)
@@ -65,6 +69,18 @@ def chosen_device(name: str) -> str:
     return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
 
 
+def is_test(user: Row) -> bool:
+    """Whether it is a line of a test user."""
+    return bool(user["split"] == "test")
+
+
+def with_other_histories(users: list[Row]) -> list[Row]:
+    """The lines of users.jsonl; each test user has the history of the test user before it."""
+    histories = [user["history"] for user in users if is_test(user)]
+    others = iter(histories[-1:] + histories[:-1])
+    return [{**user, "history": next(others)} if is_test(user) else user for user in users]
+
+
 def check_lists(
     users: list[Row], items: dict[str, Row], users_path: Path, items_path: Path
 ) -> None:
@@ -78,7 +94,7 @@ def check_lists(
 
 def scored_rows(users: list[Row], lists: CandidateNumbers, scores: list[list[float]]) -> list[Row]:
     """Lines of scores.jsonl. scores: of each test user's candidates, in the order of `lists`."""
-    tested = (user for user in users if user["split"] == "test")
+    tested = filter(is_test, users)
     return [
         score_row(user_id, item, label, score)
         for user, user_id, own in zip(tested, lists.users, scores, strict=True)
