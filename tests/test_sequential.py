@@ -1,6 +1,7 @@
 """Sequential baselines: what a state depends on, what is learned from, and that it is learned."""
 
 import functools
+import itertools
 import math
 
 import numpy as np
@@ -241,8 +242,8 @@ def test_windows_hold_each_next_item_once():
     for length in range(1, 9):
         row = list(range(1, 18))
         parts = windows(row, length)
-        pairs = [pair for part in parts for pair in zip(part, part[1:], strict=False)]
-        assert sorted(pairs) == list(zip(row, row[1:], strict=False))
+        pairs = [pair for part in parts for pair in itertools.pairwise(part)]
+        assert sorted(pairs) == list(itertools.pairwise(row))
         assert max(map(len, parts)) <= length + 1
         assert parts[0][-1] == row[-1], "the latest window is a full one"
     assert windows([5], 3) == []
