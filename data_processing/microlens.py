@@ -158,6 +158,11 @@ def main(argv=None):
             "decides the released split, is not known; give MicroLens-50k_pairs.csv, or use "
             "--split_by user"
         )
+    if options.negative_sampling == "period" and pairs.suffix == ".tsv":
+        raise InputError(
+            f"{pairs} has no timestamps, so what others had at the time of a target is not known; "
+            "give MicroLens-50k_pairs.csv, or another --negative_sampling"
+        )
     job = Job.of(
         options,
         file_digests(pairs, titles),

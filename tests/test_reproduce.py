@@ -3,6 +3,7 @@
 import functools
 import itertools
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -118,6 +119,25 @@ def test_a_table_of_two_seeds_resumes_and_has_an_interval_for_each_cell(tmp_path
     assert (tmp_path / "out" / "sample.md").read_text() == text
 
 
+@pytest.mark.slow
+def test_each_fold_is_tested_once_by_one_command(tmp_path):
+    words = ("sample", "--rows", "popularity", "--seeds", "1", "--folds", "2")
+    done = reproduce(tmp_path, *words)
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads((tmp_path / "out" / "sample.json").read_text())
+    assert report["rows"]["popularity"]["per_seed"].keys() == {"1-fold0", "1-fold1"}
+    tested = []
+    for fold in (0, 1):
+        path = tmp_path / "out" / f"main-1-fold{fold}" / "baselines/popularity/scores.jsonl"
+        tested.append({json.loads(line)["user_id"] for line in path.read_text().splitlines()})
+    assert not tested[0] & tested[1]
+    users = tmp_path / "out" / "main-1-fold0" / "data" / "users.jsonl"
+    everyone = {json.loads(line)["user_id"] for line in users.read_text().splitlines()}
+    assert tested[0] | tested[1] == everyone
+    assert "mean of the 2 folds, seed 1" in (tmp_path / "out" / "sample.md").read_text()
+    assert (tmp_path / "out" / "sample.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_a_row_that_fails_is_not_run_and_the_others_are(tmp_path):
     (tmp_path / "out" / "main-1" / "baselines" / "popularity" / "scores.jsonl").mkdir(parents=True)
     done = reproduce(tmp_path, "sample", "--rows", "popularity", "title_only", "--seeds", "1")
@@ -127,6 +147,22 @@ def test_a_row_that_fails_is_not_run_and_the_others_are(tmp_path):
     text = (tmp_path / "out" / "sample.md").read_text()
     assert "| popularity | not run | not run |" in text
     assert re.search(r"\| `title_only` \| \d", text)
+
+
+def test_statistics_of_data_that_are_there_and_not_run_where_they_are_not(tmp_path):
+    absent = tmp_path / "absent.yaml"
+    section = {"raw_dir": str(tmp_path / "none"), "paper_users": 25411}
+    absent.write_text(yaml.safe_dump({"dataset": "microlens", "data": section}))
+    command = ["bash", "scripts/reproduce_table2.sh", "configs/sample.yaml", str(absent)]
+    command += ["--output", str(tmp_path / "out")]
+    environment = {**os.environ, "PYTHON": sys.executable}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert done.returncode == 1
+    assert "not run: absent: error: the folder" in done.stderr
+    text = (tmp_path / "out" / "table2.md").read_text()
+    assert re.search(r"\| sample \| here \| 1,100 \| 200 \| [\d,]+ \|", text)
+    assert "| absent | here | not run |" in text
+    assert "| absent | paper | 25,411 |" in text
 
 
 def test_an_unknown_row_is_refused(tmp_path):

@@ -549,3 +549,34 @@ def test_popularity_of_a_split_by_user_counts_histories_and_training_targets():
     ]
     assert item_popularity(lines) == {"a": 2, "b": 1, "c": 3}
     assert [row["score"] for row in popularity_scores(lines)] == [2.0]
+
+
+def test_negatives_of_the_period_are_items_that_others_had_at_the_time_of_the_target(monkeypatch):
+    """Two eras of 40 users and 60 items each; a user of one era never had an item of the other."""
+    monkeypatch.setattr("mllmrec.data.interactions.PERIOD", 60)
+    rng = np.random.default_rng(0)
+    rows = [
+        (f"u{user}", f"{'old' if user < 40 else 'new'}{item}", 1000 * (user >= 40) + n)
+        for user in range(80)
+        for n, item in enumerate(rng.choice(60, 8, replace=False))
+    ]
+    common = {"user_core": 6, "negatives": 10, "train_negatives": 5}
+    found = split_log(rows, negative_sampling="period", **common)
+    for user, (history, target, negatives, split) in found.items():
+        own_era = target[:3]
+        assert len(set(negatives)) == (5 if split == "train" else 10)
+        assert {item[:3] for item in negatives} == {own_era}, user
+        assert not {*history, target} & set(negatives)
+    uniform = split_log(rows, **common)
+    assert any({i[:3] for i in own[2]} == {"old", "new"} for own in uniform.values())
+
+
+def test_negatives_of_the_period_reach_further_where_the_user_had_what_is_near(monkeypatch):
+    monkeypatch.setattr("mllmrec.data.interactions.PERIOD", 2)
+    rows = [("u", f"i{n}", n) for n in range(12)] + [("v", f"j{n}", 100 + n) for n in range(12)]
+    found = split_log(rows, negative_sampling="period", negatives=10, train_negatives=10)
+    assert all(item.startswith("j") for item in found["u"][2])
+    with pytest.raises(InputError, match="that 13 negatives cannot be drawn"):
+        split_log(rows, negative_sampling="period", negatives=13, train_negatives=13)
+    with pytest.raises(InputError, match="period needs --history chronological"):
+        split_log(rows, negative_sampling="period", history="released")

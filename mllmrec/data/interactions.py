@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 Array = np.ndarray[Any, Any]
+PERIOD = 1000  # interactions: the nearest in time to a target
 
 
 @dataclass
@@ -110,6 +111,37 @@ def sample_negatives(
         free = order[~_is_in(users[row] * n_items + order, touched)]
         if len(free) >= how_many:
             negatives[row] = free[:how_many]
+    return negatives
+
+
+def sample_negatives_of_period(
+    touched: Array,
+    lines: tuple[Array, Array],
+    log: tuple[Array, Array],
+    n_items: int,
+    how_many: int,
+    rng: np.random.Generator,
+) -> Array:
+    """As `sample_negatives`, among the items of the interactions nearest in time to each target.
+
+    lines: (user code, time of the target) of each; log: (item code, time) of all interactions.
+    Uniform among the different items of the `PERIOD` nearest interactions; where the user touched
+    too many of them, of twice as many, and so on.
+    """
+    order = np.argsort(log[1], kind="stable")
+    item, time = log[0][order], log[1][order]
+    negatives = np.full((len(lines[0]), how_many), -1, dtype=np.int64)
+    places = np.searchsorted(time, lines[1])
+    for row, (user, place) in enumerate(zip(lines[0].tolist(), places.tolist(), strict=True)):
+        reach = PERIOD // 2
+        while True:
+            near = np.unique(item[max(0, place - reach) : place + reach])
+            free = near[~_is_in(user * n_items + near, touched)]
+            if len(free) >= how_many:
+                negatives[row] = rng.choice(free, how_many, replace=False)
+            if len(free) >= how_many or reach >= len(item):
+                break
+            reach *= 2
     return negatives
 
 

@@ -13,8 +13,8 @@ Rules, in this order:
    Leave-one-out: each user's last item is the test target, the second last the validation target,
    the third last the target of the training line, each after the history before it;
 6. negatives are drawn without replacement from the remaining items that the user never touched
-   anywhere in the log - also in the parts that steps 2 and 3 removed: uniformly, or in proportion
-   to their interactions.
+   anywhere in the log - also in the parts that steps 2 and 3 removed: uniformly, in proportion to
+   their interactions, or among the items that others had when the user had the target.
 """
 
 from collections.abc import Iterator, Sequence
@@ -35,6 +35,7 @@ from mllmrec.data.interactions import (
     log_statistics,
     rank_by_id,
     sample_negatives,
+    sample_negatives_of_period,
     split_users,
 )
 from mllmrec.stage.errors import InputError
@@ -88,10 +89,12 @@ class SplitOptions(CommonOptions):
     test_fold: int = option(0, "with folds: the fold that is the test set", ge=0)
     negatives: int = option(20, "negatives of a validation or test user (paper: 20)", ge=0, le=1000)
     train_negatives: int = option(1, "negatives of a training user (paper: 1)", ge=0, le=1000)
-    negative_sampling: Literal["uniform", "popularity"] = option(
+    negative_sampling: Literal["uniform", "popularity", "period"] = option(
         "uniform",
         "uniform (paper, released code); popularity: in proportion to an item's interactions, "
-        "since popularity alone ranks well among uniform ones",
+        "since popularity alone ranks well among uniform ones; period: uniform among the items of "
+        "the 1,000 interactions nearest in time to the target's, since uniform ones are mostly "
+        "older or newer than what a user could have seen",
     )
     paper_users: int = option(0, "the paper's number, printed beside ours; 0 = none", ge=0)
     paper_items: int = option(0, "likewise", ge=0)
@@ -174,6 +177,9 @@ def check_options(options: SplitOptions) -> None:
         "--split_by leave_one_out needs --history chronological: popularity knows later targets": (
             options.split_by == "leave_one_out" and options.history == "released"
         ),
+        "--negative_sampling period needs --history chronological: a released target has no time": (
+            options.negative_sampling == "period" and options.history == "released"
+        ),
         "--test_fold needs --folds: without it there is one split": (
             not options.folds and options.test_fold > 0
         ),
@@ -208,7 +214,8 @@ def prepare(log: InteractionLog, catalogue: pd.DataFrame, options: SplitOptions)
     touched = np.sort(user[in_core].astype(np.int64) * n_items + item[in_core])  # of the WHOLE log
 
     rows = order[keep[order]]
-    sequences = item[rows][np.argsort(user[rows], kind="stable")]
+    by_user = rows[np.argsort(user[rows], kind="stable")]
+    sequences, times = item[by_user], log.time[by_user]
     ends = np.cumsum(np.bincount(user[rows], minlength=n_users))
     popularity = np.bincount(sequences, minlength=n_items)
     if options.split_by == "leave_one_out":
@@ -221,7 +228,8 @@ def prepare(log: InteractionLog, catalogue: pd.DataFrame, options: SplitOptions)
     else:
         columns = _user_split_lines(n_users, options)
     line_user, line_skip, split, fold = columns
-    negatives = _negatives(touched, (line_user, split), user_ids, popularity, options)
+    draw = _Negatives(touched, user_ids, popularity, (sequences, times), options)
+    negatives = draw.of_lines(line_user, split, times[ends[line_user] - 1 - line_skip])
     chosen = np.isin(line_user, _pilot_users(n_users, split, options))
     statistics["written_users"] = {name: int((split[chosen] == name).sum()) for name in SPLITS}
     return PreparedData(
@@ -297,35 +305,48 @@ def _leave_one_out_lines(n_users: int, options: SplitOptions) -> tuple[Array, Ar
     )
 
 
-def _negatives(
-    touched: Array,
-    lines: tuple[Array, Array],
-    user_ids: Array,
-    popularity: Array,
-    options: SplitOptions,
-) -> Array:
-    """Item codes of shape (lines, most negatives), -1 behind the last.
+@dataclass
+class _Negatives:
+    """Draws the negatives of the lines.
 
-    lines: (user, split) of each; popularity: interactions of each item.
+    touched: as in `sample_negatives`; popularity: interactions of each item; log: (item code, time)
+    of all interactions of the core.
     """
-    line_user, split = lines
-    n_items = len(popularity)
-    weights = popularity if options.negative_sampling == "popularity" else None
-    most = max(options.negatives, options.train_negatives)
-    negatives = np.full((len(line_user), most), -1, dtype=np.int64)
-    for is_train, how_many in ((True, options.train_negatives), (False, options.negatives)):
-        where = np.flatnonzero((split == "train") == is_train)
-        rng = np.random.default_rng([options.seed, 2, is_train])
-        drawn = sample_negatives(touched, line_user[where], n_items, how_many, rng, weights)
-        negatives[where, :how_many] = drawn
-        short = (drawn < 0).any(1)
-        if short.any():
-            raise InputError(
-                f"user {user_ids[line_user[where[short][0]]]!r} touched so many of the {n_items} "
-                f"items "
-                f"that {how_many} negatives cannot be drawn; lower --negatives or --train_negatives"
-            )
-    return negatives
+
+    touched: Array
+    user_ids: Array
+    popularity: Array
+    log: tuple[Array, Array]
+    options: SplitOptions
+
+    def of_lines(self, line_user: Array, split: Array, target_time: Array) -> Array:
+        """Item codes of shape (lines, most negatives), -1 behind the last."""
+        options = self.options
+        most = max(options.negatives, options.train_negatives)
+        negatives = np.full((len(line_user), most), -1, dtype=np.int64)
+        for is_train, how_many in ((True, options.train_negatives), (False, options.negatives)):
+            where = np.flatnonzero((split == "train") == is_train)
+            rng = np.random.default_rng([options.seed, 2, is_train])
+            drawn = self._draw(line_user[where], target_time[where], how_many, rng)
+            negatives[where, :how_many] = drawn
+            short = (drawn < 0).any(1)
+            if short.any():
+                raise InputError(
+                    f"user {self.user_ids[line_user[where[short][0]]]!r} touched so many of the "
+                    f"{len(self.popularity)} items that {how_many} negatives cannot be drawn; "
+                    "lower --negatives or --train_negatives"
+                )
+        return negatives
+
+    def _draw(
+        self, users: Array, target_time: Array, how_many: int, rng: np.random.Generator
+    ) -> Array:
+        n_items, sampling = len(self.popularity), self.options.negative_sampling
+        if sampling == "period":
+            lines = (users, target_time)
+            return sample_negatives_of_period(self.touched, lines, self.log, n_items, how_many, rng)
+        weights = self.popularity if sampling == "popularity" else None
+        return sample_negatives(self.touched, users, n_items, how_many, rng, weights)
 
 
 def _pilot_users(n_users: int, split: Array, options: SplitOptions) -> Array:

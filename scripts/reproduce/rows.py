@@ -93,6 +93,8 @@ WORLDS = {
     "main": "",
     "varied": "--cover_shapes varied",
     "released": "--history released --released_order time",
+    "popular": "--negative_sampling popularity",
+    "period": "--negative_sampling period",
 }
 PROMPT = "prompt_format"
 # What depends on the size of models and data stays as in the config.
@@ -160,10 +162,12 @@ TEXT_QUESTION = (
 )
 
 
-def baseline(script: str, label: str, variant: str, options: str = "") -> TableRow:
+def baseline(
+    script: str, label: str, variant: str, options: str = "", world: str = "main"
+) -> TableRow:
     """A script of MLLM-MSR/baselines/ that writes scores."""
     step = f"MLLM-MSR/baselines/{script}.py --variant {variant} {options}"
-    return TableRow(label, f"baselines/{variant}", (step,))
+    return TableRow(label, f"baselines/{variant}", (step,), world)
 
 
 def ablation(name: str, label: str, preferences: str) -> TableRow:
@@ -253,6 +257,32 @@ PRELIMINARY = {
     "popularity": SEQUENTIAL["popularity"],
 }
 
+# What a sequential row owes to popularity and to time, and runs that should be near chance.
+CONTROLS = {
+    "popularity": popularity("popularity"),
+    "sasrec": SEQUENTIAL["sasrec"],
+    "popularity_popular": popularity("popularity, negatives weighted by popularity", "popular"),
+    "sasrec_popular": baseline(
+        "sasrec", "SASRec, negatives weighted by popularity", "sasrec", world="popular"
+    ),
+    "popularity_period": popularity("popularity, negatives of the target's period", "period"),
+    "sasrec_period": baseline(
+        "sasrec", "SASRec, negatives of the target's period", "sasrec", world="period"
+    ),
+    "other_histories": baseline(
+        "sasrec",
+        "SASRec, histories of other test users",
+        "sasrec_other_histories",
+        "--control other_histories",
+    ),
+    "unseen_targets": baseline(
+        "sasrec",
+        "SASRec, no target of the test in a training list",
+        "sasrec_unseen_targets",
+        "--control unseen_targets",
+    ),
+}
+
 HIDDEN = "MLLM-MSR/test/test_with_llava_sft.py --hide"
 # The sample's own rows: what image, preference, title and order contribute, and the bounds.
 SAMPLE = {
@@ -284,4 +314,5 @@ TABLES = {
     "figure4": ABLATIONS,
     "figure5": BLOCK_SIZES,
     "preliminary": PRELIMINARY,
+    "controls": CONTROLS,
 }

@@ -1,14 +1,17 @@
 """Run the rows of a table over several seeds, and write the table with intervals.
 
     bash scripts/reproduce_deviations.sh configs/sample.yaml
+    bash scripts/reproduce_table3.sh configs/sample.yaml --folds 5 --seeds 42
 
 In:  a config; the stages' own inputs
-Out: {output}/{world}-{seed}/   one run per seed (and per world: other options of stage 1)
+Out: {output}/{world}-{seed}/   one run per seed (and per world: other options of stage 1); with
+                                --folds 5 five of them per seed, each tested on another fold
      {output}/logs/             what the stages print
-     {output}/{table}.json      metrics of each row and seed, differences, commands, versions
-     {output}/{table}.md, .csv  the table: mean over the seeds with its 95% interval (Student's t;
-                                with one seed bootstrap over users), and the difference to the row
+     {output}/{table}.json      metrics of each row and run, differences, commands, versions
+     {output}/{table}.md, .csv  the table: mean over the runs with its 95% interval (Student's t;
+                                with one run bootstrap over users), and the difference to the row
                                 that it is compared with (bootstrap over users, paired)
+     {output}/{table}.png       the same as a chart
 
 Started again, it resumes, as the stages do. A row whose stages do not end well is "not
 run" in the table, its reason is printed, and the exit code is 1 at the end.
@@ -25,9 +28,10 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from charts import dot_chart
 from rows import TABLES, WORLDS
 from tables import markdown, table_lines
 
@@ -39,17 +43,31 @@ from mllmrec.stage.options import load_config
 from mllmrec.stage.record import machine, read_record
 
 
-class Run:
-    """One seed in one world: a folder, and the steps that were done in it."""
+@dataclass(frozen=True)
+class Sample:
+    """One draw of split, negatives and weights: a seed and, with folds, the fold to test on."""
 
-    def __init__(self, folder, seed, world, args):
-        self.folder, self.seed, self.world, self.args = folder, seed, world, args
-        self.log = args.output / "logs" / f"{folder.name}.log"
+    seed: int
+    fold: int | None
+
+    def __str__(self):
+        return str(self.seed) if self.fold is None else f"{self.seed}-fold{self.fold}"
+
+
+class Run:
+    """One sample in one world: a folder, and the steps that were done in it."""
+
+    def __init__(self, sample, world, args):
+        self.sample, self.world, self.args = sample, world, args
+        self.folder = args.output / f"{world}-{sample}"
+        self.log = args.output / "logs" / f"{self.folder.name}.log"
         self.failed, self.done = {}, set()
 
     def row(self, key, row):
         """Run the steps of a row; a failure is kept in `failed`."""
-        for step in (f"01_prepare_data {WORLDS[self.world]}", *row.steps):
+        folds = f" --folds {self.args.folds} --test_fold {self.sample.fold}"
+        stage_1 = f"01_prepare_data {WORLDS[self.world]}" + folds * (self.args.folds > 0)
+        for step in (stage_1, *row.steps):
             if step not in self.done:
                 reason = self._step(step)
                 if reason:
@@ -64,7 +82,7 @@ class Run:
             step = step.replace(place, str(value))
         words = shlex.split(step)
         command = self._program(words[0]) + words[1:]
-        command += ["--seed", str(self.seed), "--output_dir", str(self.folder)]
+        command += ["--seed", str(self.sample.seed), "--output_dir", str(self.folder)]
         command += ["--data_dir", str(self.folder / "data")]
         threads = str(max(1, len(os.sched_getaffinity(0)) // self.args.jobs))
         environment = os.environ | {"OMP_NUM_THREADS": threads, "PYTHON": sys.executable}
@@ -93,14 +111,12 @@ class Run:
 
 
 def run_rows(rows, args):
-    """{(row, seed): Run}, each row run for each seed; `args.jobs` runs at once."""
+    """{(row, sample): Run}, each row run for each sample; `args.jobs` runs at once."""
     worlds = dict.fromkeys(row.world for row in rows.values())
     runs = {
-        (seed, world): Run(args.output / f"{world}-{seed}", seed, world, args)
-        for seed in args.seeds
-        for world in worlds
+        (sample, world): Run(sample, world, args) for sample in args.samples for world in worlds
     }
-    total, finished, started = len(rows) * len(args.seeds), [], time.monotonic()
+    total, finished, started = len(rows) * len(args.samples), [], time.monotonic()
 
     def work(run):
         for key, row in rows.items():
@@ -117,7 +133,7 @@ def run_rows(rows, args):
 
     with ThreadPoolExecutor(args.jobs) as pool:
         list(pool.map(work, runs.values()))
-    return {(key, seed): runs[seed, row.world] for key, row in rows.items() for seed in args.seeds}
+    return {(key, own): runs[own, row.world] for key, row in rows.items() for own in args.samples}
 
 
 def last_stage(scores):
@@ -127,19 +143,19 @@ def last_stage(scores):
 
 
 def measure(rows, runs, args):
-    """{key: row of the report} of the rows whose steps were done for every seed."""
+    """{key: row of the report} of the rows whose steps were done for every sample."""
     scored, report = {}, {}
     for key, row in rows.items():
-        if any(key in runs[key, seed].failed for seed in args.seeds):
+        if any(key in runs[key, sample].failed for sample in args.samples):
             continue
-        paths = [runs[key, seed].folder / row.scores / "scores.jsonl" for seed in args.seeds]
+        paths = [runs[key, own].folder / row.scores / "scores.jsonl" for own in args.samples]
         lines = [read_rows(path) for path in paths]
         scored[key] = [Scored.of(own, path) for own, path in zip(lines, paths, strict=True)]
         per_seed = [evaluate(own, path) for own, path in zip(lines, paths, strict=True)]
         report[key] = {
             "label": row.label,
             "metrics": per_seed[0] if len(per_seed) == 1 else aggregate(per_seed),
-            "per_seed": dict(zip(map(str, args.seeds), per_seed, strict=True)),
+            "per_seed": dict(zip(map(str, args.samples), per_seed, strict=True)),
             "steps": row.steps,
             "stage_1": WORLDS[row.world],
             "last_stage": [last_stage(path) for path in paths],
@@ -157,12 +173,13 @@ def measure(rows, runs, args):
 
 
 def write_report(rows, measured, args):
-    """Write the table as JSON, Markdown and CSV, and print it. measured: see `measure`."""
+    """Write the table as JSON, Markdown, CSV and PNG, and print it. measured: see `measure`."""
     path = args.output / args.table
     report = {
         "table": args.table,
         "config": str(args.config),
         "seeds": args.seeds,
+        "folds": args.folds,
         "rows": measured,
         "not_run": {key: row.label for key, row in rows.items() if key not in measured},
         **machine(),
@@ -175,8 +192,11 @@ def write_report(rows, measured, args):
     csv.writer(buffer).writerows(table_lines(report))
     with atomic_file(f"{path}.csv") as file:
         file.write(buffer.getvalue().encode())
+    if measured:
+        with atomic_file(f"{path}.png") as file:
+            file.write(dot_chart(report))
     print(text)
-    print(f"wrote {path}.json, {path}.md and {path}.csv")
+    print(f"wrote {path}.json, .md, .csv{' and .png' if measured else ''}")
 
 
 def parse_arguments(argv):
@@ -186,12 +206,17 @@ def parse_arguments(argv):
     parser.add_argument("table", choices=TABLES)
     parser.add_argument("--config", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[42, 43, 44])
+    parser.add_argument("--folds", type=int, default=0, help="5: each seed in five folds (paper)")
     parser.add_argument("--rows", nargs="+", default=[], help="keys of the rows; none = all")
     parser.add_argument("--output", type=Path, help="default: outputs/reproduce/NAME of the config")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once, which share the cores")
     parser.add_argument("--resamples", type=int, default=1000, help="of the bootstrap")
     args = parser.parse_args(argv)
     args.output = args.output or Path("outputs/reproduce") / args.config.stem
+    if args.folds < 0 or args.folds == 1:
+        raise InputError("--folds must be 0 or at least 2")
+    folds = range(args.folds) if args.folds else [None]
+    args.samples = [Sample(seed, fold) for seed in dict.fromkeys(args.seeds) for fold in folds]
     return args
 
 

@@ -43,16 +43,18 @@ def difference_cell(found):
 def markdown(report):
     """What the figures are, and the table."""
     seeds = ", ".join(map(str, report["seeds"]))
-    several = len(report["seeds"]) > 1
+    folds = report.get("folds", 0)
+    several = len(report["seeds"]) > 1 or folds > 0
+    kind = "folds" if folds else "seeds"
+    mean = f"mean of the {f'{folds} folds, seed' if folds else 'seeds'} {seeds}"
     lines = table_lines(report)
     text = [
-        f"Metrics x100, mean of the seeds {seeds}, ± half of the 95% interval over the seeds "
-        "(Student's t)."
+        f"Metrics x100, {mean}, ± half of the 95% interval over the {kind} (Student's t)."
         if several
         else f"Metrics x100, seed {seeds}, ± half of the 95% interval (bootstrap over users).",
     ]
     if "compared with" in lines[0]:
-        note = "no interval holds 0, nor does that over the seeds" if several else "0 is outside"
+        note = f"no interval holds 0, nor does that over the {kind}" if several else "0 is outside"
         text.append(f"Differences: paired bootstrap over users, 95%; * {note}.")
     bars = "|---|" + "---:|" * len(SHOWN) + "---:|---:|---|" * ("compared with" in lines[0])
     rows = [f"| {' | '.join(cells)} |" for cells in lines]
