@@ -73,6 +73,13 @@ STAGES = {
         HEAVY,
     ),
     "popularity": Stage("MLLM-MSR/baselines/popularity.py", ("baselines/*",)),
+    "sasrec": Stage(
+        "MLLM-MSR/baselines/sasrec.py",
+        ("baselines/*",),
+        ("--epochs", "1", "--width", "8"),
+        HEAVY,
+    ),
+    "gru4rec": Stage("MLLM-MSR/baselines/gru4rec.py", ("baselines/*",), ("--epochs", "1"), HEAVY),
     "metrics": Stage(
         "MLLM-MSR/test/compute_metrics.py",
         (
@@ -545,7 +552,7 @@ def meaning_cases():
     def negative_twice(row):
         row["negatives"] = row["negatives"][:1] * 2
 
-    for stage in ("preference", "rows", "test_rows", "popularity", "report"):
+    for stage in ("preference", "rows", "test_rows", "popularity", "sasrec", "report"):
         says = r"users\.jsonl, line 3: the target 'i\d+' is among the negatives; make"
         yield case(
             "target among negatives", stage, says, partial(change, users, target_in_negatives)
@@ -557,20 +564,20 @@ def meaning_cases():
     for stage in ("summary", "preference", "rows", "report"):
         says = r"items\.jsonl, line 61: item_id 'i000' is already in line 1; remove one"
         yield case("item twice", stage, says, partial(repeat_line, items))
-    for stage in ("preference", "rows", "test_rows", "popularity"):
+    for stage in ("preference", "rows", "test_rows", "popularity", "sasrec"):
         says = r"users\.jsonl, line \d+: user '\w+' has no negatives.*; make"
         damage = partial(set_all, users, lambda row: row.update(negatives=[]))
         yield case("no negatives at all", stage, says, damage)
     says = r"users\.jsonl, line 3: item 'zz' is not in .*items\.jsonl; "
     yield case("unknown item in history", "preference", says, edit(users, "history", ["zz"]))
-    for stage in ("rows", "test_rows"):
+    for stage in ("rows", "test_rows", "sasrec"):
         for key, value in {"target": "zz", "negatives": ["zz", "i001"]}.items():
             damage = partial(set_all, users, lambda row, k=key, v=value: row.update({k: v}))
             says = r"(users\.jsonl, line \d+: .*'zz' is not in .*items\.jsonl; )"
             yield case(f"unknown item in {key}", stage, says, damage)
     says = r"'i\d+'.* not in .*items\.jsonl; "
     damage = partial(set_bytes, items, edit=lambda b: b.split(b"\n")[0] + b"\n")
-    for stage in ("preference", "rows", "test_rows", "report"):
+    for stage in ("preference", "rows", "test_rows", "report", "sasrec"):
         yield case("one item left in items.jsonl", stage, says, damage)
     says = r"no line in .*image_summaries\.jsonl; finish scripts/02_image_summary\.sh"
     damage = partial(set_bytes, summaries, edit=lambda b: b.split(b"\n")[0] + b"\n")
@@ -748,6 +755,8 @@ OPTION_CLASSES = {
     "report": ("MLLM-MSR/test/report.py", "Options"),
     "merge": ("MLLM-MSR/train/merge_adapter.py", "Options"),
     "popularity": ("MLLM-MSR/baselines/popularity.py", "Options"),
+    "sasrec": ("MLLM-MSR/baselines/sasrec.py", "Options"),
+    "gru4rec": ("MLLM-MSR/baselines/gru4rec.py", "Options"),
 }
 
 
@@ -846,6 +855,11 @@ COMBINATIONS = [
     ("sample", "--seed", "expected one argument"),
     ("sample", "extra", "unknown option 'extra'"),
     ("sample", "--", "unknown option|--help"),
+    ("sasrec", "--item_ids false", "--item_ids false needs --features"),
+    ("sasrec", "--heads 3 --width 8", "--heads"),
+    ("sasrec", "--features summary --summaries none.jsonl", "none.jsonl is missing"),
+    ("sasrec", "--features title --encoder ./none", "--encoder ./none cannot be loaded"),
+    ("sasrec", "--device cuda", "torch finds no GPU; pass --device cpu"),
     ("popularity", "--system ../x", "--system: "),
     ("popularity", "--system=", "--system: "),
     ("popularity", "--system .", "--system: "),

@@ -14,7 +14,12 @@ from mllmrec.sequential.gru4rec import GRU4Rec
 from mllmrec.sequential.items import ItemVectors, encode
 from mllmrec.sequential.run import is_test, scored_rows, with_other_histories
 from mllmrec.sequential.sasrec import SASRec
-from mllmrec.sequential.training import fit, next_item_loss, score_candidates
+from mllmrec.sequential.training import (
+    fit,
+    next_item_loss,
+    score_candidates,
+    validation_metrics,
+)
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import read_rows
 from mllmrec.stage.record import read_record
@@ -64,7 +69,8 @@ def trained(name, users, **changes):
     options = options_of(name, **changes)
     data = SequenceData.of(users, ITEMS)
     model = new_model(name, options)
-    found = fit(model, data, data.candidate_lists(users, "validation"), options)
+    validation = data.candidate_lists(users, "validation")
+    found = fit(model, data, lambda: validation_metrics(model, validation, options), options)
     lists = data.candidate_lists(users, "test")
     return found, scored_rows(users, lists, score_candidates(model, lists, options))
 
@@ -135,12 +141,13 @@ def test_without_a_better_epoch_training_stops_and_the_best_one_is_kept():
     options = options_of("gru4rec", epochs=60, patience=2)
     data = SequenceData.of(users, ITEMS)
     validation, model = data.candidate_lists(users, "validation"), new_model("gru4rec", options)
-    found = fit(model, data, validation, options)
+    found = fit(model, data, lambda: validation_metrics(model, validation, options), options)
     assert len(found.log) < 60
     assert found.log[-1]["epoch"] == found.best["epoch"] + 2
     kept = score_candidates(found.model, validation, options)
     shorter = options_of("gru4rec", epochs=int(found.best["epoch"]), patience=60)
-    again = fit(new_model("gru4rec", shorter), data, validation, shorter)
+    model = new_model("gru4rec", shorter)
+    again = fit(model, data, lambda: validation_metrics(model, validation, shorter), shorter)
     assert score_candidates(again.model, validation, options) == kept
 
 

@@ -2,6 +2,7 @@
 
 import resource
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from mllmrec.data.candidates import candidates, check_known, check_negatives, read_users, score_row
 from mllmrec.sequential.data import CandidateNumbers, SequenceData
 from mllmrec.sequential.items import read_features
-from mllmrec.sequential.training import CHOSEN_BY, fit, score_candidates
+from mllmrec.sequential.training import CHOSEN_BY, fit, score_candidates, validation_metrics
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import read_by_id, require, write_rows
 from mllmrec.stage.record import Job, file_digests
@@ -51,15 +52,21 @@ def run_baseline(name: str, new_model: NewModel, options: Any) -> None:
             raise InputError(f"{users_path} has no training users; make it again with stage 1")
         features = read_features(options.features, items, Path(summaries), options.encoder)
         model = new_model(len(items), features, options).to(chosen_device(options.device))
-        found = fit(model, data, data.candidate_lists(users, "validation"), options, print_epoch)
+        validation = data.candidate_lists(users, "validation")
+        validate = partial(validation_metrics, model, validation, options)
+        found = fit(model, data, validate, options, report=print_epoch)
         lists = data.candidate_lists(users, "test")
         rows = scored_rows(users, lists, score_candidates(found.model, lists, options))
         write_rows(path, rows)
         counts = {"training_users": len(data.training), "out": len(rows)}
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
         best = int(found.best["epoch"])
-        output.finish(counts, log=found.log, epochs=best, peak_gb=round(peak, 2))
+        output.finish(counts, log=found.log, epochs=best, peak_gb=peak_gb())
         print(f"wrote {path}: {len(rows):,} scores, epoch {found.best['epoch']}")
+
+
+def peak_gb() -> float:
+    """Most main memory that this process has held, in GB."""
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 2)
 
 
 def chosen_device(name: str) -> str:
@@ -104,5 +111,6 @@ def scored_rows(users: list[Row], lists: CandidateNumbers, scores: list[list[flo
 
 def print_epoch(line: dict[str, float]) -> None:
     """One line per epoch: loss, validation metrics, seconds."""
-    shown = (f"{name} {value:.4f}" for name, value in line.items() if name in ("loss", CHOSEN_BY))
+    names = ("loss", CHOSEN_BY, "recall@10", "ndcg@10")
+    shown = (f"{name} {value:.4f}" for name, value in line.items() if name in names)
     print(f"epoch {line['epoch']}: {', '.join(shown)}, {line['seconds']:.1f} s", flush=True)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from mllmrec.sequential.items import ItemVectors
+from mllmrec.stage.errors import InputError
 
 
 class SASRec(nn.Module):
@@ -17,6 +18,10 @@ class SASRec(nn.Module):
 
     def __init__(self, n_items: int, features: torch.Tensor | None, options: Any) -> None:
         super().__init__()
+        if options.width % options.heads:
+            raise InputError(
+                f"--heads {options.heads} does not divide --width {options.width}; change one"
+            )
         self.items = ItemVectors(n_items, options.width, features, options.item_ids)
         self.positions = nn.Embedding(options.max_length, options.width)
         nn.init.normal_(self.positions.weight, std=options.width**-0.5)

@@ -22,38 +22,44 @@ from mllmrec.stage.errors import InputError
 CHOSEN_BY = "ndcg@5"  # of the validation users
 SCORED = 512  # users in a batch of scoring
 
+Metrics = dict[str, float]
+
 
 @dataclass
 class Fit:
     """A trained model at its best epoch, and the validation metrics of every epoch."""
 
     model: Any
-    log: list[dict[str, float]] = field(default_factory=list)
+    chosen_by: str
+    log: list[Metrics] = field(default_factory=list)
 
     @property
-    def best(self) -> dict[str, float]:
+    def best(self) -> Metrics:
         """The line of the epoch that was kept: without validation users the last one."""
-        return max(self.log, key=lambda line: line.get(CHOSEN_BY, line["epoch"]))
+        return max(self.log, key=lambda line: line.get(self.chosen_by, line["epoch"]))
 
 
 def fit(
     model: Any,
     data: SequenceData,
-    validation: CandidateNumbers,
+    validate: Callable[[], Metrics],
     options: Any,
-    report: Callable[[dict[str, float]], None] = lambda _: None,
+    chosen_by: str = CHOSEN_BY,
+    report: Callable[[Metrics], None] = lambda _: None,
 ) -> Fit:
-    """Train until the validation metric stops rising; the best epoch's weights are kept.
+    """Train until the validation metric `chosen_by` stops rising; the best epoch's weights are
+    kept.
 
-    Learns from `data.training` alone, on the model's device. Without validation users the last
-    epoch is kept. report: is called with the line of each epoch.
+    Learns from `data.training` alone, on the model's device. validate: the model's metrics on the
+    validation users; where it has none, the last epoch is kept. report: is called with the line of
+    each epoch.
     """
     device = model_device(model)
     generator = torch.Generator().manual_seed(options.seed)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay
     )
-    result, best_weights = Fit(model), None
+    result, best_weights = Fit(model, chosen_by), None
     for epoch in range(1, options.epochs + 1):
         started, losses = time.monotonic(), []
         model.train()
@@ -70,13 +76,13 @@ def fit(
                 f"the loss of epoch {epoch} is {line['loss']}: the training diverged; lower "
                 "--learning_rate"
             )
-        line |= validation_metrics(model, validation, options)
+        line |= validate()
         line["seconds"] = time.monotonic() - started
         result.log.append(line)
         report(line)
         if result.best is line:
             best_weights = copy.deepcopy(model.state_dict())
-        elif validation.users and epoch - result.best["epoch"] >= options.patience:
+        elif chosen_by in line and epoch - result.best["epoch"] >= options.patience:
             break
     assert best_weights is not None
     model.load_state_dict(best_weights)
@@ -134,7 +140,7 @@ def score_candidates(model: Any, lists: CandidateNumbers, options: Any) -> list[
     return scores
 
 
-def validation_metrics(model: Any, lists: CandidateNumbers, options: Any) -> dict[str, float]:
+def validation_metrics(model: Any, lists: CandidateNumbers, options: Any) -> Metrics:
     """AUC per user, HR@5, MRR@5 and NDCG@5 of the validation users; nothing without users."""
     if not lists.users:
         return {}

@@ -86,6 +86,15 @@ class CommonOptions:
         return Path(self.output_dir) / self.system
 
 
+@dataclass
+class DatasetCode:
+    """Option of the MLLM4Rec scripts, as in their published commands."""
+
+    dataset_code: Literal["beauty", "toys", "games", "ml-100k", "sample"] = option(
+        "ml-100k", "data set; without --config its config is configs/mllm4rec/{dataset_code}.yaml"
+    )
+
+
 def parse_options(
     options_class: type[T],
     section: str,
@@ -113,12 +122,20 @@ def parse_options(
         word = unknown[0].lstrip("-").split("=")[0]
         raise InputError(f"unknown option {unknown[0]!r}{nearest(word, known, '--')}")
     given = vars(parsed)
-    given["config"] = given.get("config") or os.environ.get(CONFIG_VARIABLE) or DEFAULT_CONFIG
+    given["config"] = given.get("config") or _default_config(given, known)
     from_config = _section_values(Path(given["config"]), section, known)
     try:
         return TypeAdapter(options_class).validate_python(from_config | given)
     except ValidationError as error:
         raise InputError(_message(error, given, section)) from None
+
+
+def _default_config(given: dict[str, Any], known: list[str]) -> str:
+    """Where the options of the command line name no config."""
+    if "dataset_code" in known:
+        code = given.get("dataset_code") or DatasetCode().dataset_code
+        return f"configs/mllm4rec/{code}.yaml"
+    return os.environ.get(CONFIG_VARIABLE) or DEFAULT_CONFIG
 
 
 def check_processes() -> None:

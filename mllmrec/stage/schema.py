@@ -93,6 +93,15 @@ class _Score(TypedDict):
 
 
 @with_config(_STRICT)
+class _Candidates(TypedDict):
+    user_id: Id
+    split: Split
+    item_ids: Annotated[list[Id], Field(min_length=1)]
+    scores: list[float]
+    has_target: bool
+
+
+@with_config(_STRICT)
 class _ImageUrl(TypedDict):
     item_id: Id
     url: Any  # a wrong one rejects its image, not the file
@@ -125,6 +134,17 @@ def _check_user(row: Row) -> Row:
         raise ValueError(f"the target {row['target']!r} is among the negatives")
     if len(set(negatives)) < len(negatives):
         raise ValueError(f"the negative {_repeated(negatives)!r} is listed twice")
+    return row
+
+
+def _check_candidates(row: Row) -> Row:
+    if len(row["scores"]) != len(row["item_ids"]):
+        raise ValueError(
+            f"there are {len(row['item_ids'])} items and {len(row['scores'])} scores, there must "
+            "be one of each"
+        )
+    if len(set(row["item_ids"])) < len(row["item_ids"]):
+        raise ValueError(f"the item {_repeated(row['item_ids'])!r} is listed twice")
     return row
 
 
@@ -195,6 +215,9 @@ SCHEMAS = {
     "validation.jsonl": _MODEL_ROWS,
     "test.jsonl": _MODEL_ROWS,
     "training_log.jsonl": FileSchema.of(_LogRow, "scripts/05_train.sh"),
+    "candidates.jsonl": FileSchema.of(
+        Annotated[_Candidates, AfterValidator(_check_candidates)], "MLLM4Rec/train_retriever.py"
+    ),
     "scores.jsonl": FileSchema.of(_Score, "scripts/06_score.sh"),
 }
 REJECTED = FileSchema.of(_Rejected, "the script that wrote it")

@@ -7,7 +7,6 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from mllmrec.evaluation.metrics import SHOWN
 from mllmrec.evaluation.plots import COLOURS
 from mllmrec.evaluation.tables import half_width
 
@@ -15,7 +14,7 @@ from mllmrec.evaluation.tables import half_width
 def dot_chart(report):
     """PNG bytes: a panel per metric, a line per row; the bars are the 95% intervals, x100."""
     rows = list(report["rows"].values())
-    names = SHOWN[:3]
+    names = report["columns"][:3]
     figure, panels = plt.subplots(
         1, len(names), sharey=True, figsize=(10, 1 + 0.32 * len(rows)), layout="constrained"
     )

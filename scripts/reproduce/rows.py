@@ -20,7 +20,7 @@ class TableRow:
 
     label: its name there; scores: folder of its scores.jsonl below the run's folder; steps: after
     stage 1, in order; world: key of WORLDS; against: key of the row that it is compared with, ""
-    for none.
+    for none; retrieved: its lists are the retriever's best items, which may lack the target.
     """
 
     label: str
@@ -28,6 +28,7 @@ class TableRow:
     steps: tuple[str, ...]
     world: str = "main"
     against: str = ""
+    retrieved: bool = False
 
 
 def full_system(label: str, world: str = "main") -> TableRow:
@@ -307,6 +308,20 @@ SAMPLE = {
     },
 }
 
+
+def retriever(name: str, label: str) -> TableRow:
+    """A retriever of MLLM4Rec over all items."""
+    step = f"MLLM4Rec/train_retriever.py --retriever {name} --variant {name}"
+    return TableRow(label, f"mllm4rec/{name}", (step,), retrieved=True)
+
+
+RETRIEVAL = {
+    "popularity": retriever("popularity", "popularity"),
+    "gru4rec": retriever("gru4rec", "GRU4Rec"),
+    "sasrec": retriever("sasrec", "SASRec"),
+    "lrurec": retriever("lrurec", "LRURec"),
+}
+
 TABLES = {
     "sample": SAMPLE,
     "deviations": DEVIATIONS,
@@ -315,4 +330,5 @@ TABLES = {
     "figure5": BLOCK_SIZES,
     "preliminary": PRELIMINARY,
     "controls": CONTROLS,
+    "retrieval": RETRIEVAL,
 }

@@ -33,9 +33,9 @@ from pathlib import Path
 
 from charts import dot_chart
 from rows import TABLES, WORLDS
-from tables import markdown, table_lines
+from tables import RETRIEVED, markdown, table_lines
 
-from mllmrec.evaluation.metrics import aggregate, evaluate
+from mllmrec.evaluation.metrics import SHOWN, aggregate, evaluate
 from mllmrec.evaluation.paired import Scored, paired_differences
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import atomic_file, read_rows, write_json
@@ -139,7 +139,8 @@ def run_rows(rows, args):
 def last_stage(scores):
     """Seconds, and what else is known of the run that wrote scores.jsonl, from its record."""
     record = read_record(scores) or {}
-    return {key: record[key] for key in ("seconds", "epochs", "peak_gb") if key in record}
+    known = ("seconds", "epochs", "peak_gb", "device", "git_commit")
+    return {key: record[key] for key in known if key in record}
 
 
 def measure(rows, runs, args):
@@ -150,8 +151,12 @@ def measure(rows, runs, args):
             continue
         paths = [runs[key, own].folder / row.scores / "scores.jsonl" for own in args.samples]
         lines = [read_rows(path) for path in paths]
-        scored[key] = [Scored.of(own, path) for own, path in zip(lines, paths, strict=True)]
-        per_seed = [evaluate(own, path) for own, path in zip(lines, paths, strict=True)]
+        if not row.retrieved:  # retrieved lists differ from row to row
+            scored[key] = [Scored.of(own, path) for own, path in zip(lines, paths, strict=True)]
+        per_seed = [
+            evaluate(own, path, retrieved=row.retrieved)
+            for own, path in zip(lines, paths, strict=True)
+        ]
         report[key] = {
             "label": row.label,
             "metrics": per_seed[0] if len(per_seed) == 1 else aggregate(per_seed),
@@ -180,6 +185,7 @@ def write_report(rows, measured, args):
         "config": str(args.config),
         "seeds": args.seeds,
         "folds": args.folds,
+        "columns": RETRIEVED if any(row.retrieved for row in rows.values()) else SHOWN,
         "rows": measured,
         "not_run": {key: row.label for key, row in rows.items() if key not in measured},
         **machine(),

@@ -3,12 +3,14 @@
 from mllmrec.evaluation.metrics import SHOWN
 from mllmrec.evaluation.tables import half_width
 
+RETRIEVED = ("hr@5", "ndcg@5", "mrr@5", "hr@10", "ndcg@10", "mrr@10")  # hr = recall
 COMPARED = ("auc", "hr@5")  # metrics whose differences are in the table
 
 
 def table_lines(report):
     """The table as lists of cells, the header first; rows that were not run say so."""
-    header = ["row", *(name.upper() for name in SHOWN)]
+    shown = report.get("columns", SHOWN)
+    header = ["row", *(name.upper() for name in shown)]
     header += [f"difference in {name.upper()}" for name in COMPARED] + ["compared with"]
     lines = [header]
     for row in report["rows"].values():
@@ -16,15 +18,15 @@ def table_lines(report):
         lines.append(
             [
                 row["label"],
-                *(metric_cell(row["metrics"], name) for name in SHOWN),
+                *(metric_cell(row["metrics"], name) for name in shown),
                 *(difference_cell(differences[n]) if differences else "" for n in COMPARED),
                 row.get("against", ""),
             ]
         )
     for label in report["not_run"].values():
-        lines.append([label, *["not run"] * len(SHOWN), *[""] * (len(COMPARED) + 1)])
+        lines.append([label, *["not run"] * len(shown), *[""] * (len(COMPARED) + 1)])
     if not any("differences" in row for row in report["rows"].values()):
-        lines = [line[: len(SHOWN) + 1] for line in lines]
+        lines = [line[: len(shown) + 1] for line in lines]
     return lines
 
 
@@ -56,6 +58,7 @@ def markdown(report):
     if "compared with" in lines[0]:
         note = f"no interval holds 0, nor does that over the {kind}" if several else "0 is outside"
         text.append(f"Differences: paired bootstrap over users, 95%; * {note}.")
-    bars = "|---|" + "---:|" * len(SHOWN) + "---:|---:|---|" * ("compared with" in lines[0])
+    shown = report.get("columns", SHOWN)
+    bars = "|---|" + "---:|" * len(shown) + "---:|---:|---|" * ("compared with" in lines[0])
     rows = [f"| {' | '.join(cells)} |" for cells in lines]
     return "\n".join([*text, "", rows[0], bars, *rows[1:], ""])

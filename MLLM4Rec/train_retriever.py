@@ -1,0 +1,154 @@
+"""MLLM4Rec, retriever: LRURec ranks all items; its best go to the ranker.
+
+(MLLM4Rec, JIIS 2024, built on LlamaRec; LRURec: Yue et al., WSDM 2024.)
+
+In:  {data_dir}/users.jsonl, items.jsonl                    leave-one-out: three lines per user
+Out: {output_dir}/{system}/retriever/candidates.jsonl       user_id, split, item_ids, scores,
+                                                            has_target; of validation and test
+     {output_dir}/{system}/retriever/scores.jsonl           the same of the test, a line per item
+     {output_dir}/{system}/retriever/metrics.json           recall, mrr, ndcg at 5, 10, 20, of both
+
+    python MLLM4Rec/train_retriever.py --dataset_code ml-100k
+    python MLLM4Rec/train_retriever.py --dataset_code ml-100k --retriever sasrec
+
+Learns from the training lines, which end before the validation target. The epoch is chosen by
+Recall@10 on the validation lines. Items of a history are not found again. CPU or GPU;
+ml-latest-small: see docs/results.md.
+"""
+
+from mllmrec.stage.main import run_main
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic.dataclasses import dataclass
+
+from mllmrec.data.candidates import check_known, is_leave_one_out, read_users, score_row
+from mllmrec.sequential.options import SequentialOptions
+from mllmrec.stage.errors import InputError
+from mllmrec.stage.jsonl import read_by_id, require, write_json, write_rows
+from mllmrec.stage.options import DatasetCode, option, parse_options, print_options
+from mllmrec.stage.record import Job, file_digests
+from mllmrec.stage.transaction import writing
+
+SECTION = "retriever"
+
+
+@dataclass
+class Options(SequentialOptions, DatasetCode):
+    system: str = option("mllm4rec", "subfolder of output_dir", pattern=r"^[\w-]+$")
+    retriever: Literal["lrurec", "sasrec", "gru4rec", "popularity"] = option(
+        "lrurec", "what ranks the items (published: lrurec)"
+    )
+    dropout: float = option(0.2, "dropout (published: chosen from 0.1 to 0.5)", ge=0, lt=1)
+    weight_decay: float = option(0.01, "of AdamW (published: 0 or 0.01)", ge=0)
+    max_length: int = option(50, "last items that are read (published: 50, ML 200)", ge=1)
+    epochs: int = option(500, "most epochs (published: 500)", ge=1)
+    patience: int = option(
+        20, "stop after this many epochs without a better Recall@10 (published: 20)", ge=1
+    )
+    layers: int = option(2, "blocks (published: 2)", ge=1, le=64)
+    heads: int = option(2, "attention heads of sasrec", ge=1)
+    hidden: int = option(128, "state of gru4rec", ge=1, le=8192)
+    retrieved: int = option(20, "items that go to the ranker (published: 20)", ge=2, le=1000)
+
+
+def train(users, data, options):
+    """(scorer of all items, log of the epochs, best epoch): the retriever, trained."""
+    import torch
+
+    from mllmrec.sequential.gru4rec import GRU4Rec
+    from mllmrec.sequential.lrurec import LRURec
+    from mllmrec.sequential.retrieval import (
+        RankedUsers,
+        model_scorer,
+        popularity_scorer,
+        retrieval_metrics,
+    )
+    from mllmrec.sequential.run import chosen_device, print_epoch
+    from mllmrec.sequential.sasrec import SASRec
+    from mllmrec.sequential.training import fit
+
+    if options.retriever == "popularity":
+        return popularity_scorer(users, data), [], 0
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    torch.manual_seed(options.seed)
+    new_model = {"lrurec": LRURec, "sasrec": SASRec, "gru4rec": GRU4Rec}[options.retriever]
+    model = new_model(len(data.number), None, options).to(chosen_device(options.device))
+    score = model_scorer(model, options.max_length)
+    validation = RankedUsers.of(users, data, "validation")
+
+    def validate():
+        model.eval()
+        return retrieval_metrics(score, validation)
+
+    found = fit(model, data, validate, options, "recall@10", print_epoch)
+    model.eval()
+    return score, found.log, int(found.best["epoch"])
+
+
+def write_candidates(score, users, data, folder, options):
+    """Write candidates.jsonl, scores.jsonl and metrics.json; return the metrics."""
+    from mllmrec.sequential.retrieval import RankedUsers, retrieval_metrics, retrieve
+
+    metrics, lines = {}, []
+    for split in ("validation", "test"):
+        ranked = RankedUsers.of(users, data, split)
+        metrics[split] = retrieval_metrics(score, ranked)
+        lines += retrieve(score, ranked, list(data.number), split, options.retrieved)
+    write_rows(folder / "candidates.jsonl", lines)
+    targets = {user["user_id"]: user["target"] for user in users if user["split"] == "test"}
+    scores = (
+        score_row(line["user_id"], item, int(item == targets[line["user_id"]]), value)
+        for line in lines
+        if line["split"] == "test"
+        for item, value in zip(line["item_ids"], line["scores"], strict=True)
+    )
+    write_rows(folder / "scores.jsonl", scores)
+    write_json(folder / "metrics.json", metrics)
+    return metrics
+
+
+def read_data(users_path, items_path):
+    """(lines of users.jsonl, item ids), checked: leave-one-out, and no item that is unknown."""
+    users, items = read_users(users_path), read_by_id(items_path, "item_id")
+    if not is_leave_one_out(users):
+        raise InputError(
+            f"{users_path} is split by user, the retriever needs three lines of each; make it "
+            "with --split_by leave_one_out"
+        )
+    for number, user in enumerate(users, start=1):
+        listed = (*user["history"], user["target"])
+        check_known(listed, items, items_path, f"{users_path}, line {number}")
+    return users, list(items)
+
+
+def main(argv=None):
+    options = parse_options(Options, SECTION, argv, __doc__)
+    print_options(options, "MLLM4Rec, retriever")
+    maker = f"MLLM4Rec/process_item.py --dataset_code {options.dataset_code}"
+    data_dir = Path(options.data_dir)
+    paths = [require(data_dir / n, maker=maker) for n in ("users.jsonl", "items.jsonl")]
+    job = Job.of(options, file_digests(*paths), ignore=("threads", "device"))
+    folder = options.system_dir / (options.variant or "retriever")
+    outputs = [folder / name for name in ("candidates.jsonl", "scores.jsonl", "metrics.json")]
+    with writing(job, outputs) as output:
+        if output.is_needed:
+            from mllmrec.sequential.data import SequenceData
+            from mllmrec.sequential.run import peak_gb
+
+            users, items = read_data(*paths)
+            data = SequenceData.of(users, items)
+            score, log, best = train(users, data, options)
+            metrics = write_candidates(score, users, data, folder, options)
+            counts = {"training_users": len(data.training), "items": len(items)}
+            output.finish(counts, log=log, epochs=best, peak_gb=peak_gb(), metrics=metrics)
+            test = metrics["test"]
+            print(f"test, epoch {best}: " + ", ".join(f"{n} {v:.4f}" for n, v in test.items()))
+            print(f"wrote {outputs[0]}")
+    print(f"next: python MLLM4Rec/train_ranker.py --dataset_code {options.dataset_code}")
+
+
+if __name__ == "__main__":
+    run_main(main)
