@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT
 
 from mllmrec.evaluation.report import stage_rows
-from mllmrec.evaluation.tables import metric_rows
+from mllmrec.evaluation.tables import difference_rows, metric_rows
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import read_rows, write_rows
 from mllmrec.stage.scripts import load_script
@@ -217,3 +217,27 @@ def test_in_a_browser_users_can_be_selected_and_filtered(small_run, tmp_path, wi
 
 def test_the_readme_names_the_file_of_the_published_rows():
     assert "published.yaml" in (ROOT / "README.md").read_text()
+
+
+def test_the_report_says_which_differences_to_the_main_system_are_real(small_run, tmp_path):
+    """The bounds know the rule of the sample; a copy of the scores differs by nothing."""
+    scores = read_rows(small_run.system / "sft" / "scores.jsonl")
+    right = [{**row, "score": float(row["label"])} for row in scores]
+    other = [{**row, "item_id": f"x{row['item_id']}"} for row in scores]
+    files = {}
+    for name, rows in (("sft", scores), ("same", scores), ("right", right), ("other", other)):
+        files[name] = tmp_path / name / "scores.jsonl"
+        files[name].parent.mkdir()
+        write_rows(files[name], rows)
+    reference, rows = difference_rows(files, resamples=50)
+    found = dict(rows)
+    assert reference == "sft"
+    assert list(found) == ["same", "right"], "other candidates cannot be compared"
+    assert found["same"] == ["+0.0 [+0.0, +0.0]"] * 4
+    assert found["right"][0].startswith("+") and found["right"][0].endswith("*")
+    assert difference_rows({"sft": files["sft"]}) == ("", [])
+    page = (small_run.folder / "report.html").read_text()
+    markdown = (small_run.folder / "report.md").read_text()
+    for text in (page, markdown):
+        assert "Difference to sft on the same candidates" in text
+    assert re.search(r"\| zero_shot \| [+-]\d+\.\d \[[+-]\d+\.\d, [+-]\d+\.\d\]\*? \|", markdown)

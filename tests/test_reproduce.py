@@ -13,11 +13,11 @@ import pytest
 import yaml
 from conftest import ROOT
 
+from mllmrec.evaluation.tables import difference_cell
 from mllmrec.stage.options import load_config, parse_options
 from mllmrec.stage.scripts import load_script
 
 rows = load_script("scripts/reproduce/rows.py")
-tables = load_script("scripts/reproduce/tables.py")
 ALL_ROWS = {row: f"{table}-{key}" for table, own in rows.TABLES.items() for key, row in own.items()}
 # numbered script -> the Python stage that gets its options
 STAGE_OF = {
@@ -180,5 +180,5 @@ def test_the_page_of_results_is_what_the_files_of_results_say():
 
 def test_a_difference_is_marked_only_where_it_is_real():
     found = {"value": 0.021, "low": 0.01, "high": 0.034, "is_real": True}
-    assert tables.difference_cell(found) == "+2.1 [+1.0, +3.4]*"
-    assert tables.difference_cell({**found, "is_real": False}) == "+2.1 [+1.0, +3.4]"
+    assert difference_cell(found) == "+2.1 [+1.0, +3.4]*"
+    assert difference_cell({**found, "is_real": False}) == "+2.1 [+1.0, +3.4]"

@@ -7,6 +7,7 @@ Out: {output_dir}/report.html   self-contained, opens offline
     python MLLM-MSR/test/report.py --config configs/microlens.yaml
 
 It shows the metrics of all systems beside the paper's and independent re-runs' (`published.yaml`),
+which differences between this run's systems are real (paired bootstrap over users),
 ROC curve, score histogram, training curve, time per stage, and for a dozen users the images of the
 history, the preference after each block, and the candidates in rank order; users can be filtered
 and selected, `report.html#user-17` opens at one. CPU, seconds.
@@ -19,7 +20,14 @@ from pathlib import Path
 import yaml
 from pydantic.dataclasses import dataclass
 
-from mllmrec.evaluation.tables import as_markdown, metric_rows, read_metrics, score_files
+from mllmrec.evaluation.tables import (
+    DIFFERENCES,
+    as_markdown,
+    difference_rows,
+    metric_rows,
+    read_metrics,
+    score_files,
+)
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import atomic_file, require
 from mllmrec.stage.options import CommonOptions, option, parse_options, print_options
@@ -71,17 +79,20 @@ def write_report(metrics_path, outputs, published, options):
     rows = metric_rows(metrics, published)
     stages = report.stage_rows(stage_outputs(options))
     scores = score_files(folder)
+    differences = difference_rows(scores)
     plotted = {name: scores[name] for name in PLOTTED if name in scores}
     files = report.RunFiles(data_dir, options.system_dir, plotted, options.image_roots)
     page = report.render_page(
         rows=rows,
+        differences=differences,
+        explained=DIFFERENCES.format(reference=differences[0]),
         stages=stages,
         plots=report.plot_urls(files),
         examples=report.user_examples(files, options.users),
         variant=next(iter(plotted), None),
         output_dir=options.output_dir,
     )
-    for path, text in zip(outputs, (page, as_markdown(rows, stages)), strict=True):
+    for path, text in zip(outputs, (page, as_markdown(rows, differences, stages)), strict=True):
         with atomic_file(path) as file:
             file.write(text.encode())
     return len(metrics)

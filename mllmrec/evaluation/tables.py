@@ -2,16 +2,22 @@
 
 import html
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from mllmrec.evaluation.metrics import SHOWN
+from mllmrec.evaluation.paired import Scored, paired_differences
 from mllmrec.stage.errors import InputError
-from mllmrec.stage.jsonl import PathLike, read_json
+from mllmrec.stage.jsonl import PathLike, read_json, read_rows
 from mllmrec.stage.schema import problem
 
+DIFFERENCES = (
+    "Difference to {reference} on the same candidates, x100, with the 95% interval of a paired "
+    "bootstrap over users; * 0 is outside."
+)
 FIRST = ("zero_shot", "sft")  # these rows lead a table, the others follow by name
 Metrics = Mapping[str, Mapping[str, Any]]
 Published = Sequence[Sequence[Any]]  # (system, source, AUC, HR@5, MRR@5), x100
@@ -62,6 +68,33 @@ def half_width(row: Mapping[str, Any], name: str) -> float | None:
     return None if low is None or high is None else 50 * (high - low)
 
 
+def difference_cell(found: Mapping[str, Any]) -> str:
+    """A difference x100 with its interval; * where no interval holds 0."""
+    low, high = 100 * found["low"], 100 * found["high"]
+    return f"{100 * found['value']:+.1f} [{low:+.1f}, {high:+.1f}]" + "*" * found["is_real"]
+
+
+def difference_rows(
+    scores: Mapping[str, Path], resamples: int = 1000
+) -> tuple[str, list[tuple[str, list[str]]]]:
+    """(reference, [(variant, cells)]): each variant minus the reference, sft if it is there.
+
+    scores: variant -> scores.jsonl. Paired over users: variants with other candidates are left out.
+    ("", []) if there is nothing to compare.
+    """
+    reference = "sft" if "sft" in scores else next(iter(scores), "")
+    rows: list[tuple[str, list[str]]] = []
+    if len(scores) < 2:
+        return "", rows
+    scored = {name: Scored.of(read_rows(path), path) for name, path in scores.items()}
+    for name, own in scored.items():
+        if name != reference and own.candidates == scored[reference].candidates:
+            found = paired_differences([(own, scored[reference])], resamples)
+            cells = [{**asdict(found[m]), "is_real": found[m].is_real} for m in SHOWN]
+            rows.append((name, [difference_cell(cell) for cell in cells]))
+    return (reference, rows) if rows else ("", rows)
+
+
 def print_metrics(metrics: Metrics) -> None:
     """The variants as lines, x100, with half the width of the 95% interval."""
     width = max(map(len, metrics)) + 2
@@ -91,9 +124,11 @@ def metric_rows(metrics: Metrics, published: Published) -> list[tuple[str, str, 
 
 
 def as_markdown(
-    rows: Sequence[tuple[str, str, Sequence[str]]], stages: Sequence[Sequence[str]]
+    rows: Sequence[tuple[str, str, Sequence[str]]],
+    differences: tuple[str, Sequence[tuple[str, Sequence[str]]]],
+    stages: Sequence[Sequence[str]],
 ) -> str:
-    """The metrics table and the table of stages as a Markdown page."""
+    """The metrics, the differences of `difference_rows` and the stages as a Markdown page."""
     lines = [
         "# Report",
         "",
@@ -103,6 +138,12 @@ def as_markdown(
     lines += [f"| system | source | {' | '.join(name.upper() for name in SHOWN)} |"]
     lines += ["|---|---|" + "---:|" * len(SHOWN)]
     lines += [_line([system, source, *cells]) for system, source, cells in rows]
+    reference, compared = differences
+    if compared:
+        lines += ["", DIFFERENCES.format(reference=reference), ""]
+        lines += [f"| minus {reference} | {' | '.join(name.upper() for name in SHOWN)} |"]
+        lines += ["|---|" + "---:|" * len(SHOWN)]
+        lines += [_line([name, *cells]) for name, cells in compared]
     lines += ["", "| stage | seconds | rows | device |", "|---|---:|---|---|"]
     return "\n".join(lines + [_line(stage) for stage in stages]) + "\n"
 

@@ -1,7 +1,7 @@
 """A report of run.py as a table."""
 
 from mllmrec.evaluation.metrics import SHOWN
-from mllmrec.evaluation.tables import half_width
+from mllmrec.evaluation.tables import difference_cell, half_width
 
 RETRIEVED = ("hr@5", "ndcg@5", "mrr@5", "hr@10", "ndcg@10", "mrr@10")  # hr = recall
 COMPARED = ("auc", "hr@5")  # metrics whose differences are in the table
@@ -34,12 +34,6 @@ def metric_cell(metrics, name):
     """A metric x100 with half of its 95% interval."""
     half = half_width(metrics, name)
     return f"{100 * metrics[name]:.1f}" + ("" if half is None else f" ± {half:.1f}")
-
-
-def difference_cell(found):
-    """A difference x100 with its interval; * where no interval holds 0."""
-    low, high = 100 * found["low"], 100 * found["high"]
-    return f"{100 * found['value']:+.1f} [{low:+.1f}, {high:+.1f}]" + "*" * found["is_real"]
 
 
 def markdown(report):
