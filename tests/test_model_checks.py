@@ -19,6 +19,7 @@ from mllmrec.models.chat import ChatProcessor
 from mllmrec.models.loading import load_multimodal, load_text
 from mllmrec.models.lora import adapter_base, check_adapter, load_adapter
 from mllmrec.prompts.templates import user_turn
+from mllmrec.ranking import fine_tuning
 from mllmrec.ranking.reader import RowReader
 from mllmrec.ranking.scoring import score_rows
 from mllmrec.stage.errors import InputError
@@ -219,7 +220,9 @@ def test_a_training_that_diverges_stops_and_writes_no_adapter(small_run, tmp_pat
 
 def test_the_training_script_checks_the_adapter_before_it_is_saved(small_run, monkeypatch):
     stage = load_script(TRAIN)
-    model, _ = stage.load_model(stage.Options(model=str(TINY / "llama"), lora_layers=["q_proj"]))
+    model, _ = fine_tuning.load_model(
+        stage.Options(model=str(TINY / "llama"), lora_layers=["q_proj"])
+    )
     with torch.no_grad():
         next(p for p in model.parameters() if p.requires_grad)[0, 0] = torch.inf
     trainer = type("T", (), {"is_fsdp_enabled": False, "model": model})()
@@ -227,4 +230,4 @@ def test_the_training_script_checks_the_adapter_before_it_is_saved(small_run, mo
     trainer.state = None
     job = type("J", (), {"options": stage.Options()})()
     with pytest.raises(InputError, match="of the trained adapter are not all finite"):
-        stage.save_adapter(trainer, None, {}, job, 0.0)
+        fine_tuning.save_adapter(trainer, None, {}, job, 0.0)

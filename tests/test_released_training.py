@@ -12,6 +12,7 @@ from mllmrec.generation.engine import GenerationEngine
 from mllmrec.models.chat import ChatProcessor
 from mllmrec.models.loading import load_multimodal, load_text
 from mllmrec.models.lora import add_lora
+from mllmrec.ranking import fine_tuning
 from mllmrec.ranking.answers import AnswerSet, answer_tokens, yes_no
 from mllmrec.ranking.collator import Collator
 from mllmrec.ranking.reader import RowReader
@@ -62,15 +63,15 @@ def test_gaussian_initialisation_of_lora():
 def test_the_optimiser_is_that_of_the_options(small_run):
     stage = load_script(TRAIN)
     where = {"config": "c", "output_dir": str(small_run.folder), "dtype": "float32"}
-    plain = stage.training_arguments(stage.Options(**where), True)
+    plain = fine_tuning.training_arguments(stage.Options(**where), True)
     assert (plain.weight_decay, plain.load_best_model_at_end) == (0.0, True)
     assert plain.lr_scheduler_type == "linear"
     released = {"weight_decay": 0.01, "schedule": "constant", "keep": "last"}
-    arguments = stage.training_arguments(stage.Options(**where, **released), True)
+    arguments = fine_tuning.training_arguments(stage.Options(**where, **released), True)
     assert (arguments.weight_decay, arguments.load_best_model_at_end) == (0.01, False)
     assert arguments.lr_scheduler_type == "constant"
     with pytest.raises(InputError, match="--keep last would not keep"):
-        stage.check_options(stage.Options(**where, keep="last", patience=1))
+        fine_tuning.check_options(stage.Options(**where, keep="last", patience=1))
 
 
 @pytest.fixture(scope="module")

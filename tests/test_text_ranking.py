@@ -14,6 +14,7 @@ from mllmrec.models.chat import ChatProcessor
 from mllmrec.models.loading import load_text
 from mllmrec.models.random_models import random_llama
 from mllmrec.prompts.templates import user_turn
+from mllmrec.ranking import fine_tuning
 from mllmrec.ranking.answers import LETTERS, YES_NO, AnswerSet, answer_tokens
 from mllmrec.ranking.collator import Collator
 from mllmrec.ranking.reader import RowReader
@@ -84,7 +85,7 @@ def test_a_text_model_trains_and_scores_through_the_same_stages(text_run, small_
     assert 'class="block"' in page, "histories are shown without preferences, too"
     log = read_rows(text_run.folder / "training_log.jsonl")
     assert [row for row in log if "eval_auc" in row], "validated by ranking"
-    model = load_script(TRAIN).load_model(
+    model = fine_tuning.load_model(
         load_script(TRAIN).Options(model=str(TINY / "llama"), lora_layers=["q_proj"])
     )[0]
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
@@ -145,14 +146,14 @@ def test_the_same_users_are_trained_and_scored_with_letters(text_run, titles, tm
     assert len(train) > 10
     assert len(held_out) > 10
     assert check_training_rows(rows, "train.jsonl", LETTERS.answers) == {}
-    model, chat = stage.load_model(options)
+    model, chat = fine_tuning.load_model(options)
     reader = RowReader(chat, tmp_path, answers=LETTERS)
     batch = Collator(reader, "answer")(train[:2])
     letter = answer_tokens(chat, LETTERS).first_ids[1]
     assert batch["labels"][:, 0].tolist() == [letter, letter]
-    arguments = stage.training_arguments(options, with_validation=True)
-    trainer = stage.supervised_fine_tuning(
-        model, reader, stage.TrainingRows(train, held_out), arguments, options
+    arguments = fine_tuning.training_arguments(options, with_validation=True)
+    trainer = fine_tuning.supervised_fine_tuning(
+        model, reader, fine_tuning.TrainingRows(train, held_out), arguments, options
     )
     before = trainer.evaluate()["eval_auc"]
     trainer.train()

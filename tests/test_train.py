@@ -12,6 +12,7 @@ from mllmrec.models.chat import ChatProcessor
 from mllmrec.models.loading import load_multimodal
 from mllmrec.models.lora import add_lora, check_adapter, decoder_layer_class
 from mllmrec.models.random_models import random_llava, random_qwen_vl
+from mllmrec.ranking import fine_tuning
 from mllmrec.ranking.answers import answer_tokens
 from mllmrec.ranking.callbacks import CheckpointCallback, mean_loss
 from mllmrec.ranking.collator import Collator
@@ -525,7 +526,7 @@ def test_with_several_gpus_in_sight_a_process_uses_one(stage, tmp_path, monkeypa
     monkeypatch.setattr(
         "transformers.TrainingArguments.n_gpu", property(lambda self: getattr(self, "_n_gpu", 4))
     )
-    options = stage.training_arguments(stage.Options(output_dir=str(tmp_path)), True)
+    options = fine_tuning.training_arguments(stage.Options(output_dir=str(tmp_path)), True)
     assert options.n_gpu <= 1
 
 
@@ -574,7 +575,7 @@ def test_the_options_of_the_config_reach_the_trainer(stage, tmp_path):
         save_total=5,
         logging_steps=6,
     )
-    options = stage.training_arguments(args, True)
+    options = fine_tuning.training_arguments(args, True)
     assert (options.num_train_epochs, options.learning_rate, options.seed) == (3, 1e-4, 7)
     assert (options.per_device_train_batch_size, options.gradient_accumulation_steps) == (2, 4)
     assert (options.get_warmup_steps(100), options.lr_scheduler_type, options.max_grad_norm) == (
@@ -590,7 +591,7 @@ def test_the_options_of_the_config_reach_the_trainer(stage, tmp_path):
     )
     assert options.output_dir == str(tmp_path / "mllm_msr" / "checkpoints")
     args.dtype = "float16"
-    assert stage.training_arguments(args, True).fp16
+    assert fine_tuning.training_arguments(args, True).fp16
 
 
 def test_a_text_model_is_refused_where_images_are_needed():

@@ -13,6 +13,7 @@ from peft.utils import load_peft_weights
 from transformers import AutoModelForImageTextToText, AutoTokenizer, Trainer
 
 from mllmrec.models.random_models import random_llava, random_qwen_vl
+from mllmrec.ranking import fine_tuning
 from mllmrec.ranking.trainer import RankingTrainer
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import read_rows, write_rows
@@ -184,7 +185,7 @@ def test_the_items_of_a_micro_batch_train_one_after_the_other_as_in_one_pass(
         with monkeypatch.context() as patch:
             patch.setattr(RankingTrainer, "compute_loss", compute_loss, raising=False)
             if name == "together":
-                patch.setattr(stage, "needs_equal_passes", lambda _: True)
+                patch.setattr(fine_tuning, "needs_equal_passes", lambda _: True)
             stage.main([*command[1:], *more, "--logging_steps", "1"])
     assert max(images["apart"]) == 1 < max(images["together"])
     assert sum(images["apart"]) == sum(images["together"])

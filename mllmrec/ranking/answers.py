@@ -38,7 +38,13 @@ LETTERS = AnswerSet(tuple("ABCDEFGHIJKLMNOPQRST"))
 
 def yes_no(options: RankerOptions) -> AnswerSet:
     """No and Yes, as the options of a stage say."""
-    return replace(YES_NO, bare=options.answer_token == "bare", end_token=options.end_token)
+    return answer_set("yes_no", options)
+
+
+def answer_set(name: str, options: RankerOptions) -> AnswerSet:
+    """yes_no: No and Yes; letters: A to T; as the options of a stage say."""
+    known = {"yes_no": YES_NO, "letters": LETTERS}
+    return replace(known[name], bare=options.answer_token == "bare", end_token=options.end_token)
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,18 @@ from typing import Literal
 
 from pydantic.dataclasses import dataclass
 
-from mllmrec.models.options import ModelOptions
+from mllmrec.models.options import LoraOptions, ModelOptions
 from mllmrec.stage.options import option
+
+# These change speed or what is logged, not the adapter.
+TRAINING_SPEED_OPTIONS = (
+    "score_batch_tokens",
+    "workers",
+    "save_total",
+    "checkpoint_steps",
+    "logging_steps",
+    "tensorboard",
+)
 
 
 @dataclass
@@ -39,3 +49,51 @@ class RankerOptions(ModelOptions):
         "single: LLaVA-NeXT gets the whole image only, 577 tokens instead of up to 2,900, for 24 "
         "GB",
     )
+
+
+@dataclass
+class FineTuningOptions(RankerOptions, LoraOptions):
+    """How a ranker is fine-tuned."""
+
+    epochs: int = option(10, "epochs over train.jsonl (paper: 10, released code: 4)", ge=1)
+    learning_rate: float = option(
+        2e-5, "of AdamW (paper and released code: 2e-5)", ge=0, allow_inf_nan=False
+    )
+    batch_size: int = option(1, "rows in a micro-batch (paper: 1)", ge=1)
+    accumulation: int = option(
+        8, "micro-batches per step (paper: 8, released code: 4 on each of 6 GPUs)", ge=1
+    )
+    group_by: Literal["none", "length", "item"] = option(
+        "none",
+        "rows that share a micro-batch: length: of similar length; item: of one item, whose common "
+        "prefix is then computed once",
+    )
+    warmup_ratio: float = option(
+        0.0, "fraction of the steps in which the learning rate rises", ge=0, le=1
+    )
+    schedule: Literal["linear", "cosine", "constant"] = option(
+        "linear", "of the learning rate (released code: constant)"
+    )
+    weight_decay: float = option(0.0, "of AdamW (released code: 0.01)", ge=0)
+    clip: float = option(1.0, "gradient clipping (released code: 1.0)", gt=0, allow_inf_nan=False)
+    loss: Literal["answer", "sequence"] = option(
+        "answer",
+        "answer: on the answer only; sequence: on all text (paper, equation 2, and released code)",
+    )
+    keep: Literal["best", "last"] = option(
+        "best", "adapter that is kept: best validation AUC, or the last epoch's (released code)"
+    )
+    patience: int = option(
+        0, "stop after this many epochs without a better validation AUC, 0 = never", ge=0
+    )
+    validation_users: int = option(
+        0, "users whose candidate lists are scored after each epoch, 0 = all", ge=0
+    )
+    score_batch_tokens: int = option(16384, "tokens in a batch of the validation", ge=1)
+    workers: int = option(0, "processes that read images ahead of the model", ge=0, le=256)
+    checkpoint_steps: int = option(
+        200, "steps between checkpoints, besides the one after each epoch", ge=0
+    )
+    save_total: int = option(2, "checkpoints kept; the best is one of them", ge=1)
+    logging_steps: int = option(10, "steps between the means of the loss in the log", ge=1)
+    tensorboard: bool = option(False, "also log for TensorBoard, into tensorboard/")

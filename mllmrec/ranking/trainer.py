@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from accelerate.utils import gather_object
 
-from mllmrec.evaluation.metrics import CandidateLists, hit_rate, pooled_auc
+from mllmrec.evaluation.metrics import CandidateLists, hit_rate, per_user, pooled_auc
 from mllmrec.models.compat import SamplerTrainer, has_plain_positions
 from mllmrec.ranking.options import RankerOptions
 from mllmrec.ranking.reader import RowReader
@@ -17,7 +17,7 @@ from mllmrec.stage.errors import InputError
 
 
 class RankingTrainer(SamplerTrainer):
-    """Chooses the best model by AUC and HR@5 over whole candidate lists."""
+    """Chooses the best model by a metric over whole candidate lists."""
 
     def __init__(
         self, *args: Any, sampler: EpochSampler, reader: RowReader, batch_tokens: int, **kwargs: Any
@@ -63,6 +63,7 @@ class RankingTrainer(SamplerTrainer):
         scored = scored if all_score_all else gather_object(scored)
         lists = CandidateLists.of(scored, "validation.jsonl")
         metrics = {"eval_auc": pooled_auc(lists), "eval_hr@5": float(np.mean(hit_rate(lists, 5)))}
+        metrics["eval_ndcg@10"] = float(np.mean(per_user(lists, (10,))["ndcg@10"]))
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics

@@ -11,6 +11,7 @@ from mllmrec.stage.main import run_main
 
 from pathlib import Path
 
+import yaml
 from jinja2 import Environment, StrictUndefined
 from tables import markdown
 
@@ -25,13 +26,56 @@ def table(name):
     """The table of results/NAME.json, and how it was made."""
     report = read_json(RESULTS / f"{name}.json")
     commit = str(report["git_commit"])[:7]
-    script = f"bash scripts/reproduce_{report['table']}.sh {report['config']}"
+    seeds = " ".join(map(str, report["seeds"]))
+    script = f"bash scripts/reproduce_{report['table']}.sh {report['config']} --seeds {seeds}"
     packages = report["packages"]
     made = (
-        f"`{script}`, {report['date']}, commit {commit}, {report['device']}, torch "
+        f"`{script}`, {report['date']}, commit {commit}, {devices(report)}, torch "
         f"{packages['torch']}, transformers {packages['transformers']}."
     )
     return f"{made}\n{markdown(report)}".rstrip("\n")
+
+
+def devices(report):
+    """Where the table was made, and the rows whose last stage ran elsewhere."""
+    here, elsewhere = report["device"], {}
+    for row in report["rows"].values():
+        for run in row["last_stage"]:
+            if run.get("device", here) != here:
+                elsewhere.setdefault(run["device"], {})[row["label"]] = None
+    parts = [f"{device} for the rows {', '.join(rows)}" for device, rows in elsewhere.items()]
+    return "; ".join([here, *parts])
+
+
+def published(data_set, system, source):
+    """AUC / HR@5 / MRR@5 of MLLM-MSR/test/published.yaml. source: the start of the row's."""
+    rows = yaml.safe_load((ROOT / "MLLM-MSR/test/published.yaml").read_text(encoding="utf-8"))
+    found = [
+        values
+        for name, where, *values in rows[data_set]
+        if name == system and where.startswith(source)
+    ]
+    if len(found) != 1:
+        raise KeyError((data_set, system, source))
+    return " / ".join(f"{value:.2f}" for value in found[0])
+
+
+def figures(name, row):
+    """AUC / HR@5 / MRR@5 of a row of results/NAME.json, x100."""
+    return " / ".join(value(name, row, metric) for metric in ("auc", "hr@5", "mrr@5"))
+
+
+def choice(name):
+    """The table of the settings that were tried on the validation users: results/NAME.json."""
+    report = read_json(RESULTS / f"{name}.json")
+    columns = report["columns"]
+    lines = [f"| settings | epochs | {' | '.join(column.upper() for column in columns)} |"]
+    lines += ["|---|---:|" + "---:|" * len(columns)]
+    for run in sorted(report["runs"], key=lambda run: -run["best"][columns[0]]):
+        cells = (f"{100 * run['best'][column]:.2f}" for column in columns)
+        settings = ", ".join(f"{k} {v}" for k, v in run["options"].items())
+        lines.append(f"| {settings} | {run['best']['epoch']:.0f} | {' | '.join(cells)} |")
+    return f"{report['made']}\n\n" + "\n".join(lines)
 
 
 def value(name, row, metric, digits=1):
@@ -63,7 +107,7 @@ def render():
     """The page as text. Raises an error for a file, row or metric that is not there."""
     environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True)
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
-    functions = (table, value, difference, gap, costs)
+    functions = (table, value, figures, published, choice, difference, gap, costs)
     return template.render({function.__name__: function for function in functions})
 
 
