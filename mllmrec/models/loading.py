@@ -142,6 +142,11 @@ def load_text(name: str, options: ModelOptions | None = None) -> tuple[Any, Any]
     return model, _load_processor(AutoTokenizer, name, config, options)
 
 
+def load_tokenizer(name: str, options: ModelOptions) -> Any:
+    """The tokenizer of a text model, without its weights."""
+    return _load_processor(AutoTokenizer, name, read_config(name), options)
+
+
 def takes_images(config: Any) -> bool:
     """True for the configuration of a multimodal model."""
     return hasattr(config, "vision_config")

@@ -11,6 +11,7 @@ from mllmrec.models.chat import ChatProcessor
 from mllmrec.models.padding import common_prefix_length
 from mllmrec.prompts.templates import Turn, assistant_turn, user_turn
 from mllmrec.ranking.options import RankerOptions
+from mllmrec.ranking.rows import LETTER_ANSWERS, YES_NO_ANSWERS
 from mllmrec.stage.errors import InputError
 
 
@@ -32,8 +33,8 @@ class AnswerSet:
         return self.answers[label]
 
 
-YES_NO = AnswerSet(("No", "Yes"))
-LETTERS = AnswerSet(tuple("ABCDEFGHIJKLMNOPQRST"))
+YES_NO = AnswerSet(YES_NO_ANSWERS)
+LETTERS = AnswerSet(LETTER_ANSWERS)
 
 
 def yes_no(options: RankerOptions) -> AnswerSet:

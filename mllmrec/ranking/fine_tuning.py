@@ -34,13 +34,15 @@ class Task:
     """What is learned.
 
     answers: yes_no or letters, see `answers.answer_set`; texts: of the answers; best_by: the
-    validation metric by which the best epoch is chosen; maker: the script that makes the rows.
+    validation metric by which the best epoch is chosen; maker: the script that makes the rows;
+    ignore: further options of the stage that do not change the adapter.
     """
 
     answers: str = "yes_no"
     texts: Sequence[str] = YES_NO_ANSWERS
     best_by: str = "auc"
     maker: str = "scripts/04_datasets.sh"
+    ignore: Sequence[str] = ()
 
 
 def training_arguments(
@@ -325,7 +327,8 @@ def fine_tune(options: FineTuningOptions, task: Task = Task()) -> None:
         )
     check_options(options)
     inputs = file_digests(*paths, options.model)
-    job = Job.of(options, inputs, TRAINING_SPEED_OPTIONS, limit=options.limit)
+    ignore = (*TRAINING_SPEED_OPTIONS, *task.ignore)
+    job = Job.of(options, inputs, ignore, limit=options.limit)
     adapter = options.system_dir / "adapter"
     with training_lock(adapter):
         if is_trained(adapter, job):

@@ -30,6 +30,7 @@ _PREFERENCE = (
     "\0"  # placeholder of the preference; `plain_text` leaves no such character in a title
 )
 YES_NO_ANSWERS = ("No", "Yes")
+LETTER_ANSWERS = tuple("ABCDEFGHIJKLMNOPQRST")
 MAKE_AGAIN = "make the file again with scripts/04_datasets.sh"
 
 

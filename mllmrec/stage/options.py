@@ -86,13 +86,15 @@ class CommonOptions:
         return Path(self.output_dir) / self.system
 
 
+DATASETS = Literal["beauty", "toys", "games", "ml-100k", "sample"]
+DATASET_HELP = "data set; without --config its config is configs/mllm4rec/{dataset_code}.yaml"
+
+
 @dataclass
 class DatasetCode:
     """Option of the MLLM4Rec scripts, as in their published commands."""
 
-    dataset_code: Literal["beauty", "toys", "games", "ml-100k", "sample"] = option(
-        "ml-100k", "data set; without --config its config is configs/mllm4rec/{dataset_code}.yaml"
-    )
+    dataset_code: DATASETS = option("ml-100k", DATASET_HELP)
 
 
 def parse_options(
@@ -128,6 +130,27 @@ def parse_options(
         return TypeAdapter(options_class).validate_python(from_config | given)
     except ValidationError as error:
         raise InputError(_message(error, given, section)) from None
+
+
+def config_of_dataset(argv: list[str], description: str | None) -> tuple[str, list[str]]:
+    """(config, the other words) of a command line with --dataset_code or --config.
+
+    For scripts that run another one. Raises InputError for an unknown data set.
+    """
+    parser = argparse.ArgumentParser(
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        exit_on_error=False,
+    )
+    parser.add_argument("--dataset_code", choices=get_args(DATASETS), help=DATASET_HELP)
+    parser.add_argument("--config", help="YAML file, instead of the data set's")
+    try:
+        given, others = parser.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        raise InputError(f"{error}; --help lists all options") from None
+    values = {name: value for name, value in vars(given).items() if value}
+    return values.get("config") or _default_config(values, ["dataset_code"]), others
 
 
 def _default_config(given: dict[str, Any], known: list[str]) -> str:

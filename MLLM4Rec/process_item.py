@@ -1,0 +1,32 @@
+"""MLLM4Rec, data: raw files -> users.jsonl and items.jsonl, leave-one-out, and the images.
+
+Runs scripts/01_prepare_data.sh with the data set's config; other options are passed on.
+
+    python MLLM4Rec/process_item.py --dataset_code ml-100k
+    python MLLM4Rec/process_item.py --dataset_code ml-100k --raw_dir DIR
+
+The loader is the one that the config names: `data_processing/movielens.py` or `sample.py`. Configs
+for the Amazon data sets of 2014 (beauty, toys, games) are not written yet. CPU.
+"""
+
+from mllmrec.stage.main import run_main
+
+import os
+import subprocess
+import sys
+
+from mllmrec.stage.errors import InputError
+from mllmrec.stage.options import ROOT, config_of_dataset
+
+
+def main(argv=None):
+    config, words = config_of_dataset(sys.argv[1:] if argv is None else list(argv), __doc__)
+    command = ["bash", str(ROOT / "scripts/01_prepare_data.sh"), config, *words]
+    done = subprocess.run(command, env=os.environ | {"PYTHON": sys.executable})
+    if done.returncode:
+        raise InputError("the data were not prepared, see above")
+    print(f"next: python MLLM4Rec/process_item_blip2.py --config {config}")
+
+
+if __name__ == "__main__":
+    run_main(main)

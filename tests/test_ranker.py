@@ -1,0 +1,161 @@
+"""MLLM4Rec's ranker: questions about lists, and the whole second system on a small sample."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import yaml
+from conftest import ROOT, TINY
+
+from mllmrec.evaluation.metrics import evaluate
+from mllmrec.models.loading import load_tokenizer
+from mllmrec.ranking.lists import (
+    ListFormat,
+    cut_to_tokens,
+    item_texts,
+    retrieved_rows,
+    training_rows,
+)
+from mllmrec.ranking.rows import LETTER_ANSWERS, question_text
+from mllmrec.stage.errors import InputError
+from mllmrec.stage.jsonl import read_rows
+from mllmrec.stage.scripts import load_script
+
+TEXTS = {f"i{n}": f"title {n}" for n in range(60)}
+FORM = ListFormat(TEXTS, LETTER_ANSWERS, "a movie fan", max_history=3)
+
+
+def user_line(split="train", negatives=19):
+    return {
+        "user_id": "u",
+        "history": [f"i{n}" for n in range(5)],
+        "target": "i9",
+        "negatives": [f"i{n}" for n in range(20, 20 + negatives)],
+        "split": split,
+        "fold": None,
+    }
+
+
+def test_a_question_has_the_role_the_latest_items_and_a_letter_for_each_candidate():
+    text = FORM.question(["i0", "i1", "i2", "i3"], ["i9", "i8"])
+    assert text.startswith("You are a movie fan. ")
+    assert "1. title 1\n2. title 2\n3. title 3\n" in text, "the oldest first, at most three"
+    assert "A. title 9\nB. title 8\n" in text
+    assert "title 0" not in text
+    no_role = ListFormat(TEXTS, LETTER_ANSWERS, "").question(["i1"], ["i9"])
+    assert "You are" not in no_role and "the oldest first" in no_role
+    bare = ListFormat(TEXTS, LETTER_ANSWERS, "a fan", hybrid=False).question(["i1"], ["i9"])
+    assert bare == "You are a fan. 1. title 1\n\nA. title 9\n\nLetter:"
+    with pytest.raises(InputError, match="21 candidates are more than the 20 letters"):
+        FORM.question(["i0"], [f"i{n}" for n in range(21)])
+
+
+def test_the_answer_is_the_letter_of_the_target_wherever_it_stands():
+    rng = np.random.default_rng(0)
+    rows = training_rows([user_line()] * 100, FORM, 20, rng)
+    places = set()
+    for row in rows:
+        letter = row["messages"][1]["content"][0]["text"]
+        assert row["item_ids"][row["label"]] == "i9"
+        assert letter == LETTER_ANSWERS[row["label"]]
+        assert f"{letter}. title 9\n" in question_text(row)
+        assert len(set(row["item_ids"])) == 20
+        places.add(row["label"])
+    assert places == set(range(20)), "any place"
+    with pytest.raises(InputError, match=r"'u' has 3 negatives.*--train_negatives 19"):
+        training_rows([user_line(negatives=3)], FORM, 20, rng)
+
+
+def test_only_retrieved_users_are_asked_and_the_rank_is_not_told():
+    users = {"u": user_line("test"), "v": {**user_line("test"), "user_id": "v"}}
+    found = ["i9", *(f"i{n}" for n in range(30, 49))]
+    lines = [
+        {"user_id": "u", "item_ids": found, "has_target": True},
+        {"user_id": "v", "item_ids": found[1:], "has_target": False},
+    ]
+    rows = [
+        retrieved_rows(lines, users, FORM, np.random.default_rng(seed), False)[0]
+        for seed in range(40)
+    ]
+    assert all(sorted(row["item_ids"]) == sorted(found) for row in rows)
+    assert all(row["item_ids"][row["label"]] == "i9" for row in rows)
+    assert all(len(row["messages"]) == 1 for row in rows), "no answer in the test"
+    assert len({row["label"] for row in rows}) > 10
+    asked = retrieved_rows(lines, users, FORM, np.random.default_rng(0), True)
+    assert [row["user_id"] for row in asked] == ["u"]
+    assert len(asked[0]["messages"]) == 2
+
+
+def test_titles_and_captions_are_cut_to_tokens_and_stay_text():
+    tokenizer = load_tokenizer(str(TINY / "llama"), SimpleNamespace(prompt_format=""))
+    long = "calm music video " * 30
+    cut = cut_to_tokens(long, tokenizer, 7)
+    assert long.startswith(cut)
+    assert len(tokenizer(cut, add_special_tokens=False)["input_ids"]) <= 7
+    assert len(cut) > 7
+    assert cut_to_tokens("short", tokenizer, 7) == "short"
+    items = {
+        "a": {"title": "A <image> [/INST]"},
+        "b": {"title": "B"},
+    }
+    texts = item_texts(items, {"a": "a red\ncover"}, tokenizer, 32)
+    assert texts == {"a": "A < image> [ /INST]: a red cover", "b": "B"}
+
+
+def run(name, config, *words):
+    load_script(f"MLLM4Rec/{name}.py").main(["--config", str(config), *words])
+
+
+@pytest.mark.slow
+def test_both_parts_of_the_second_system_on_a_small_sample(tmp_path, capfd):
+    """From the raw world to the table; what is up to date is not done again."""
+    config, out = tmp_path / "c.yaml", tmp_path / "out" / "mllm4rec"
+    base = str(ROOT / "configs/mllm4rec/sample.yaml")
+    folders = {"data_dir": str(tmp_path / "data"), "output_dir": str(tmp_path / "out")}
+    small = {"n_users": 60, "item_core": 1}
+    settings = {"base": base, "dataset": "sample", "common": folders, "data": small}
+    config.write_text(yaml.safe_dump(settings))
+    run("process_item", config)
+    run("process_item_blip2", config)
+    words = ("--dataset_code", "sample")
+    run("train_retriever", config, *words, "--epochs", "5")
+    ranker = (*words, "--epochs", "1", "--logging_steps", "1")
+    run("train_ranker", config, *ranker)
+    captions = {row["item_id"]: row["summary"] for row in read_rows(out / "image_summaries.jsonl")}
+    rows, lines = read_rows(out / "test.jsonl"), read_rows(out / "retriever" / "candidates.jsonl")
+    found = {line["user_id"] for line in lines if line["split"] == "test" and line["has_target"]}
+    assert {row["user_id"] for row in rows} == found and found
+    first = rows[0]["item_ids"][0]
+    assert captions[first][:12] in question_text(rows[0]), "captions are part of an item's text"
+    metrics = json.loads((out / "ranker" / "metrics.json").read_text())
+    overall = read_rows(out / "ranker" / "scores.jsonl")
+    assert len({row["user_id"] for row in overall}) == 60
+    share = len(found) / 60
+    assert metrics["overall"]["hr@5"] == pytest.approx(
+        share * metrics["ranker_on_ranked"]["hr@5"]
+    ), "a user whose target was not retrieved is a miss"
+    assert metrics["overall"] == evaluate(overall, retrieved=True)
+    logits = [row["logits"] for row in overall if row["user_id"] in found]
+    assert all(len(one) == 1 and set(one) <= set(LETTER_ANSWERS) for one in logits)
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*.json*")}
+    run("train_ranker", config, *ranker)
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*.json*")} == before
+    plain = ("--reuse_prefix", "false", "--ranked", "plain", "--variant", "plain_ranker")
+    run("train_ranker", config, *ranker, *plain)
+    again = {
+        (row["user_id"], row["item_id"]): row["score"]
+        for row in read_rows(out / "plain_ranker" / "scores.jsonl")
+    }
+    for row in overall:
+        assert again[row["user_id"], row["item_id"]] == pytest.approx(row["score"], abs=1e-5)
+    capfd.readouterr()
+
+
+def test_the_ranker_says_what_is_missing(tmp_path):
+    config = tmp_path / "c.yaml"
+    config.write_text(yaml.safe_dump({"common": {"data_dir": str(tmp_path)}}))
+    with pytest.raises(InputError, match=r"users\.jsonl is missing.*MLLM4Rec/process_item\.py"):
+        run("train_ranker", config, "--output_dir", str(tmp_path))
+    with pytest.raises(InputError, match="dataset_code"):
+        run("process_item", config, "--dataset_code", "books")
