@@ -3,10 +3,10 @@
 Runs scripts/01_prepare_data.sh with the data set's config; other options are passed on.
 
     python MLLM4Rec/process_item.py --dataset_code ml-100k
-    python MLLM4Rec/process_item.py --dataset_code ml-100k --raw_dir DIR
+    python MLLM4Rec/process_item.py --dataset_code beauty --raw_dir DIR
 
-The loader is the one that the config names: `data_processing/movielens.py` or `sample.py`. Configs
-for the Amazon data sets of 2014 (beauty, toys, games) are not written yet. CPU.
+The loader is the one that the config names: `data_processing/amazon_2014.py`, `movielens.py` or
+`sample.py`. CPU.
 """
 
 from mllmrec.stage.main import run_main

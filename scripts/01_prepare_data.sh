@@ -2,7 +2,7 @@
 # Stage 1: raw files -> {data_dir}/users.jsonl, items.jsonl, stats.json
 # Usage: bash scripts/01_prepare_data.sh [configs/NAME.yaml] [--raw_dir DIR] [--require_image false] [--limit N] ...
 # The config's line `dataset: NAME` names the loader data_processing/NAME.py.
-# Amazon (amazon, released_lists): then fetches the images, and prepares again without the items whose image could not be fetched.
+# Amazon (amazon, amazon_2014, released_lists): then fetches the images, and prepares again without the items whose image could not be fetched.
 # CPU. Sample: 5 s. MicroLens-50k: 5 s. Amazon: hours, for the images; an interrupted run resumes.
 source "$(dirname "$0")/common.sh"
 dataset=$("$PYTHON" -m mllmrec.stage.options "$CONFIG")
@@ -12,7 +12,7 @@ if [[ ! $dataset =~ ^[A-Za-z0-9_]+$ ]] || ! grep -qs '^SECTION = "data"' "data_p
     exit 1
 fi
 "$PYTHON" "data_processing/$dataset.py" --config "$CONFIG" "$@"
-if [[ $dataset == amazon || $dataset == released_lists ]]; then
+if [[ $dataset == amazon || $dataset == amazon_2014 || $dataset == released_lists ]]; then
     common_overrides "$@"
     # --limit counts users; their images are all that is listed
     "$PYTHON" data_processing/download_images.py --config "$CONFIG" ${COMMON[@]+"${COMMON[@]}"} --limit 0
