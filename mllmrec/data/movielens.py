@@ -31,14 +31,15 @@ def load(ratings_path: Path, movies_path: Path) -> tuple[InteractionLog, pd.Data
     """
     movies, rejected_movies = read_text_table(movies_path, ("movieId", "title"))
     movies, rejected_movies = clean_ids(movies, ("movieId",), movies_path.name, rejected_movies)
-    for bad, reason in (
-        (movies["movieId"].duplicated(), "the movie has a title already"),
-        (movies["title"].str.strip() == "", "the title is empty"),
-    ):
-        bad = bad.reindex(movies.index)
-        movies, rejected_movies = reject_rows(
-            movies, bad, reason, movies_path.name, rejected_movies
-        )
+    repeated = movies["movieId"].duplicated()
+    reason = "the movie has a title already"
+    movies, rejected_movies = reject_rows(
+        movies, repeated, reason, movies_path.name, rejected_movies
+    )
+    empty = movies["title"].str.strip() == ""
+    movies, rejected_movies = reject_rows(
+        movies, empty, "the title is empty", movies_path.name, rejected_movies
+    )
     require_rows(len(movies), movies_path, rejected_movies)
     ratings, rejected = read_table(ratings_path, ("userId", "movieId", "timestamp"))
     ratings, rejected = parse_timestamps(ratings, ratings_path, rejected)
