@@ -49,6 +49,12 @@ def lines_of(report):
     return lines
 
 
+def markdown(report):
+    """The table of `lines_of` in Markdown."""
+    header, *lines = (f"| {' | '.join(cells)} |" for cells in lines_of(report))
+    return "\n".join([header, "|---|---|" + "---:|" * len(COLUMNS), *lines, ""])
+
+
 def parse_arguments(argv):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -70,13 +76,11 @@ def main(argv=None):
             reasons[config.stem] = reason
     report |= machine()
     write_json(args.output / "table2.json", report)
-    lines = lines_of(report)
-    rows = [f"| {' | '.join(cells)} |" for cells in lines]
-    text = "\n".join([rows[0], "|---|---|" + "---:|" * len(COLUMNS), *rows[1:], ""])
+    text = markdown(report)
     with atomic_file(args.output / "table2.md") as file:
         file.write(text.encode())
     buffer = io.StringIO()
-    csv.writer(buffer).writerows(lines)
+    csv.writer(buffer).writerows(lines_of(report))
     with atomic_file(args.output / "table2.csv") as file:
         file.write(buffer.getvalue().encode())
     print(text)

@@ -12,7 +12,9 @@ from mllmrec.stage.main import run_main
 from pathlib import Path
 
 import yaml
+from data_statistics import markdown as statistics_table
 from jinja2 import Environment, StrictUndefined
+from rows import TABLES
 from tables import markdown
 
 from mllmrec.stage.jsonl import atomic_file, read_json
@@ -28,12 +30,22 @@ def table(name):
     commit = str(report["git_commit"])[:7]
     seeds = " ".join(map(str, report["seeds"]))
     script = f"bash scripts/reproduce_{report['table']}.sh {report['config']} --seeds {seeds}"
+    keys = [*report["rows"], *report["not_run"]]
+    if len(keys) < len(TABLES[report["table"]]):
+        script += f" --rows {' '.join(keys)}"
     packages = report["packages"]
     made = (
         f"`{script}`, {report['date']}, commit {commit}, {devices(report)}, torch "
         f"{packages['torch']}, transformers {packages['transformers']}."
     )
     return f"{made}\n{markdown(report)}".rstrip("\n")
+
+
+def statistics(name):
+    """The table of data statistics of results/NAME.json."""
+    report = read_json(RESULTS / f"{name}.json")
+    made = f"`bash scripts/reproduce_table2.sh configs/NAME.yaml ...`, {report['date']}"
+    return f"{made}, commit {str(report['git_commit'])[:7]}.\n\n{statistics_table(report)}".rstrip()
 
 
 def devices(report):
@@ -107,7 +119,7 @@ def render():
     """The page as text. Raises an error for a file, row or metric that is not there."""
     environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True)
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
-    functions = (table, value, figures, published, choice, difference, gap, costs)
+    functions = (table, statistics, value, figures, published, choice, difference, gap, costs)
     return template.render({function.__name__: function for function in functions})
 
 
