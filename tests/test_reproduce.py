@@ -182,3 +182,17 @@ def test_a_difference_is_marked_only_where_it_is_real():
     found = {"value": 0.021, "low": 0.01, "high": 0.034, "is_real": True}
     assert difference_cell(found) == "+2.1 [+1.0, +3.4]*"
     assert difference_cell({**found, "is_real": False}) == "+2.1 [+1.0, +3.4]"
+
+
+def test_no_result_is_typed_into_the_page():
+    """Every figure comes from a file of results/ or published.yaml; settings may be named."""
+    template = (ROOT / "docs/results.md.j2").read_text()
+    prose = re.sub(r"\{\{.*?\}\}|`[^`]*`", "", template, flags=re.DOTALL)
+    assert re.findall(r"\d+\.\d+(?![\de])", prose) == []
+    used = set(re.findall(r"\"([a-z_0-9]+/[a-z_0-9]+)\"", template))
+    made = {
+        str(path.relative_to(ROOT / "results").with_suffix(""))
+        for path in (ROOT / "results").rglob("*.json")
+    }
+    assert used <= made
+    assert {name for name in made if not name.startswith("benchmarks/")} <= used, "all are shown"

@@ -90,6 +90,19 @@ def choice(name):
     return f"{report['made']}\n\n" + "\n".join(lines)
 
 
+def chosen_test(name, *metrics):
+    """Test metrics, x100, of the settings of results/NAME.json that are best in validation."""
+    report = read_json(RESULTS / f"{name}.json")
+    best = max(report["runs"], key=lambda run: run["best"][report["columns"][0]])
+    return " / ".join(f"{100 * best['test'][metric]:.2f}" for metric in metrics)
+
+
+def from_paper(name, *metrics):
+    """The published metrics, x100, that results/NAME.json has beside its own."""
+    found = read_json(RESULTS / f"{name}.json")["published"]
+    return " / ".join(f"{100 * found[metric]:.2f}" for metric in metrics)
+
+
 def value(name, row, metric, digits=1):
     """One figure of results/NAME.json, x100."""
     metrics = read_json(RESULTS / f"{name}.json")["rows"][row]["metrics"]
@@ -100,6 +113,18 @@ def difference(name, row, metric):
     """By how much a row is below the row that it is compared with, x100."""
     found = read_json(RESULTS / f"{name}.json")["rows"][row]["differences"][metric]
     return f"{-100 * found['value']:.1f}"
+
+
+def over_seeds(name, row, metric):
+    """The difference to the row that it is compared with, x100: its interval over the seeds."""
+    found = read_json(RESULTS / f"{name}.json")["rows"][row]["differences"][metric]
+    return f"[{100 * found['seeds_low']:+.1f}, {100 * found['seeds_high']:+.1f}]"
+
+
+def per_seed(name, row, metric):
+    """The metric of each seed, x100."""
+    runs = read_json(RESULTS / f"{name}.json")["rows"][row]["per_seed"]
+    return ", ".join(f"{100 * run[metric]:.1f}" for run in runs.values())
 
 
 def gap(name, row, other, metric):
@@ -119,7 +144,8 @@ def render():
     """The page as text. Raises an error for a file, row or metric that is not there."""
     environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True)
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
-    functions = (table, statistics, value, figures, published, choice, difference, gap, costs)
+    functions = (table, statistics, value, figures, published, choice, difference)
+    functions += (chosen_test, from_paper, over_seeds, per_seed, gap, costs)
     return template.render({function.__name__: function for function in functions})
 
 
