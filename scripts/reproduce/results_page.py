@@ -44,7 +44,8 @@ def table(name):
 def statistics(name):
     """The table of data statistics of results/NAME.json."""
     report = read_json(RESULTS / f"{name}.json")
-    made = f"`bash scripts/reproduce_table2.sh configs/NAME.yaml ...`, {report['date']}"
+    configs = " ".join(f"configs/{config}.yaml" for config in report["data_sets"])
+    made = f"`bash scripts/reproduce_table2.sh {configs}`, {report['date']}"
     return f"{made}, commit {str(report['git_commit'])[:7]}.\n\n{statistics_table(report)}".rstrip()
 
 
@@ -52,7 +53,7 @@ def devices(report):
     """Where the table was made, and the rows whose last stage ran elsewhere."""
     here, elsewhere = report["device"], {}
     for row in report["rows"].values():
-        for run in row["last_stage"]:
+        for run in row.get("last_stage", ()):
             if run.get("device", here) != here:
                 elsewhere.setdefault(run["device"], {})[row["label"]] = None
     parts = [f"{device} for the rows {', '.join(rows)}" for device, rows in elsewhere.items()]
