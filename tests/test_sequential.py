@@ -170,7 +170,7 @@ def test_the_losses_by_hand():
     expected = []
     for state, item in wanted:
         weights = (vectors[1:] @ state).double().exp()
-        expected.append(-math.log(weights[item - 1] / weights.sum()))
+        expected.append(-math.log((weights[item - 1] / weights.sum()).item()))
     loss = next_item_loss(model, inputs, targets, "cross_entropy", torch.Generator())
     assert loss.item() == pytest.approx(np.mean(expected), rel=1e-5)
     drawn = torch.randint(1, 31, (3,), generator=torch.Generator().manual_seed(5))
