@@ -40,8 +40,8 @@ from mllmrec.stage.transaction import writing
 
 SECTION = "ranker"
 SCORE_OPTIONS = ("ranked", "variant", "reuse_prefix")  # they change no adapter
-ROW_OPTIONS = ("data_dir", "output_dir", "system", "dataset_code", "seed", "model", "captions")
-ROW_OPTIONS += ("text_tokens", "max_history", "role", "hybrid", "candidates", "prompt_format")
+ROW_OPTIONS = ("dataset_code", "seed", "model", "captions", "text_tokens", "max_history")
+ROW_OPTIONS += ("role", "hybrid", "candidates", "prompt_format")
 
 
 @dataclass
@@ -126,31 +126,15 @@ def score_questions(options):
     from mllmrec.models.lora import load_adapter
     from mllmrec.ranking.answers import answer_set
     from mllmrec.ranking.reader import RowReader, load_ranker
-    from mllmrec.ranking.scoring import ScoringOptions, candidate_scores, score_rows
+    from mllmrec.ranking.scoring import ScoringOptions, score_output
 
     model, chat = load_ranker(options)
     model = load_adapter(model, folder / "adapter", options.model)
     answers = answer_set("letters", options)
     reader = RowReader(chat, folder, options.max_text_tokens, answers=answers)
-    too_long, _ = reader.find_too_long(rows)
-    kept = [row for row in rows if row["user_id"] not in too_long]
-    scoring = ScoringOptions(
-        options.score_batch_tokens, options.reuse_prefix, (output.rank, output.world)
-    )
-    with output, tqdm(total=len(kept), desc="ranking", unit="user") as progress:
-        for row in rows:
-            for item in row["item_ids"] if row["user_id"] in too_long else ():
-                if (row["user_id"], item) in output.left:
-                    output.reject((row["user_id"], item), too_long[row["user_id"]])
-        wanted = {
-            n
-            for n, row in enumerate(kept)
-            if any((row["user_id"], item) in output.left for item in row["item_ids"])
-        }
-        for index, logits in score_rows(model, reader, kept, scoring, wanted):
-            for line in candidate_scores(kept[index], logits, answers):
-                if (line["user_id"], line["item_id"]) in output.left:
-                    output.write(line)
+    scoring = ScoringOptions(options.score_batch_tokens, options.reuse_prefix)
+    with output, tqdm(total=len(rows), desc="ranking", unit="user") as progress:
+        for _ in score_output(model, reader, rows, output, scoring):
             progress.update()
     print(output.summary())
     return path
@@ -191,11 +175,11 @@ def combine(ranked_path, options):
 def main(argv=None):
     options = parse_options(Options, SECTION, argv, __doc__)
     if options.llm_base_model:
-        options = replace(options, model=options.llm_base_model)
+        options = replace(options, model=options.llm_base_model, llm_base_model="")
     print_options(options, "MLLM4Rec, ranker")
     write_questions(options)
     maker = "MLLM4Rec/train_ranker.py"
-    fine_tune(options, Task("letters", LETTER_ANSWERS, "ndcg@10", maker, SCORE_OPTIONS))
+    fine_tune(options, Task("letters", "ndcg@10", maker, SCORE_OPTIONS))
     combine(score_questions(options), options)
 
 

@@ -27,7 +27,7 @@ from pydantic.dataclasses import dataclass
 from mllmrec.data.amazon_pages import PageOptions, add_texts, read_pages, write_image_urls
 from mllmrec.data.columns import id_reasons, require_rows, trimmed
 from mllmrec.data.interactions import InteractionLog
-from mllmrec.data.raw_files import check_raw_file
+from mllmrec.data.raw_files import check_raw_file, only_file
 from mllmrec.data.split import (
     SplitOptions,
     data_outputs,
@@ -63,18 +63,11 @@ def find_files(raw_dir, category):
     files = []
     for prefix, endings in (("", ENDINGS), ("meta_", ENDINGS[:2])):
         names = [f"{prefix}{category}{ending}" for ending in endings]
-        paths = [folder / name for name in names if (folder / name).exists()]
-        if not paths:
-            raise InputError(
-                f"{folder} has no {prefix}{category}.jsonl or .jsonl.gz; the README (Real data) "
-                f"says "
-                "where to get it"
-            )
-        if len(paths) > 1:
-            raise InputError(
-                f"{folder} has both {paths[0].name} and {paths[1].name}; keep one of them there"
-            )
-        files.append(paths[0])
+        missing = (
+            f"{folder} has no {prefix}{category}.jsonl or .jsonl.gz; the README (Real data) says "
+            "where to get it"
+        )
+        files.append(only_file(folder, names, missing))
     return tuple(map(check_raw_file, files))  # both, before the reviews are read for minutes
 
 

@@ -20,7 +20,7 @@ from pydantic.dataclasses import dataclass
 
 from mllmrec.data.amazon_2014 import read_pages, read_ratings
 from mllmrec.data.amazon_pages import write_image_urls
-from mllmrec.data.raw_files import check_raw_file
+from mllmrec.data.raw_files import check_raw_file, only_file
 from mllmrec.data.split import (
     SplitOptions,
     data_outputs,
@@ -28,7 +28,6 @@ from mllmrec.data.split import (
     rejected_rows_path,
     write_data_set,
 )
-from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import read_rejected, rejected_path
 from mllmrec.stage.options import NAME, option, parse_options, print_options
 from mllmrec.stage.record import Job, file_digests
@@ -48,17 +47,12 @@ def find_files(raw_dir, category):
     """[ratings file, pages file] of one category in `raw_dir`."""
     files = []
     for stem in (f"ratings_{category}.csv", f"meta_{category}.json"):
-        paths = [Path(raw_dir) / f"{stem}{ending}" for ending in ("", ".gz")]
-        found = [path for path in paths if path.exists()]
-        if not found:
-            raise InputError(
-                f"{raw_dir} has no {stem} or {stem}.gz; get it from "
-                "https://jmcauley.ucsd.edu/data/amazon/ (2014), or name another --raw_dir"
-            )
-        if len(found) > 1:
-            raise InputError(f"{raw_dir} has both {found[0].name} and {found[1].name}; keep one")
-        files.append(check_raw_file(found[0]))
-    return files
+        missing = (
+            f"{raw_dir} has no {stem} or {stem}.gz; get it from "
+            "https://jmcauley.ucsd.edu/data/amazon/ (2014), or name another --raw_dir"
+        )
+        files.append(only_file(Path(raw_dir), (stem, f"{stem}.gz"), missing))
+    return list(map(check_raw_file, files))
 
 
 def main(argv=None):

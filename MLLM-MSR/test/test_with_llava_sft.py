@@ -83,31 +83,6 @@ def open_outputs(rows, inputs, options):
     return outputs
 
 
-def score_variant(model, reader, rows, output, options):
-    """Score all rows of one variant that are left to do (paper, equation 1).
-
-    Users with a question that is too long are rejected whole: an incomplete list would be ranked
-    wrongly.
-    """
-    from mllmrec.ranking.scoring import ScoringOptions, candidate_scores, score_rows
-
-    too_long, _ = reader.find_too_long(rows)
-    if output.rank == 0:
-        for row in rows:
-            key = (row["user_id"], row["item_id"])
-            if row["user_id"] in too_long and key in output.left:
-                output.reject(key, too_long[row["user_id"]])
-    rows = [row for row in rows if row["user_id"] not in too_long]
-    wanted = {n for n, row in enumerate(rows) if (row["user_id"], row["item_id"]) in output.left}
-    scoring = ScoringOptions(
-        options.batch_tokens, options.reuse_prefix, (output.rank, output.world)
-    )
-    for index, logits in score_rows(model, reader, rows, scoring, wanted):
-        for line in candidate_scores(rows[index], logits, reader.answers):
-            output.write(line)
-        yield index
-
-
 def main(argv=None):
     options = parse_options(Options, SECTION, argv, __doc__)
     print_options(options, "stage 6, scoring")
@@ -131,12 +106,14 @@ def main(argv=None):
         from mllmrec.models.lora import load_adapter
         from mllmrec.ranking.answers import yes_no
         from mllmrec.ranking.reader import RowReader, load_ranker
+        from mllmrec.ranking.scoring import ScoringOptions, score_output
 
         # Lists that cannot be ranked are refused before the model is loaded.
         CandidateLists.of([{**row, "score": 0.0} for row in rows], test_path)
         model, chat = load_ranker(options)
         if adapter is not None:
             model = load_adapter(model, adapter, options.model)
+        scoring = ScoringOptions(options.batch_tokens, options.reuse_prefix)
         for hidden, output in outputs.items():
             gray = hidden == "image"
             reader = RowReader(chat, folder, options.max_text_tokens, gray, yes_no(options))
@@ -146,7 +123,7 @@ def main(argv=None):
                 shown = [replace_preference(row, "") for row in shown]
             name = f"scores, {output.path.parent.name}"
             with output, tqdm(total=len(output.todo), desc=name, unit="row") as progress:
-                for _ in score_variant(model, reader, shown, output, options):
+                for _ in score_output(model, reader, shown, output, scoring):
                     progress.update()
                 output.counts["shortened"] = reader.shortened
             print(output.summary())

@@ -98,8 +98,7 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """(line number, line) of the lines that are not blank."""
     number = 0
     for block in blocks_of(path):
-        for line in block.split(b"\n"):
+        for line in block.removesuffix(b"\n").split(b"\n"):
             number += 1
             if line.strip():
                 yield number, line.strip()
-        number -= block.endswith(b"\n")

@@ -6,7 +6,7 @@ A file may be plain or gzipped, with or without a UTF-8 byte order mark, whateve
 import gzip
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
@@ -34,6 +34,21 @@ def check_raw_file(path: PathLike) -> Path:
     """`path` as a Path. Raises InputError if it is no file whose text can be read."""
     with open_raw(Path(path)):
         return Path(path)
+
+
+def only_file(folder: Path, names: Sequence[str], missing: str) -> Path:
+    """The one of the files `names` that is in the folder.
+
+    missing: message of the InputError if none is. Raises InputError if there are two, too.
+    """
+    paths = [folder / name for name in names if (folder / name).exists()]
+    if not paths:
+        raise InputError(missing)
+    if len(paths) > 1:
+        raise InputError(
+            f"{folder} has both {paths[0].name} and {paths[1].name}; keep one of them there"
+        )
+    return paths[0]
 
 
 def open_raw(path: Path) -> IO[bytes]:

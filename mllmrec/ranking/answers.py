@@ -5,13 +5,13 @@ set of two answers (No, Yes), so their label is 0 or 1; rows about a list of can
 answer per candidate (letters A to T), so their label is the place of the target in the list.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from mllmrec.models.chat import ChatProcessor
 from mllmrec.models.padding import common_prefix_length
 from mllmrec.prompts.templates import Turn, assistant_turn, user_turn
 from mllmrec.ranking.options import RankerOptions
-from mllmrec.ranking.rows import LETTER_ANSWERS, YES_NO_ANSWERS
+from mllmrec.ranking.rows import ANSWERS
 from mllmrec.stage.errors import InputError
 
 
@@ -33,8 +33,8 @@ class AnswerSet:
         return self.answers[label]
 
 
-YES_NO = AnswerSet(YES_NO_ANSWERS)
-LETTERS = AnswerSet(LETTER_ANSWERS)
+YES_NO = AnswerSet(ANSWERS["yes_no"])
+LETTERS = AnswerSet(ANSWERS["letters"])
 
 
 def yes_no(options: RankerOptions) -> AnswerSet:
@@ -44,8 +44,8 @@ def yes_no(options: RankerOptions) -> AnswerSet:
 
 def answer_set(name: str, options: RankerOptions) -> AnswerSet:
     """yes_no: No and Yes; letters: A to T; as the options of a stage say."""
-    known = {"yes_no": YES_NO, "letters": LETTERS}
-    return replace(known[name], bare=options.answer_token == "bare", end_token=options.end_token)
+    bare = options.answer_token == "bare"
+    return AnswerSet(ANSWERS[name], bare=bare, end_token=options.end_token)
 
 
 @dataclass(frozen=True)

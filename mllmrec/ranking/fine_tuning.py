@@ -17,7 +17,7 @@ from mllmrec.evaluation.metrics import CandidateLists
 from mllmrec.ranking.checkpoints import is_trained, last_complete_checkpoint, training_lock
 from mllmrec.ranking.options import TRAINING_SPEED_OPTIONS, FineTuningOptions
 from mllmrec.ranking.rows import (
-    YES_NO_ANSWERS,
+    ANSWERS,
     check_training_rows,
     first_users,
     image_names,
@@ -33,13 +33,12 @@ from mllmrec.stage.transaction import new_folder
 class Task:
     """What is learned.
 
-    answers: yes_no or letters, see `answers.answer_set`; texts: of the answers; best_by: the
-    validation metric by which the best epoch is chosen; maker: the script that makes the rows;
-    ignore: further options of the stage that do not change the adapter.
+    answers: yes_no or letters, see `answers.answer_set`; best_by: the validation metric by which
+    the best epoch is chosen; maker: the script that makes the rows; ignore: further options of the
+    stage that do not change the adapter.
     """
 
     answers: str = "yes_no"
-    texts: Sequence[str] = YES_NO_ANSWERS
     best_by: str = "auc"
     maker: str = "scripts/04_datasets.sh"
     ignore: Sequence[str] = ()
@@ -338,8 +337,9 @@ def fine_tune(options: FineTuningOptions, task: Task = Task()) -> None:
         for split, path in zip((rows, validation), paths, strict=True):
             names = image_names(split)
             check_image_paths(names, path, options.data_dir, options.image_roots)
-        sizes = check_training_rows(rows, paths[0], task.texts)
-        sizes |= check_training_rows(validation, paths[1], task.texts)
+        texts = ANSWERS[task.answers]
+        sizes = check_training_rows(rows, paths[0], texts)
+        sizes |= check_training_rows(validation, paths[1], texts)
         if validation and task.answers == "yes_no":  # lists that cannot be ranked are refused here
             CandidateLists.of([{**row, "score": 0.0} for row in validation], paths[1])
         train(rows, validation, sizes, job, task)

@@ -31,6 +31,7 @@ _PREFERENCE = (
 )
 YES_NO_ANSWERS = ("No", "Yes")
 LETTER_ANSWERS = tuple("ABCDEFGHIJKLMNOPQRST")
+ANSWERS = {"yes_no": YES_NO_ANSWERS, "letters": LETTER_ANSWERS}
 MAKE_AGAIN = "make the file again with scripts/04_datasets.sh"
 
 

@@ -8,7 +8,7 @@ once, and extended by each row's own text.
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from mllmrec.models.compat import has_plain_positions, select_cache_rows
 from mllmrec.models.padding import common_prefix_length, pad_with_mask
 from mllmrec.ranking.answers import AnswerSet
 from mllmrec.ranking.reader import RowReader
-from mllmrec.ranking.rows import group_rows, row_name
+from mllmrec.ranking.rows import group_rows, item_ids, row_name
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.schema import Row
 
@@ -120,6 +120,36 @@ def score_rows(
                     )
                 if wanted is None or index in wanted:
                     yield index, logits
+
+
+def score_output(
+    model: Any, reader: RowReader, rows: Sequence[Row], output: Any, options: ScoringOptions
+) -> Iterator[int]:
+    """Score the rows that `output` lacks (paper, equation 1); yield the index of each.
+
+    output: an open ResumableOutput of scores.jsonl, keyed by user and item; its processes share
+    the rows. Users with a question that is too long are rejected whole: an incomplete list would be
+    ranked wrongly.
+    """
+    too_long, _ = reader.find_too_long(rows)
+    if output.rank == 0:
+        for row in rows:
+            for key in _keys(row) if row["user_id"] in too_long else ():
+                if key in output.left:
+                    output.reject(key, too_long[row["user_id"]])
+    rows = [row for row in rows if row["user_id"] not in too_long]
+    wanted = {n for n, row in enumerate(rows) if any(key in output.left for key in _keys(row))}
+    options = replace(options, shard=(output.rank, output.world))
+    for index, logits in score_rows(model, reader, rows, options, wanted):
+        for line in candidate_scores(rows[index], logits, reader.answers):
+            if (line["user_id"], line["item_id"]) in output.left:  # a list may be half written
+                output.write(line)
+        yield index
+
+
+def _keys(row: Row) -> list[tuple[str, str]]:
+    """(user, item) of each candidate of a row."""
+    return [(row["user_id"], item) for item in item_ids(row)]
 
 
 def _batches(

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mllmrec.data.candidates import candidates
+from mllmrec.data.candidates import candidates, users_of_split
 from mllmrec.stage.schema import Row
 
 PADDING = 0  # the number of no item
@@ -43,7 +43,7 @@ class SequenceData:
 
     def candidate_lists(self, users: Sequence[Row], split: str) -> "CandidateNumbers":
         """Histories and candidates of the users of one split."""
-        chosen = [user for user in users if user["split"] == split]
+        chosen = users_of_split(users, split)
         listed = [candidates(user) for user in chosen]
         return CandidateNumbers(
             [user["user_id"] for user in chosen],

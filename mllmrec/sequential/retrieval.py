@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from mllmrec.data.candidates import item_popularity
+from mllmrec.data.candidates import item_popularity, users_of_split
 from mllmrec.evaluation.metrics import Array, CandidateLists, per_user
-from mllmrec.sequential.data import SequenceData, padded
+from mllmrec.sequential.data import SequenceData
+from mllmrec.sequential.training import item_products
 from mllmrec.stage.schema import Row
 
 CUTOFFS = (5, 10, 20)
@@ -32,7 +33,7 @@ class RankedUsers:
     @classmethod
     def of(cls, users: Sequence[Row], data: SequenceData, split: str) -> "RankedUsers":
         """The lines of users.jsonl of one split."""
-        chosen = [user for user in users if user["split"] == split]
+        chosen = users_of_split(users, split)
         return cls(
             [user["user_id"] for user in chosen],
             [[data.number[item] for item in user["history"]] for user in chosen],
@@ -42,15 +43,7 @@ class RankedUsers:
 
 def model_scorer(model: Any, max_length: int) -> Scorer:
     """Histories -> scores (users, items + 1) of a sequential model; number 0 is no item."""
-
-    def score(histories: list[list[int]]) -> torch.Tensor:
-        vectors = model.items()
-        rows = [row[-max_length:] for row in histories]
-        states = model(padded(rows).to(vectors.device))
-        last = states[torch.arange(len(rows)), [len(row) - 1 for row in rows]]
-        return last @ vectors.T
-
-    return score
+    return lambda histories: item_products(model, model.items(), histories, max_length)
 
 
 def popularity_scorer(users: Sequence[Row], data: SequenceData) -> Scorer:

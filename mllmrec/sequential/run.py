@@ -8,7 +8,14 @@ from typing import Any
 
 import torch
 
-from mllmrec.data.candidates import candidates, check_known, check_negatives, read_users, score_row
+from mllmrec.data.candidates import (
+    candidates,
+    check_known,
+    check_negatives,
+    read_users,
+    score_row,
+    users_of_split,
+)
 from mllmrec.sequential.data import CandidateNumbers, SequenceData
 from mllmrec.sequential.items import read_features
 from mllmrec.sequential.training import CHOSEN_BY, fit, score_candidates, validation_metrics
@@ -47,7 +54,8 @@ def run_baseline(name: str, new_model: NewModel, options: Any) -> None:
             users = with_other_histories(users)
         data = SequenceData.of(users, list(items))
         if options.control == "unseen_targets":
-            data.leave_out(data.number[user["target"]] for user in users if is_test(user))
+            tested = users_of_split(users, "test")
+            data.leave_out(data.number[user["target"]] for user in tested)
         if not data.training:
             raise InputError(f"{users_path} has no training users; make it again with stage 1")
         features = read_features(options.features, items, Path(summaries), options.encoder)
@@ -83,7 +91,7 @@ def is_test(user: Row) -> bool:
 
 def with_other_histories(users: list[Row]) -> list[Row]:
     """The lines of users.jsonl; each test user has the history of the test user before it."""
-    histories = [user["history"] for user in users if is_test(user)]
+    histories = [user["history"] for user in users_of_split(users, "test")]
     others = iter(histories[-1:] + histories[:-1])
     return [{**user, "history": next(others)} if is_test(user) else user for user in users]
 
@@ -101,7 +109,7 @@ def check_lists(
 
 def scored_rows(users: list[Row], lists: CandidateNumbers, scores: list[list[float]]) -> list[Row]:
     """Lines of scores.jsonl. scores: of each test user's candidates, in the order of `lists`."""
-    tested = filter(is_test, users)
+    tested = users_of_split(users, "test")
     return [
         score_row(user_id, item, label, score)
         for user, user_id, own in zip(tested, lists.users, scores, strict=True)

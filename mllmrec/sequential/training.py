@@ -8,7 +8,7 @@ from the items up to there; the score of an item is the product of a state and t
 import copy
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -118,6 +118,19 @@ def next_item_loss(
     ).mean()
 
 
+def item_products(
+    model: Any, vectors: torch.Tensor, histories: Sequence[Sequence[int]], max_length: int
+) -> torch.Tensor:
+    """(users, items + 1): products of the state behind each history and all items' vectors.
+
+    vectors: `model.items()`; number 0 is no item.
+    """
+    rows = [row[-max_length:] for row in histories]
+    states = model(padded(rows).to(vectors.device))
+    last = states[torch.arange(len(rows)), [len(row) - 1 for row in rows]]
+    return last @ vectors.T
+
+
 @torch.inference_mode()
 def score_candidates(model: Any, lists: CandidateNumbers, options: Any) -> list[list[float]]:
     """Scores of each user's candidates: the log-probability of being the next of all items.
@@ -129,10 +142,7 @@ def score_candidates(model: Any, lists: CandidateNumbers, options: Any) -> list[
     vectors, scores = model.items(), []
     for start in range(0, len(lists.users), SCORED):
         part = slice(start, start + SCORED)
-        histories = [row[-options.max_length :] for row in lists.histories[part]]
-        states = model(padded(histories).to(vectors.device))
-        last = states[torch.arange(len(histories)), [len(row) - 1 for row in histories]]
-        logits = last @ vectors.T
+        logits = item_products(model, vectors, lists.histories[part], options.max_length)
         if options.loss == "cross_entropy":
             logits = logits - logits[:, 1:].logsumexp(1, keepdim=True)
         for row, chosen in zip(logits.cpu(), lists.candidates[part], strict=True):

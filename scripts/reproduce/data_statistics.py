@@ -13,14 +13,14 @@ at the end.
 from mllmrec.stage.main import run_main
 
 import argparse
-import csv
-import io
 import subprocess
 import sys
 from pathlib import Path
 
+from tables import write_files
+
 from mllmrec.stage.errors import InputError
-from mllmrec.stage.jsonl import atomic_file, read_json, write_json
+from mllmrec.stage.jsonl import read_json
 from mllmrec.stage.options import load_config
 from mllmrec.stage.record import machine
 
@@ -75,14 +75,8 @@ def main(argv=None):
         if reason:
             reasons[config.stem] = reason
     report |= machine()
-    write_json(args.output / "table2.json", report)
     text = markdown(report)
-    with atomic_file(args.output / "table2.md") as file:
-        file.write(text.encode())
-    buffer = io.StringIO()
-    csv.writer(buffer).writerows(lines_of(report))
-    with atomic_file(args.output / "table2.csv") as file:
-        file.write(buffer.getvalue().encode())
+    write_files(args.output / "table2", report, text, lines_of(report))
     print(text)
     for name, reason in reasons.items():
         print(f"not run: {name}: {reason}", file=sys.stderr)

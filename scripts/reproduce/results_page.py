@@ -24,9 +24,14 @@ RESULTS = ROOT / "results"
 TEMPLATE = ROOT / "docs/results.md.j2"
 
 
+def result(name):
+    """The content of results/NAME.json."""
+    return read_json(RESULTS / f"{name}.json")
+
+
 def table(name):
     """The table of results/NAME.json, and how it was made."""
-    report = read_json(RESULTS / f"{name}.json")
+    report = result(name)
     commit = str(report["git_commit"])[:7]
     seeds = " ".join(map(str, report["seeds"]))
     script = f"bash scripts/reproduce_{report['table']}.sh {report['config']} --seeds {seeds}"
@@ -43,7 +48,7 @@ def table(name):
 
 def statistics(name):
     """The table of data statistics of results/NAME.json."""
-    report = read_json(RESULTS / f"{name}.json")
+    report = result(name)
     configs = " ".join(f"configs/{config}.yaml" for config in report["data_sets"])
     made = f"`bash scripts/reproduce_table2.sh {configs}`, {report['date']}"
     return f"{made}, commit {str(report['git_commit'])[:7]}.\n\n{statistics_table(report)}".rstrip()
@@ -80,7 +85,7 @@ def figures(name, row):
 
 def choice(name):
     """The table of the settings that were tried on the validation users: results/NAME.json."""
-    report = read_json(RESULTS / f"{name}.json")
+    report = result(name)
     columns = report["columns"]
     lines = [f"| settings | epochs | {' | '.join(column.upper() for column in columns)} |"]
     lines += ["|---|---:|" + "---:|" * len(columns)]
@@ -93,50 +98,50 @@ def choice(name):
 
 def chosen_test(name, *metrics):
     """Test metrics, x100, of the settings of results/NAME.json that are best in validation."""
-    report = read_json(RESULTS / f"{name}.json")
+    report = result(name)
     best = max(report["runs"], key=lambda run: run["best"][report["columns"][0]])
     return " / ".join(f"{100 * best['test'][metric]:.2f}" for metric in metrics)
 
 
 def from_paper(name, *metrics):
     """The published metrics, x100, that results/NAME.json has beside its own."""
-    found = read_json(RESULTS / f"{name}.json")["published"]
+    found = result(name)["published"]
     return " / ".join(f"{100 * found[metric]:.2f}" for metric in metrics)
 
 
 def value(name, row, metric, digits=1):
     """One figure of results/NAME.json, x100."""
-    metrics = read_json(RESULTS / f"{name}.json")["rows"][row]["metrics"]
+    metrics = result(name)["rows"][row]["metrics"]
     return f"{100 * metrics[metric]:.{digits}f}"
 
 
 def difference(name, row, metric):
     """By how much a row is below the row that it is compared with, x100."""
-    found = read_json(RESULTS / f"{name}.json")["rows"][row]["differences"][metric]
+    found = result(name)["rows"][row]["differences"][metric]
     return f"{-100 * found['value']:.1f}"
 
 
 def over_seeds(name, row, metric):
     """The difference to the row that it is compared with, x100: its interval over the seeds."""
-    found = read_json(RESULTS / f"{name}.json")["rows"][row]["differences"][metric]
+    found = result(name)["rows"][row]["differences"][metric]
     return f"[{100 * found['seeds_low']:+.1f}, {100 * found['seeds_high']:+.1f}]"
 
 
 def per_seed(name, row, metric):
     """The metric of each seed, x100."""
-    runs = read_json(RESULTS / f"{name}.json")["rows"][row]["per_seed"]
+    runs = result(name)["rows"][row]["per_seed"]
     return ", ".join(f"{100 * run[metric]:.1f}" for run in runs.values())
 
 
 def gap(name, row, other, metric):
     """By how much `other` is below `row`, x100."""
-    rows = read_json(RESULTS / f"{name}.json")["rows"]
+    rows = result(name)["rows"]
     return f"{100 * (rows[row]['metrics'][metric] - rows[other]['metrics'][metric]):.1f}"
 
 
 def costs(name, row):
     """Minutes of the stage that wrote the row's scores and its peak memory, means of the seeds."""
-    runs = read_json(RESULTS / f"{name}.json")["rows"][row]["last_stage"]
+    runs = result(name)["rows"][row]["last_stage"]
     minutes = sum(run["seconds"] for run in runs) / len(runs) / 60
     return f"{minutes:.1f} min, {max(run['peak_gb'] for run in runs):.1f} GB"
 

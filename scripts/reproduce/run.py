@@ -20,8 +20,6 @@ run" in the table, its reason is printed, and the exit code is 1 at the end.
 from mllmrec.stage.main import run_main
 
 import argparse
-import csv
-import io
 import os
 import shlex
 import subprocess
@@ -33,12 +31,12 @@ from pathlib import Path
 
 from charts import dot_chart
 from rows import TABLES, WORLDS
-from tables import RETRIEVED, markdown, table_lines
+from tables import RETRIEVED, markdown, table_lines, write_files
 
 from mllmrec.evaluation.metrics import SHOWN, aggregate, evaluate
 from mllmrec.evaluation.paired import Scored, paired_differences
 from mllmrec.stage.errors import InputError
-from mllmrec.stage.jsonl import atomic_file, read_rows, write_json
+from mllmrec.stage.jsonl import atomic_file, read_rows
 from mllmrec.stage.options import load_config
 from mllmrec.stage.record import machine, read_record
 
@@ -65,8 +63,9 @@ class Run:
 
     def row(self, key, row):
         """Run the steps of a row; a failure is kept in `failed`."""
-        folds = f" --folds {self.args.folds} --test_fold {self.sample.fold}"
-        stage_1 = f"01_prepare_data {WORLDS[self.world]}" + folds * (self.args.folds > 0)
+        stage_1 = f"01_prepare_data {WORLDS[self.world]}"
+        if self.args.folds:
+            stage_1 += f" --folds {self.args.folds} --test_fold {self.sample.fold}"
         for step in (stage_1, *row.steps):
             if step not in self.done:
                 reason = self._step(step)
@@ -190,14 +189,8 @@ def write_report(rows, measured, args):
         "not_run": {key: row.label for key, row in rows.items() if key not in measured},
         **machine(),
     }
-    write_json(f"{path}.json", report)
     text = markdown(report)
-    with atomic_file(f"{path}.md") as file:
-        file.write(text.encode())
-    buffer = io.StringIO()
-    csv.writer(buffer).writerows(table_lines(report))
-    with atomic_file(f"{path}.csv") as file:
-        file.write(buffer.getvalue().encode())
+    write_files(path, report, text, table_lines(report))
     if measured:
         with atomic_file(f"{path}.png") as file:
             file.write(dot_chart(report))

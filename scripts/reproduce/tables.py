@@ -1,10 +1,24 @@
-"""A report of run.py as a table."""
+"""A report of run.py as a table, and the files of a table."""
+
+import csv
+import io
 
 from mllmrec.evaluation.metrics import SHOWN
 from mllmrec.evaluation.tables import difference_cell, half_width
+from mllmrec.stage.jsonl import atomic_file, write_json
 
 RETRIEVED = ("hr@5", "ndcg@5", "mrr@5", "hr@10", "ndcg@10", "mrr@10")  # hr = recall
 COMPARED = ("auc", "hr@5")  # metrics whose differences are in the table
+
+
+def write_files(path, report, text, lines):
+    """Write {path}.json, .md and .csv. text: the Markdown; lines: lists of cells."""
+    write_json(f"{path}.json", report)
+    buffer = io.StringIO()
+    csv.writer(buffer).writerows(lines)
+    for ending, content in (("md", text), ("csv", buffer.getvalue())):
+        with atomic_file(f"{path}.{ending}") as file:
+            file.write(content.encode())
 
 
 def table_lines(report):
