@@ -3,7 +3,7 @@
 (MLLM4Rec, JIIS 2024, built on LlamaRec.)
 
 In:  {data_dir}/users.jsonl, items.jsonl
-     {output_dir}/{system}/{retriever}/candidates.jsonl    from train_retriever.py
+     {output_dir}/{system}/retriever/candidates.jsonl      from train_retriever.py
      {output_dir}/{system}/image_summaries.jsonl           captions; without it, titles only
 Out, all in {output_dir}/{system}/:
      train.jsonl, validation.jsonl, test.jsonl   questions; retrieved users only, but in training
@@ -11,24 +11,28 @@ Out, all in {output_dir}/{system}/:
      ranked/scores.jsonl                         retrieved users: softmax over the letters' logits
      {variant}/scores.jsonl                      all users: the others keep the retriever's list
      {variant}/metrics.json                      retriever, ranker on retrieved users, overall
+     retriever_order/, random_order/             scores.jsonl of the same lists as ranked/, to
+                                                 compare with
 
     python MLLM4Rec/train_ranker.py --dataset_code ml-100k --llm_base_model meta-llama/Llama-2-7b-hf
 
 Trained on the target among 19 random negatives, tested on the retriever's 20. The best epoch is
-that with the highest NDCG@10 on the validation users whose target was retrieved. A GPU for
-Llama-2-7B; not run yet at that size.
+that with the highest NDCG@10 on the validation users whose target was retrieved. `--lists users`
+needs no retriever: validation and test users have the candidates of users.jsonl, which MLLM-MSR
+ranks, too (scripts/compare_systems.sh). A GPU for Llama-2-7B; not run yet at that size.
 """
 
 from mllmrec.stage.main import run_main
 
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from pydantic.dataclasses import dataclass
 from tqdm import tqdm
 
-from mllmrec.data.candidates import read_users
+from mllmrec.data.candidates import read_users, users_of_split
 from mllmrec.ranking.fine_tuning import Task, fine_tune
 from mllmrec.ranking.options import TRAINING_SPEED_OPTIONS, FineTuningOptions
 from mllmrec.ranking.rows import LETTER_ANSWERS
@@ -39,15 +43,19 @@ from mllmrec.stage.record import Job, file_digests
 from mllmrec.stage.transaction import writing
 
 SECTION = "ranker"
-SCORE_OPTIONS = ("ranked", "variant", "reuse_prefix")  # they change no adapter
-ROW_OPTIONS = ("dataset_code", "seed", "model", "captions", "text_tokens", "max_history")
-ROW_OPTIONS += ("role", "hybrid", "candidates", "prompt_format")
+SCORE_OPTIONS = ("ranked", "variant", "reuse_prefix", "retrieved", "summaries")  # no new adapter
+ROW_OPTIONS = ("dataset_code", "seed", "model", "captions", "text_tokens", "max_history", "lists")
+ROW_OPTIONS += ("role", "hybrid", "candidates", "prompt_format", "control")
 
 
 @dataclass
 class Options(FineTuningOptions, DatasetCode):
     system: str = option("mllm4rec", "subfolder of output_dir", pattern=r"^[\w-]+$")
-    retriever: str = option("retriever", "folder of candidates.jsonl", pattern=r"^[\w-]+$")
+    lists: Literal["retrieved", "users"] = option(
+        "retrieved", "what is ranked; retrieved: the retriever's items; users: users.jsonl's"
+    )
+    retrieved: str = option("", "the retriever's folder, default: {output_dir}/{system}/retriever")
+    summaries: str = option("", "default: {output_dir}/{system}/image_summaries.jsonl")
     ranked: str = option("ranked", "folder of the ranker's own scores", pattern=r"^[\w-]+$")
     variant: str = option("ranker", "folder of the scores", pattern=r"^[\w-]+$")
     model: str = option("meta-llama/Llama-2-7b-hf", "text model, hub id or folder")
@@ -57,7 +65,10 @@ class Options(FineTuningOptions, DatasetCode):
     hybrid: bool = option(True, "false: without the words of the instruction (ablation)")
     text_tokens: int = option(32, "of a title, and of a caption (published: 32)", ge=1)
     max_history: int = option(20, "last items in the prompt (published: 20)", ge=1)
-    candidates: int = option(20, "of a training row (published: 20)", ge=2, le=20)
+    candidates: int = option(20, "of a training row (published: 20)", ge=2, le=26)
+    control: Literal["none", "shuffled_labels"] = option(
+        "none", "shuffled_labels: a random letter is learned, which should rank by chance"
+    )
     max_text_tokens: int = option(1536, "of a prompt (published: 1,536)", ge=0)
     epochs: int = option(1, "epochs (published: 1)", ge=1)
     learning_rate: float = option(1e-4, "of AdamW (published: 1e-4)", ge=0)
@@ -66,51 +77,69 @@ class Options(FineTuningOptions, DatasetCode):
     reuse_prefix: bool = option(True, "in scoring: compute what prompts share only once")
 
 
-def write_questions(options):
-    """users.jsonl, items.jsonl, candidates.jsonl -> train, validation and test.jsonl."""
-    from mllmrec.models.loading import load_tokenizer
-    from mllmrec.prompts.mllm4rec import ROLES
-    from mllmrec.ranking.lists import ListFormat, item_texts, retrieved_rows, training_rows
-
+def input_paths(options):
+    """{name: path} of users, items, captions and candidates, those that the options need."""
     data_dir, folder = Path(options.data_dir), options.system_dir
-    maker = f"MLLM4Rec/process_item.py --dataset_code {options.dataset_code}"
-    users_path, items_path = (
-        require(data_dir / name, maker=maker) for name in ("users.jsonl", "items.jsonl")
+    code = f"--dataset_code {options.dataset_code}"
+    maker = f"MLLM4Rec/process_item.py {code}"
+    paths = {name: require(data_dir / f"{name}.jsonl", maker=maker) for name in ("users", "items")}
+    captions = Path(options.summaries or folder / "image_summaries.jsonl")
+    if options.captions and (options.summaries or captions.exists()):
+        paths["captions"] = require(captions, maker=f"MLLM4Rec/process_item_blip2.py {code}")
+    if options.lists == "retrieved":
+        maker = f"MLLM4Rec/train_retriever.py {code}"
+        paths["candidates"] = require(retrieved_dir(options) / "candidates.jsonl", maker=maker)
+    return paths
+
+
+def retrieved_dir(options):
+    return Path(options.retrieved or options.system_dir / "retriever")
+
+
+def write_questions(options):
+    """Users, items, captions and candidates -> train, validation and test.jsonl."""
+    from mllmrec.models.loading import load_processor
+    from mllmrec.prompts.mllm4rec import ROLES
+    from mllmrec.ranking.lists import (
+        ListFormat,
+        item_texts,
+        list_rows,
+        own_candidates,
+        shuffle_labels,
+        training_rows,
     )
-    maker = f"MLLM4Rec/train_retriever.py --dataset_code {options.dataset_code}"
-    candidates_path = require(folder / options.retriever / "candidates.jsonl", maker=maker)
-    inputs = [users_path, items_path, candidates_path]
-    captions_path, captions = folder / "image_summaries.jsonl", {}
-    if options.captions and captions_path.exists():
-        inputs.append(captions_path)
-        captions = {row["item_id"]: row["summary"] for row in read_rows(captions_path)}
-    paths = [folder / f"{split}.jsonl" for split in ("train", "validation", "test")]
+
+    paths = input_paths(options)
+    outputs = [options.system_dir / f"{split}.jsonl" for split in ("train", "validation", "test")]
     others = set(asdict(options)) - set(ROW_OPTIONS)
-    job = Job.of(options, file_digests(*inputs), ignore=others)
-    with writing(job, paths) as output:
+    job = Job.of(options, file_digests(*paths.values()), ignore=others)
+    with writing(job, outputs) as output:
         if not output.is_needed:
             return
-        users, items = read_users(users_path), read_by_id(items_path, "item_id")
-        by_split = {
-            split: {user["user_id"]: user for user in users if user["split"] == split}
-            for split in ("train", "validation", "test")
-        }
-        tokenizer = load_tokenizer(options.model, options)
+        users, items = read_users(paths["users"]), read_by_id(paths["items"], "item_id")
+        captions = read_by_id(paths["captions"], "item_id") if "captions" in paths else {}
+        captions = {item_id: row["summary"] for item_id, row in captions.items()}
+        tokenizer = load_processor(options.model, options)
         texts = item_texts(items, captions, tokenizer, options.text_tokens)
         role = ROLES[options.dataset_code] if options.role else ""
         form = ListFormat(texts, LETTER_ANSWERS, role, options.hybrid, options.max_history)
         rng = np.random.default_rng([options.seed, 5])
-        write_rows(
-            paths[0], training_rows(by_split["train"].values(), form, options.candidates, rng)
-        )
-        lines, counts = read_rows(candidates_path), {"train": len(by_split["train"])}
-        for split, path in zip(("validation", "test"), paths[1:], strict=True):
+        rows = training_rows(users_of_split(users, "train"), form, options.candidates, rng)
+        if options.control == "shuffled_labels":
+            rows = shuffle_labels(rows, form.letters, rng)
+        write_rows(outputs[0], rows)
+        counts = {"train": len(rows)}
+        own_lists = [own_candidates(user) for user in users]
+        lines = read_rows(paths["candidates"]) if "candidates" in paths else own_lists
+        for split, path in zip(("validation", "test"), outputs[1:], strict=True):
             own = [line for line in lines if line["split"] == split]
-            rows = retrieved_rows(own, by_split[split], form, rng, split == "validation")
+            by_id = {user["user_id"]: user for user in users_of_split(users, split)}
+            rows = list_rows(own, by_id, form, rng, split == "validation")
             write_rows(path, rows)
             counts |= {split: len(rows), f"{split}_not_retrieved": len(own) - len(rows)}
         output.finish(counts)
-        print(f"wrote {folder}: {', '.join(f'{n:,} {name}' for name, n in counts.items())}")
+        shown = ", ".join(f"{n:,} {name}" for name, n in counts.items())
+        print(f"wrote {options.system_dir}: {shown}")
 
 
 def score_questions(options):
@@ -144,25 +173,27 @@ def combine(ranked_path, options):
     """Write the lists of all test users, those of the ranker where it ranked, and the metrics."""
     from mllmrec.evaluation.metrics import evaluate
 
-    folder = options.system_dir / options.variant
-    retrieved_path = options.system_dir / options.retriever / "scores.jsonl"
-    outputs = [folder / "scores.jsonl", folder / "metrics.json"]
+    folder, retrieved_path = options.system_dir, retrieved_dir(options) / "scores.jsonl"
+    outputs = [folder / options.variant / name for name in ("scores.jsonl", "metrics.json")]
+    orders = [folder / f"{name}_order" / "scores.jsonl" for name in ("retriever", "random")]
     job = Job.of(options, file_digests(ranked_path, retrieved_path), TRAINING_SPEED_OPTIONS)
-    with writing(job, outputs) as output:
+    with writing(job, [*outputs, *orders]) as output:
         if not output.is_needed:
             return
         ranked, retrieved = read_rows(ranked_path), read_rows(retrieved_path)
         users = {row["user_id"] for row in ranked}
+        same_lists = [row for row in retrieved if row["user_id"] in users]
         overall = ranked + [row for row in retrieved if row["user_id"] not in users]
+        write_rows(outputs[0], overall)
+        write_rows(orders[0], same_lists)
+        # Ties count as a random order does on average.
+        write_rows(orders[1], ({**row, "score": 0.0} for row in same_lists))
         metrics = {
             "retriever": evaluate(retrieved, retrieved_path, retrieved=True),
-            "retriever_on_ranked": evaluate(
-                [row for row in retrieved if row["user_id"] in users], retrieved_path
-            ),
+            "retriever_on_ranked": evaluate(same_lists, orders[0]),
             "ranker_on_ranked": evaluate(ranked, ranked_path),
             "overall": evaluate(overall, outputs[0], retrieved=True),
         }
-        write_rows(outputs[0], overall)
         write_json(outputs[1], metrics)
         everybody = len({row["user_id"] for row in retrieved})
         output.finish({"users": everybody, "ranked": len(users)}, metrics=metrics)
@@ -180,7 +211,9 @@ def main(argv=None):
     write_questions(options)
     maker = "MLLM4Rec/train_ranker.py"
     fine_tune(options, Task("letters", "ndcg@10", maker, SCORE_OPTIONS))
-    combine(score_questions(options), options)
+    ranked_path = score_questions(options)
+    if options.lists == "retrieved":
+        combine(ranked_path, options)
 
 
 if __name__ == "__main__":

@@ -9,12 +9,12 @@ import yaml
 from conftest import ROOT, TINY
 
 from mllmrec.evaluation.metrics import evaluate
-from mllmrec.models.loading import load_tokenizer
+from mllmrec.models.loading import load_processor
 from mllmrec.ranking.lists import (
     ListFormat,
     cut_to_tokens,
     item_texts,
-    retrieved_rows,
+    list_rows,
     training_rows,
 )
 from mllmrec.ranking.rows import LETTER_ANSWERS, question_text
@@ -75,20 +75,19 @@ def test_only_retrieved_users_are_asked_and_the_rank_is_not_told():
         {"user_id": "v", "item_ids": found[1:], "has_target": False},
     ]
     rows = [
-        retrieved_rows(lines, users, FORM, np.random.default_rng(seed), False)[0]
-        for seed in range(40)
+        list_rows(lines, users, FORM, np.random.default_rng(seed), False)[0] for seed in range(40)
     ]
     assert all(sorted(row["item_ids"]) == sorted(found) for row in rows)
     assert all(row["item_ids"][row["label"]] == "i9" for row in rows)
     assert all(len(row["messages"]) == 1 for row in rows), "no answer in the test"
     assert len({row["label"] for row in rows}) > 10
-    asked = retrieved_rows(lines, users, FORM, np.random.default_rng(0), True)
+    asked = list_rows(lines, users, FORM, np.random.default_rng(0), True)
     assert [row["user_id"] for row in asked] == ["u"]
     assert len(asked[0]["messages"]) == 2
 
 
 def test_titles_and_captions_are_cut_to_tokens_and_stay_text():
-    tokenizer = load_tokenizer(str(TINY / "llama"), SimpleNamespace(prompt_format=""))
+    tokenizer = load_processor(str(TINY / "llama"), SimpleNamespace(prompt_format=""))
     long = "calm music video " * 30
     cut = cut_to_tokens(long, tokenizer, 7)
     assert long.startswith(cut)

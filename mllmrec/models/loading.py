@@ -142,9 +142,11 @@ def load_text(name: str, options: ModelOptions | None = None) -> tuple[Any, Any]
     return model, _load_processor(AutoTokenizer, name, config, options)
 
 
-def load_tokenizer(name: str, options: ModelOptions) -> Any:
-    """The tokenizer of a text model, without its weights."""
-    return _load_processor(AutoTokenizer, name, read_config(name), options)
+def load_processor(name: str, options: ModelOptions) -> Any:
+    """The processor of a multimodal model, or the tokenizer of a text model, without weights."""
+    config = read_config(name)
+    auto_class = AutoProcessor if takes_images(config) else AutoTokenizer
+    return _load_processor(auto_class, name, config, options)
 
 
 def takes_images(config: Any) -> bool:

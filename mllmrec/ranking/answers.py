@@ -2,7 +2,7 @@
 
 A row's `label` is the index of the right answer in its answer set. Rows about one candidate use a
 set of two answers (No, Yes), so their label is 0 or 1; rows about a list of candidates use one
-answer per candidate (letters A to T), so their label is the place of the target in the list.
+answer per candidate (letters A to Z), so their label is the place of the target in the list.
 """
 
 from dataclasses import dataclass
@@ -43,7 +43,7 @@ def yes_no(options: RankerOptions) -> AnswerSet:
 
 
 def answer_set(name: str, options: RankerOptions) -> AnswerSet:
-    """yes_no: No and Yes; letters: A to T; as the options of a stage say."""
+    """yes_no: No and Yes; letters: A to Z; as the options of a stage say."""
     bare = options.answer_token == "bare"
     return AnswerSet(ANSWERS[name], bare=bare, end_token=options.end_token)
 

@@ -55,6 +55,9 @@ class DatasetOptions(CommonOptions):
         300, "longer titles are cut, 0 = no limit; a few real ones are whole pages", ge=0
     )
     with_images: bool = option(True, "false: rows without images, for a text-only model")
+    train_negatives: int = option(
+        0, "negatives of a training user that become rows, 0 = all of users.jsonl", ge=0
+    )
 
 
 @dataclass
@@ -152,8 +155,17 @@ def user_rows(
     question_format = QuestionFormat(
         options.domain, options.recommend_prompt, options.max_title_characters
     )
+    listed = candidates(user)
+    if user["split"] == "train" and options.train_negatives:
+        if len(user["negatives"]) < options.train_negatives:
+            raise InputError(
+                f"user {user['user_id']!r} has {len(user['negatives'])} negatives in "
+                f"{sources.users_path}, --train_negatives asks for {options.train_negatives}; "
+                "lower it, or run stage 1 with more"
+            )
+        listed = listed[: 1 + options.train_negatives]
     rows = []
-    for item_id, label in candidates(user):
+    for item_id, label in listed:
         item, image = sources.items[item_id], None
         if options.with_images:
             image_path, problem = sources.image(item)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from mllmrec.prompts import mllm4rec as prompts
-from mllmrec.prompts.templates import plain_text
+from mllmrec.prompts.templates import assistant_turn, plain_text
 from mllmrec.ranking.rows import list_row
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.schema import Row
@@ -33,7 +33,7 @@ class ListFormat:
         if len(candidates) > len(self.letters):
             raise InputError(
                 f"{len(candidates)} candidates are more than the {len(self.letters)} letters; "
-                f"retrieve at most {len(self.letters)} (--retrieved)"
+                f"list at most {len(self.letters)} (--retrieved of the retriever, or --negatives)"
             )
         shown = history[-self.max_history :]
         numbered = (f"{n}. {self.texts[item]}" for n, item in enumerate(shown, start=1))
@@ -92,20 +92,43 @@ def training_rows(
     return rows
 
 
-def retrieved_rows(
-    retrieved: Iterable[Row],
+def shuffle_labels(
+    rows: Iterable[Row], letters: Sequence[str], rng: np.random.Generator
+) -> list[Row]:
+    """The rows with a random place as their label, and its letter as the answer."""
+    shuffled = []
+    for row in rows:
+        label = int(rng.integers(len(row["item_ids"])))
+        messages = [row["messages"][0], assistant_turn(letters[label])]
+        shuffled.append({**row, "label": label, "messages": messages})
+    return shuffled
+
+
+def own_candidates(user: Row) -> Row:
+    """The candidates of a line of users.jsonl, in the form of a line of candidates.jsonl."""
+    listed = [user["target"], *user["negatives"]]
+    return {
+        "user_id": user["user_id"],
+        "split": user["split"],
+        "item_ids": listed,
+        "has_target": True,
+    }
+
+
+def list_rows(
+    lists: Iterable[Row],
     users: Mapping[str, Row],
     list_format: ListFormat,
     rng: np.random.Generator,
     with_answer: bool,
 ) -> list[Row]:
-    """Rows about the retriever's lists that have their target, in a random order of candidates.
+    """Rows about the lists that have their target, in a random order of candidates.
 
-    retrieved: lines of candidates.jsonl; users: id -> line of users.jsonl of the same split. A
-    random order, so that a letter does not tell the retriever's rank.
+    lists: lines of candidates.jsonl; users: id -> line of users.jsonl of the same split. A random
+    order, so that a letter does not tell the retriever's rank.
     """
     rows = []
-    for line in retrieved:
+    for line in lists:
         user = users[line["user_id"]]
         if line["has_target"]:
             listed = line["item_ids"]

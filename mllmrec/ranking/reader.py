@@ -42,9 +42,14 @@ def load_ranker(options: RankerOptions) -> tuple[Any, ChatProcessor]:
     model, processor = load(options.model, options)
     if single:
         model.config.image_grid_pinpoints = [[0, 0]]  # no tile at all: only the whole image is left
-    chat = ChatProcessor(processor, single, options.prompt_format)
+    chat = chat_processor(processor, options)
     check_trial(options.model, model, chat)
     return model, chat
+
+
+def chat_processor(processor: Any, options: RankerOptions) -> ChatProcessor:
+    """The processor as a ranker uses it."""
+    return ChatProcessor(processor, options.image_tiles == "single", options.prompt_format)
 
 
 def _key(row: Row) -> tuple[str, ...]:

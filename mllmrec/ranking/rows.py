@@ -30,7 +30,7 @@ _PREFERENCE = (
     "\0"  # placeholder of the preference; `plain_text` leaves no such character in a title
 )
 YES_NO_ANSWERS = ("No", "Yes")
-LETTER_ANSWERS = tuple("ABCDEFGHIJKLMNOPQRST")
+LETTER_ANSWERS = tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ")  # published: A to T, for 20 candidates
 ANSWERS = {"yes_no": YES_NO_ANSWERS, "letters": LETTER_ANSWERS}
 MAKE_AGAIN = "make the file again with scripts/04_datasets.sh"
 

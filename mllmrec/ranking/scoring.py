@@ -205,8 +205,8 @@ def _score_with_prefixes(
     shared: list[tuple[list[_Encoded], int]] = []  # (group, length of its prefix)
     alone: list[_Encoded] = []
     for group in groups:
-        length = common_prefix_length([row.ids for row in group])
-        if len(group) > 1 and reader.chat.image_token_id not in group[0].ids[length:]:
+        length = shared_prefix_length([row.ids for row in group], reader.chat.image_token_id)
+        if length:
             shared.append((group, length))
         else:
             alone += group
@@ -238,6 +238,17 @@ def _score_with_prefixes(
             past_key_values=select_cache_rows(cache, places),
         )
         yield from zip((index for _, index, _ in part), logits.tolist(), strict=True)
+
+
+def shared_prefix_length(prompts: Sequence[Sequence[int]], image_token_id: int | None) -> int:
+    """How many leading tokens of a group's prompts are computed once.
+
+    0: none, as for a single prompt, or where image tokens would be left over.
+    """
+    if len(prompts) == 1:
+        return 0
+    length = common_prefix_length(prompts)
+    return 0 if image_token_id in prompts[0][length:] else length
 
 
 def _prefill_prefixes(

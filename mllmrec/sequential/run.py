@@ -1,6 +1,7 @@
 """A sequential baseline from users.jsonl to scores.jsonl, the same for every model."""
 
 import resource
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -63,12 +64,19 @@ def run_baseline(name: str, new_model: NewModel, options: Any) -> None:
         validation = data.candidate_lists(users, "validation")
         validate = partial(validation_metrics, model, validation, options)
         found = fit(model, data, validate, options, report=print_epoch)
-        lists = data.candidate_lists(users, "test")
+        started, lists = time.monotonic(), data.candidate_lists(users, "test")
         rows = scored_rows(users, lists, score_candidates(found.model, lists, options))
+        scoring_seconds = round(time.monotonic() - started, 3)
         write_rows(path, rows)
         counts = {"training_users": len(data.training), "out": len(rows)}
         best = int(found.best["epoch"])
-        output.finish(counts, log=found.log, epochs=best, peak_gb=peak_gb())
+        output.finish(
+            counts,
+            log=found.log,
+            epochs=best,
+            peak_gb=peak_gb(),
+            scoring_seconds=scoring_seconds,
+        )
         print(f"wrote {path}: {len(rows):,} scores, epoch {found.best['epoch']}")
 
 

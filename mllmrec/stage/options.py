@@ -126,6 +126,8 @@ def parse_options(
     given = vars(parsed)
     given["config"] = given.get("config") or _default_config(given, known)
     from_config = _section_values(Path(given["config"]), section, known)
+    if "dataset_code" in known and "dataset_code" not in from_config | given:
+        given["dataset_code"] = _dataset_code(given["config"])
     try:
         return TypeAdapter(options_class).validate_python(from_config | given)
     except ValidationError as error:
@@ -159,6 +161,17 @@ def _default_config(given: dict[str, Any], known: list[str]) -> str:
         code = given.get("dataset_code") or DatasetCode().dataset_code
         return f"configs/mllm4rec/{code}.yaml"
     return os.environ.get(CONFIG_VARIABLE) or DEFAULT_CONFIG
+
+
+def _dataset_code(config: str) -> str:
+    """The data set that a config's name says; prompts depend on it."""
+    name = Path(config).stem
+    if name not in get_args(DATASETS):
+        raise InputError(
+            f"the config {config} is not called like a data set; pass --dataset_code "
+            f"{'|'.join(get_args(DATASETS))}"
+        )
+    return name
 
 
 def check_processes() -> None:

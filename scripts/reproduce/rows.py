@@ -2,7 +2,8 @@
 
 A step is `SCRIPT OPTIONS`: a numbered script of scripts/, or a Python stage by its path. Every step
 also gets the config, the seed and the folders of its run; one that is up to date does nothing.
-`{full}` stands for the folder of the full system's outputs, which other rows read.
+`{full}` stands for the folder of MLLM-MSR's outputs and `{second}` for that of MLLM4Rec's, which
+other rows read.
 """
 
 import shlex
@@ -20,7 +21,8 @@ class TableRow:
 
     label: its name there; scores: folder of its scores.jsonl below the run's folder; steps: after
     stage 1, in order; world: key of WORLDS; against: key of the row that it is compared with, ""
-    for none; retrieved: its lists are the retriever's best items, which may lack the target.
+    for none; retrieved: its lists are the retriever's best items, which may lack the target;
+    preferences: file below the run's folder whose texts it needs, as part of its costs.
     """
 
     label: str
@@ -29,6 +31,7 @@ class TableRow:
     world: str = "main"
     against: str = ""
     retrieved: bool = False
+    preferences: str = ""
 
 
 def full_system(label: str, world: str = "main") -> TableRow:
@@ -96,6 +99,7 @@ WORLDS = {
     "released": "--history released --released_order time",
     "popular": "--negative_sampling popularity",
     "period": "--negative_sampling period",
+    "letters": "--train_negatives 20",  # for lists of 21 in training, too
 }
 PROMPT = "prompt_format"
 # What depends on the size of models and data stays as in the config.
@@ -309,17 +313,94 @@ SAMPLE = {
 }
 
 
-def retriever(name: str, label: str) -> TableRow:
+def retriever(name: str, label: str, options: str = "") -> TableRow:
     """A retriever of MLLM4Rec over all items."""
-    step = f"MLLM4Rec/train_retriever.py --retriever {name} --variant {name}"
+    step = f"MLLM4Rec/train_retriever.py --retriever {name} --variant {name} {options}"
     return TableRow(label, f"mllm4rec/{name}", (step,), retrieved=True)
 
 
 RETRIEVAL = {
     "popularity": retriever("popularity", "popularity"),
     "gru4rec": retriever("gru4rec", "GRU4Rec"),
-    "sasrec": retriever("sasrec", "SASRec"),
+    # Chosen on the validation lines of ml-latest-small (docs/results.md).
+    "sasrec": retriever("sasrec", "SASRec", "--max_length 50 --dropout 0.3"),
     "lrurec": retriever("lrurec", "LRURec"),
+}
+
+CAPTIONED = ("MLLM4Rec/process_item_blip2.py", "MLLM4Rec/train_retriever.py")
+
+
+def ranker(name: str, label: str, options: str, against: str = "ranker") -> TableRow:
+    """MLLM4Rec's ranker with other options, on the same retrieved lists."""
+    words = "--retrieved {second}/retriever --summaries {second}/image_summaries.jsonl"
+    step = f"MLLM4Rec/train_ranker.py --system {name} {words} {options}"
+    return TableRow(label, f"{name}/ranked", (*CAPTIONED, step), against=against)
+
+
+RANKER_STEPS = (*CAPTIONED, "MLLM4Rec/train_ranker.py")
+# The ranker on the users whose target was retrieved; every row ranks the same 20 items of a user.
+RANKER = {
+    "random": TableRow("random order", "mllm4rec/random_order", RANKER_STEPS),
+    "retriever": TableRow(
+        "the retriever's order", "mllm4rec/retriever_order", RANKER_STEPS, against="random"
+    ),
+    "ranker": TableRow("MLLM4Rec's ranker", "mllm4rec/ranked", RANKER_STEPS, against="retriever"),
+    "no_image": ranker("no_image", "without images (titles only)", "--captions false"),
+    "no_role": ranker("no_role", "without role", "--role false"),
+    "no_hybrid": ranker("no_hybrid", "without hybrid prompt", "--hybrid false"),
+    "shuffled": ranker(
+        "shuffled", "trained on shuffled labels", "--control shuffled_labels", "random"
+    ),
+}
+# Over all users: the ranker's list where the target was retrieved, else the retriever's.
+OVERALL = {
+    "retriever": TableRow("LRURec", "mllm4rec/retriever", RANKER_STEPS, retrieved=True),
+    "overall": TableRow("MLLM4Rec", "mllm4rec/ranker", RANKER_STEPS, retrieved=True),
+}
+
+# Both systems and the baselines on one users.jsonl: the same users, the same 1 + 20 candidates.
+COMPARED_STEPS = (
+    "02_image_summary",
+    "03_preference",
+    "04_datasets --train_negatives 1",
+    "05_train",
+    SCORE,
+)
+LETTERS = "--lists users --candidates 21"
+COMPARED = {
+    "popularity": popularity("popularity", "letters"),
+    "sasrec": baseline("sasrec", "SASRec", "sasrec", world="letters"),
+    "sasrec_f": baseline(
+        "sasrec", "SASRec-F (titles)", "sasrec_f", "--features title", world="letters"
+    ),
+    "tallrec": TableRow(
+        TALLREC.label,
+        TALLREC.scores,
+        (
+            TALLREC.steps[0],
+            f"{TALLREC.steps[1]} --train_negatives 1",
+            *TALLREC.steps[2:],
+        ),
+        "letters",
+        "full",
+    ),
+    "full": TableRow(
+        FULL.label,
+        FULL.scores,
+        COMPARED_STEPS,
+        "letters",
+        preferences="mllm_msr/user_preferences.jsonl",
+    ),
+    "ranker": TableRow(
+        "MLLM4Rec's ranker",
+        "mllm4rec/ranked",
+        (
+            COMPARED_STEPS[0],
+            f"MLLM4Rec/train_ranker.py {LETTERS} --summaries {{full}}/image_summaries.jsonl",
+        ),
+        "letters",
+        "full",
+    ),
 }
 
 TABLES = {
@@ -331,4 +412,7 @@ TABLES = {
     "preliminary": PRELIMINARY,
     "controls": CONTROLS,
     "retrieval": RETRIEVAL,
+    "ranker": RANKER,
+    "overall": OVERALL,
+    "systems": COMPARED,
 }

@@ -30,6 +30,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from charts import dot_chart
+from costs import costs_per_user
 from rows import TABLES, WORLDS
 from tables import RETRIEVED, markdown, table_lines, write_files
 
@@ -76,7 +77,11 @@ class Run:
 
     def _step(self, step):
         """Run one step; return the last line that it printed if it failed, else None."""
-        places = {"{full}": self.folder / "mllm_msr", "{text_model}": self.args.text_model}
+        places = {
+            "{full}": self.folder / "mllm_msr",
+            "{second}": self.folder / "mllm4rec",
+            "{text_model}": self.args.text_model,
+        }
         for place, value in places.items():
             step = step.replace(place, str(value))
         words = shlex.split(step)
@@ -164,6 +169,9 @@ def measure(rows, runs, args):
             "stage_1": WORLDS[row.world],
             "last_stage": [last_stage(path) for path in paths],
         }
+        if args.table == "systems":
+            folders = [runs[key, own].folder for own in args.samples]
+            report[key]["costs"] = [costs_per_user(row, folder) for folder in folders]
     for key, own in report.items():
         against = rows[key].against
         if against in scored:

@@ -9,6 +9,14 @@ from mllmrec.stage.jsonl import atomic_file, write_json
 
 RETRIEVED = ("hr@5", "ndcg@5", "mrr@5", "hr@10", "ndcg@10", "mrr@10")  # hr = recall
 COMPARED = ("auc", "hr@5")  # metrics whose differences are in the table
+COSTS = {
+    "requests": "requests",
+    "prompt": "prompt tokens",
+    "image": "of these of images",
+    "computed": "computed",
+    "generated": "generated tokens",
+    "seconds": "seconds",
+}
 
 
 def write_files(path, report, text, lines):
@@ -69,4 +77,23 @@ def markdown(report):
     shown = report.get("columns", SHOWN)
     bars = "|---|" + "---:|" * len(shown) + "---:|---:|---|" * ("compared with" in lines[0])
     rows = [f"| {' | '.join(cells)} |" for cells in lines]
-    return "\n".join([*text, "", rows[0], bars, *rows[1:], ""])
+    text += ["", rows[0], bars, *rows[1:], ""]
+    if any("costs" in row for row in report["rows"].values()):
+        text += costs_table(report)
+    return "\n".join(text)
+
+
+def costs_table(report):
+    """Lines of Markdown: what ranking one user's candidates takes, mean of the runs."""
+    lines = [
+        "Per test user; *computed*: prompt tokens where a prefix that prompts share is computed",
+        "once; seconds of the stages on the device above, loading included.",
+        "",
+        f"| row | {' | '.join(COSTS.values())} |",
+        "|---|" + "---:|" * len(COSTS),
+    ]
+    for row in report["rows"].values():
+        means = (sum(run[name] for run in row["costs"]) / len(row["costs"]) for name in COSTS)
+        cells = (f"{mean:,.{3 if mean < 1 else 0}f}" if mean else "0" for mean in means)
+        lines.append(f"| {row['label']} | {' | '.join(cells)} |")
+    return [*lines, ""]
