@@ -45,6 +45,7 @@ from mllmrec.stage.transaction import writing
 SECTION = "ranker"
 SCORE_OPTIONS = ("ranked", "variant", "reuse_prefix", "retrieved", "summaries")  # no new adapter
 ROW_OPTIONS = ("dataset_code", "seed", "model", "captions", "text_tokens", "max_history", "lists")
+ROW_OPTIONS += ("max_text_tokens",)
 ROW_OPTIONS += ("role", "hybrid", "candidates", "prompt_format", "control")
 
 
@@ -96,18 +97,31 @@ def retrieved_dir(options):
     return Path(options.retrieved or options.system_dir / "retriever")
 
 
-def write_questions(options):
-    """Users, items, captions and candidates -> train, validation and test.jsonl."""
+def list_format(paths, options):
+    """ListFormat of the items' texts, with a question's length in tokens of this model."""
     from mllmrec.models.loading import load_processor
     from mllmrec.prompts.mllm4rec import ROLES
-    from mllmrec.ranking.lists import (
-        ListFormat,
-        item_texts,
-        list_rows,
-        own_candidates,
-        shuffle_labels,
-        training_rows,
-    )
+    from mllmrec.prompts.templates import user_turn
+    from mllmrec.ranking.lists import ListFormat, item_texts
+    from mllmrec.ranking.reader import chat_processor
+
+    items = read_by_id(paths["items"], "item_id")
+    captions = read_by_id(paths["captions"], "item_id") if "captions" in paths else {}
+    captions = {item_id: row["summary"] for item_id, row in captions.items()}
+    chat = chat_processor(load_processor(options.model, options), options)
+    texts = item_texts(items, captions, chat.tokenizer, options.text_tokens)
+
+    def fits(question):
+        longest = options.max_text_tokens
+        return not longest or chat.count(chat.render([user_turn(question)])) <= longest
+
+    role = ROLES[options.dataset_code] if options.role else ""
+    return ListFormat(texts, LETTER_ANSWERS, role, options.hybrid, options.max_history, fits)
+
+
+def write_questions(options):
+    """Users, items, captions and candidates -> train, validation and test.jsonl."""
+    from mllmrec.ranking.lists import list_rows, own_candidates, shuffle_labels, training_rows
 
     paths = input_paths(options)
     outputs = [options.system_dir / f"{split}.jsonl" for split in ("train", "validation", "test")]
@@ -116,27 +130,24 @@ def write_questions(options):
     with writing(job, outputs) as output:
         if not output.is_needed:
             return
-        users, items = read_users(paths["users"]), read_by_id(paths["items"], "item_id")
-        captions = read_by_id(paths["captions"], "item_id") if "captions" in paths else {}
-        captions = {item_id: row["summary"] for item_id, row in captions.items()}
-        tokenizer = load_processor(options.model, options)
-        texts = item_texts(items, captions, tokenizer, options.text_tokens)
-        role = ROLES[options.dataset_code] if options.role else ""
-        form = ListFormat(texts, LETTER_ANSWERS, role, options.hybrid, options.max_history)
+        users, form = read_users(paths["users"]), list_format(paths, options)
         rng = np.random.default_rng([options.seed, 5])
         rows = training_rows(users_of_split(users, "train"), form, options.candidates, rng)
         if options.control == "shuffled_labels":
             rows = shuffle_labels(rows, form.letters, rng)
         write_rows(outputs[0], rows)
         counts = {"train": len(rows)}
-        own_lists = [own_candidates(user) for user in users]
-        lines = read_rows(paths["candidates"]) if "candidates" in paths else own_lists
+        if options.lists == "users":
+            lines = [own_candidates(user) for user in users]
+        else:
+            lines = read_rows(paths["candidates"])
         for split, path in zip(("validation", "test"), outputs[1:], strict=True):
             own = [line for line in lines if line["split"] == split]
             by_id = {user["user_id"]: user for user in users_of_split(users, split)}
-            rows = list_rows(own, by_id, form, rng, split == "validation")
+            rows = list_rows(own, by_id, form, rng, with_answer=split == "validation")
             write_rows(path, rows)
             counts |= {split: len(rows), f"{split}_not_retrieved": len(own) - len(rows)}
+        counts["shortened"] = form.counts["shortened"]  # histories that lost their oldest items
         output.finish(counts)
         shown = ", ".join(f"{n:,} {name}" for name, n in counts.items())
         print(f"wrote {options.system_dir}: {shown}")

@@ -9,17 +9,20 @@ import yaml
 from conftest import ROOT, TINY
 
 from mllmrec.evaluation.metrics import evaluate
+from mllmrec.models.chat import ChatProcessor
 from mllmrec.models.loading import load_processor
 from mllmrec.ranking.lists import (
     ListFormat,
     cut_to_tokens,
     item_texts,
     list_rows,
+    shuffle_labels,
     training_rows,
 )
-from mllmrec.ranking.rows import LETTER_ANSWERS, question_text
+from mllmrec.ranking.rows import LETTER_ANSWERS, check_training_rows, question_text
 from mllmrec.stage.errors import InputError
-from mllmrec.stage.jsonl import read_rows
+from mllmrec.stage.jsonl import read_rows, write_rows
+from mllmrec.stage.options import parse_options
 from mllmrec.stage.scripts import load_script
 
 TEXTS = {f"i{n}": f"title {n}" for n in range(60)}
@@ -47,8 +50,64 @@ def test_a_question_has_the_role_the_latest_items_and_a_letter_for_each_candidat
     assert "You are" not in no_role and "the oldest first" in no_role
     bare = ListFormat(TEXTS, LETTER_ANSWERS, "a fan", hybrid=False).question(["i1"], ["i9"])
     assert bare == "You are a fan. 1. title 1\n\nA. title 9\n\nLetter:"
-    with pytest.raises(InputError, match="21 candidates are more than the 20 letters"):
-        FORM.question(["i0"], [f"i{n}" for n in range(21)])
+    with pytest.raises(InputError, match="27 candidates are more than the 26 letters"):
+        FORM.question(["i0"], [f"i{n}" for n in range(27)])
+
+
+def test_a_question_that_is_too_long_loses_the_oldest_items_and_is_counted():
+    history, short = ["i0", "i1", "i2"], ListFormat(TEXTS, LETTER_ANSWERS, "", max_history=3)
+    whole = short.question(history, ["i9"])
+    fits = len(whole) - 1
+    form = ListFormat(TEXTS, LETTER_ANSWERS, "", max_history=3, fits=lambda t: len(t) <= fits)
+    assert form.question(history, ["i9"]) == short.question(history[1:], ["i9"])
+    assert form.question(history[1:], ["i9"]) == short.question(history[1:], ["i9"])
+    assert (form.counts["shortened"], short.counts["shortened"]) == (1, 0)
+    nothing = ListFormat(TEXTS, LETTER_ANSWERS, "", fits=lambda text: False)
+    assert "title 9" in nothing.question(history, ["i9"]), "the candidates stay"
+
+
+def test_shuffled_labels_are_random_letters_of_the_same_questions():
+    rng = np.random.default_rng(1)
+    rows = training_rows([user_line()] * 200, FORM, 20, rng)
+    shuffled = shuffle_labels(rows, LETTER_ANSWERS, rng)
+    assert [question_text(row) for row in shuffled] == [question_text(row) for row in rows]
+    assert check_training_rows(shuffled[:1], "train.jsonl", LETTER_ANSWERS) == {}
+    same = sum(a["label"] == b["label"] for a, b in zip(rows, shuffled, strict=True))
+    assert 0 < same < 30 and {row["label"] for row in shuffled} == set(range(20))
+
+
+def test_the_lists_of_users_jsonl_are_asked_about_without_a_retriever(tmp_path, capfd):
+    data, out = tmp_path / "data", tmp_path / "out"
+    data.mkdir()
+    splits = ("train", "validation", "test")
+    users = [{**user_line(split, 20), "user_id": split} for split in splits]
+    write_rows(data / "users.jsonl", users)
+    items = [{"item_id": item, "title": TEXTS[item], "image": None} for item in TEXTS]
+    write_rows(data / "items.jsonl", items)
+    stage = load_script("MLLM4Rec/train_ranker.py")
+    words = ["--config", str(ROOT / "configs/sample.yaml"), "--data_dir", str(data)]
+    words += ["--output_dir", str(out), "--lists", "users", "--candidates", "21"]
+    options = parse_options(stage.Options, stage.SECTION, words)
+    assert options.dataset_code == "sample", "from the config's name"
+    stage.write_questions(options)
+    rows = {split: read_rows(out / f"mllm4rec/{split}.jsonl") for split in splits}
+    for split, user in zip(splits, users, strict=True):
+        (row,) = rows[split]
+        assert set(row["item_ids"]) == {user["target"], *user["negatives"]}
+        assert row["item_ids"][row["label"]] == user["target"]
+        assert "U. title" in question_text(row) and "a viewer who chooses" in question_text(row)
+        assert len(row["messages"]) == 1 + (split != "test")
+    chat = ChatProcessor(load_processor(options.model, options))
+    lengths = [chat.count(chat.render(rows[split][0]["messages"][:1])) for split in splits]
+    limit = str(min(lengths) - 1)
+    stage.write_questions(
+        parse_options(stage.Options, stage.SECTION, [*words, "--max_text_tokens", limit])
+    )
+    (short,) = read_rows(out / "mllm4rec/test.jsonl")
+    assert "1. title 0\n" in question_text(rows["test"][0])
+    assert "title 0\n" not in question_text(short), "the oldest item is left out"
+    assert "1. title 1\n" in question_text(short), "and no more than needed"
+    assert "3 shortened" in capfd.readouterr().out
 
 
 def test_the_answer_is_the_letter_of_the_target_wherever_it_stands():
@@ -154,7 +213,10 @@ def test_both_parts_of_the_second_system_on_a_small_sample(tmp_path, capfd):
 def test_the_ranker_says_what_is_missing(tmp_path):
     config = tmp_path / "c.yaml"
     config.write_text(yaml.safe_dump({"common": {"data_dir": str(tmp_path)}}))
+    words = ("--dataset_code", "sample")
     with pytest.raises(InputError, match=r"users\.jsonl is missing.*MLLM4Rec/process_item\.py"):
-        run("train_ranker", config, "--output_dir", str(tmp_path))
+        run("train_ranker", config, *words, "--output_dir", str(tmp_path))
     with pytest.raises(InputError, match="dataset_code"):
         run("process_item", config, "--dataset_code", "books")
+    with pytest.raises(InputError, match=r"c\.yaml is not called like a data set; pass --dataset"):
+        run("train_ranker", config)

@@ -26,6 +26,7 @@ STAGE_OF = {
     "03_preference": "Inference/preference_recurrent.py",
     "04_datasets": "MLLM-MSR/train/dataset_create.py",
     "05_train": "MLLM-MSR/train/train_llava_sft.py",
+    "MLLM4Rec/process_item_blip2.py": "Inference/image_summary.py",
 }
 
 
@@ -35,7 +36,9 @@ stage_of = functools.cache(load_script)
 @functools.cache
 def step_options(step):
     """The options object of a step, as its stage would parse them."""
-    words = shlex.split(step.replace("{full}", "x/full").replace("{text_model}", "x/text"))
+    for place in ("full", "second", "text_model"):
+        step = step.replace(f"{{{place}}}", f"x/{place}")
+    words = shlex.split(step)
     stage = stage_of(STAGE_OF.get(words[0], words[0]))
     options_class = getattr(stage, "Options", None) or stage.DatasetOptions
     section = getattr(stage, "SECTION", "datasets")
@@ -54,6 +57,10 @@ def test_every_step_of_a_row_is_a_stage_that_takes_its_options(row):
         assert row.scores.startswith("bounds/")
         return
     last = step_options(row.steps[-1])[1]
+    if row.steps[-1].startswith("MLLM4Rec/train_ranker.py"):
+        folders = {last.ranked, last.variant, "retriever_order", "random_order", "retriever"}
+        assert row.scores in {f"{last.system}/{name}" for name in folders}
+        return
     written = getattr(last, "variant", "") or row.scores.rpartition("/")[2]
     hidden = {"sft_no_image": ["image"], "sft_no_preference": ["preference"]}
     assert getattr(last, "hide", ["nothing"]) == hidden.get(written, ["nothing"])
@@ -66,7 +73,8 @@ def test_rows_are_compared_with_rows_of_the_same_table_and_candidates(table):
     for row in own.values():
         if row.against in own:
             assert own[row.against].world == row.world
-    assert (ROOT / f"scripts/reproduce_{table}.sh").exists()
+    script = rows.SCRIPTS.get(table, f"reproduce_{table}")
+    assert f"run.py {table} " in (ROOT / f"scripts/{script}.sh").read_text()
 
 
 def test_each_deviation_is_the_released_codes_value():

@@ -1,8 +1,8 @@
 """How many tokens a stage sends through its model, counted from its files.
 
 Prompts are rendered again with the model's own processor; no weights are loaded. The counts are
-those of the run, whether it was interrupted or not; of generated texts, they are those of the texts
-as they were written, with an end token each.
+those of the run, whether it was interrupted or not; those of generated texts are of the texts as
+they were written.
 """
 
 from collections.abc import Iterable, Sequence
@@ -61,19 +61,20 @@ def scoring_tokens(
 
 
 def dialogue_tokens(
-    dialogues: Iterable[tuple[Dialogue, Sequence[str]]], chat: ChatProcessor
+    dialogues: Iterable[tuple[Dialogue, Sequence[str]]], chat: ChatProcessor, max_new_tokens: int
 ) -> TokenCounts:
     """The tokens of dialogues that were run before.
 
-    dialogues: (as it is handed to the engine, the texts that the model generated, in order).
+    dialogues: (as it is handed to the engine, the texts that the model generated, in order);
+    max_new_tokens: of the run, where a text is cut and has no end token.
     """
     total = TokenCounts()
     for dialogue, texts in dialogues:
         prompt = next(dialogue)
         for number, text in enumerate(texts, start=1):
-            generated = len(chat.tokenizer(text, add_special_tokens=False)["input_ids"]) + 1
+            own = len(chat.tokenizer(text, add_special_tokens=False)["input_ids"]) + 1
             length = prompt.length
-            total += TokenCounts(1, length, 0, length, generated)
+            total += TokenCounts(1, length, 0, length, min(own, max_new_tokens))
             if number < len(texts):
                 prompt = dialogue.send(text)
     return total

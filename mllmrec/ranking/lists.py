@@ -1,7 +1,8 @@
 """Rows about a list of candidates, for rankers that answer with a letter (MLLM4Rec)."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,8 @@ class ListFormat:
 
     texts: item id -> its text, see `item_texts`; letters: one per candidate; role: "" leaves it
     out; hybrid: False leaves the words of the instruction out; max_history: last items that are
-    listed.
+    listed; fits: False for a question that is too long, which then loses the oldest items.
+    counts["shortened"]: questions that did.
     """
 
     texts: Mapping[str, str]
@@ -27,15 +29,30 @@ class ListFormat:
     role: str
     hybrid: bool = True
     max_history: int = 20
+    fits: Callable[[str], bool] = lambda question: True
+    counts: Counter[str] = field(default_factory=Counter)
 
     def question(self, history: Sequence[str], candidates: Sequence[str]) -> str:
-        """The text of a question. Raises InputError for more candidates than letters."""
+        """The text of a question, the history's oldest items left out until it fits.
+
+        Without any history if nothing fits; `RowReader` rejects such a question. Raises InputError
+        for more candidates than letters.
+        """
         if len(candidates) > len(self.letters):
             raise InputError(
                 f"{len(candidates)} candidates are more than the {len(self.letters)} letters; "
                 f"list at most {len(self.letters)} (--retrieved of the retriever, or --negatives)"
             )
-        shown = history[-self.max_history :]
+        shown = list(history[-self.max_history :])
+        text = self._text(shown, candidates)
+        if not self.fits(text):
+            self.counts["shortened"] += 1
+            while shown and not self.fits(text):
+                del shown[0]
+                text = self._text(shown, candidates)
+        return text
+
+    def _text(self, shown: Sequence[str], candidates: Sequence[str]) -> str:
         numbered = (f"{n}. {self.texts[item]}" for n, item in enumerate(shown, start=1))
         lettered = (
             f"{letter}. {self.texts[item]}"

@@ -71,4 +71,4 @@ def preference_tokens(path, arguments):
         )
         for row in rows
     )
-    return len(rows), dialogue_tokens(dialogues, chat)
+    return len(rows), dialogue_tokens(dialogues, chat, options.max_new_tokens)

@@ -14,7 +14,7 @@ from pathlib import Path
 import yaml
 from data_statistics import markdown as statistics_table
 from jinja2 import Environment, StrictUndefined
-from rows import TABLES
+from rows import SCRIPTS, TABLES
 from tables import markdown
 
 from mllmrec.stage.jsonl import atomic_file, read_json
@@ -34,7 +34,8 @@ def table(name):
     report = result(name)
     commit = str(report["git_commit"])[:7]
     seeds = " ".join(map(str, report["seeds"]))
-    script = f"bash scripts/reproduce_{report['table']}.sh {report['config']} --seeds {seeds}"
+    script = SCRIPTS.get(report["table"], f"reproduce_{report['table']}")
+    script = f"bash scripts/{script}.sh {report['config']} --seeds {seeds}"
     keys = [*report["rows"], *report["not_run"]]
     if len(keys) < len(TABLES[report["table"]]):
         script += f" --rows {' '.join(keys)}"

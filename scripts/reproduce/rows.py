@@ -403,6 +403,8 @@ COMPARED = {
     ),
 }
 
+# Tables whose script is not reproduce_{table}.sh.
+SCRIPTS = {"systems": "compare_systems", "overall": "reproduce_ranker"}
 TABLES = {
     "sample": SAMPLE,
     "deviations": DEVIATIONS,
