@@ -147,12 +147,19 @@ def costs(name, row):
     return f"{minutes:.1f} min, {max(run['peak_gb'] for run in runs):.1f} GB"
 
 
+def timed(name, row):
+    """Minutes, memory and epochs of one run of results/NAME.json, which was run for its time."""
+    run = result(name)["rows"][row]
+    minutes = run["seconds"] / 60
+    return f"{minutes:.1f} min, {run['peak_gb']:.1f} GB ({run['epochs_run']} epochs)"
+
+
 def render():
     """The page as text. Raises an error for a file, row or metric that is not there."""
     environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True)
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     functions = (table, statistics, value, figures, published, choice, difference)
-    functions += (chosen_test, from_paper, over_seeds, per_seed, gap, costs)
+    functions += (chosen_test, from_paper, over_seeds, per_seed, gap, costs, timed)
     return template.render({function.__name__: function for function in functions})
 
 
