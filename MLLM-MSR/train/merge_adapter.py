@@ -60,6 +60,7 @@ def main(argv=None):
             "another --merged"
         )
     from mllmrec.models.lora import adapter_base, check_adapter
+    from mllmrec.models.model_card import model_card, write_model_card
 
     name = options.model or adapter_base(adapter)
     check_adapter(adapter, name)
@@ -73,6 +74,8 @@ def main(argv=None):
         with new_folder(merged) as folder:
             merge(name, adapter, folder, options)
             output.finish({}, folder)
+            if record:
+                write_model_card(folder, model_card(record, merged=True))
     tiles = record.get("settings", {}).get("image_tiles", "full")
     words = f"--model {merged} --adapter none --variant merged"
     words += f" --image_tiles {tiles}" if tiles != "full" else ""

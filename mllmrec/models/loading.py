@@ -166,14 +166,7 @@ def quantization_config(
         return None
     with torch.device("meta"):
         model = auto_class.from_config(config)
-    path = module_path(model, model.get_decoder())
-    # Modules that neither are the language model nor contain it; of nested ones the outermost.
-    outside = [
-        name
-        for name, _ in model.named_modules()
-        if name and not f"{path}.".startswith(f"{name}.") and not name.startswith(f"{path}.")
-    ]
-    outside = [name for name in outside if name.rpartition(".")[0] not in outside]
+    outside = modules_outside_language_model(model)
     if quantization == "int8":
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=outside)
     return BitsAndBytesConfig(
@@ -283,6 +276,20 @@ def _load_processor(auto_class: Any, name: str, config: Any, options: ModelOptio
             f"--prompt_format"
         )
     return processor
+
+
+def modules_outside_language_model(model: Any) -> list[str]:
+    """Paths of the modules that neither are the language model nor contain it, the outermost ones.
+
+    For LLaVA-NeXT: vision tower, projector, LM head.
+    """
+    path = module_path(model, model.get_decoder())
+    outside = [
+        name
+        for name, _ in model.named_modules()
+        if name and not f"{path}.".startswith(f"{name}.") and not name.startswith(f"{path}.")
+    ]
+    return [name for name in outside if name.rpartition(".")[0] not in outside]
 
 
 def module_path(model: torch.nn.Module, wanted: torch.nn.Module) -> str:

@@ -1,8 +1,7 @@
 """LoRA on the language model: which layers, attaching, loading, and checks that an adapter fits."""
 
-import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +16,27 @@ from peft import (
 )
 from safetensors import SafetensorError, safe_open
 
-from mllmrec.models.loading import cannot, check_finite, listed, module_path, read_config
+from mllmrec.models.loading import (
+    cannot,
+    check_finite,
+    listed,
+    module_path,
+    modules_outside_language_model,
+    read_config,
+)
 from mllmrec.models.options import LoraOptions
 from mllmrec.stage.errors import InputError
-from mllmrec.stage.jsonl import PathLike
+from mllmrec.stage.jsonl import PathLike, read_json, write_json
 from mllmrec.stage.record import check_described, file_digests, first_difference, read_record
 
 WEIGHTS = "adapter_model.safetensors"
 REMEDY = "restore it, or train again with scripts/05_train.sh --overwrite true"
 
 
-def language_model_linear_layers(model: Any, names: Sequence[str] = ()) -> tuple[str, list[str]]:
-    """(regular expression, list) of the linear layers of the LANGUAGE model, by module path.
+def language_model_linear_layers(model: Any, names: Sequence[str] = ()) -> list[str]:
+    """Paths of the linear layers of the LANGUAGE model.
 
-    names: last parts of the layers' names, e.g. ("q_proj", "v_proj"); none: all. The path is taken
-    from the model, because the name of its vision part differs between versions. Raises InputError
+    names: last parts of the layers' names, e.g. ("q_proj", "v_proj"); none: all. Raises InputError
     for unknown names.
     """
     decoder = model.get_decoder()
@@ -48,9 +53,31 @@ def language_model_linear_layers(model: Any, names: Sequence[str] = ()) -> tuple
             f"the language model has no linear layers called {unknown[0]!r}; it has "
             f"{', '.join(kinds)}"
         )
-    chosen = [name for name in layers if name.rsplit(".", 1)[1] in (names or kinds)]
-    pattern = rf"{re.escape(path)}\..*\.({'|'.join(names or kinds)})"
-    return pattern, chosen
+    return [name for name in layers if name.rsplit(".", 1)[1] in (names or kinds)]
+
+
+def linear_layers_named(model: Any, names: Container[str]) -> list[str]:
+    """Paths of all linear layers whose last part is one of `names`, wherever they are."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and name.rpartition(".")[2] in names
+    ]
+
+
+def excluded_modules(model: Any, names: Container[str]) -> str | None:
+    """PEFT's `exclude_modules`: a regular expression for the parts outside the language model that
+    have layers of these names, too, as a vision tower does; None if there are none.
+
+    Other programs that load the adapter accept `target_modules` as a list of names only.
+    """
+    found = linear_layers_named(model, names)
+    parts = {
+        part.rpartition(".")[2]
+        for part in modules_outside_language_model(model)
+        if any(f"{name}.".startswith(f"{part}.") for name in found)
+    }
+    return rf"(.*\.)?({'|'.join(sorted(parts))})(\..*)?" if parts else None
 
 
 def add_lora(model: Any, options: LoraOptions) -> Any:
@@ -59,16 +86,12 @@ def add_lora(model: Any, options: LoraOptions) -> Any:
     With `lora_vision` also on linear layers of the same names elsewhere, as the released code has
     it: its list of names is meant for the language model, and matches the vision tower, too.
     """
-    pattern, chosen = language_model_linear_layers(model, options.lora_layers)
-    targets: str | list[str] = pattern
+    chosen = language_model_linear_layers(model, options.lora_layers)
+    names = sorted({name.rsplit(".", 1)[1] for name in chosen})
     if options.lora_vision:
-        names = {name.rsplit(".", 1)[1] for name in chosen}
-        targets = sorted(names)
-        chosen = [
-            name
-            for name, module in model.named_modules()
-            if isinstance(module, torch.nn.Linear) and name.rpartition(".")[2] in names
-        ]
+        chosen, excluded = linear_layers_named(model, names), None
+    else:
+        excluded = excluded_modules(model, names)
     if options.quantization != "none":
         model = prepare_model_for_kbit_training(
             model, options.gradient_checkpointing, {"use_reentrant": False}
@@ -77,7 +100,8 @@ def add_lora(model: Any, options: LoraOptions) -> Any:
         r=options.lora_r,
         lora_alpha=options.lora_alpha,
         lora_dropout=options.lora_dropout,
-        target_modules=targets,
+        target_modules=names,
+        exclude_modules=excluded,
         task_type="CAUSAL_LM",
         init_lora_weights="gaussian" if options.lora_init == "gaussian" else True,
     )
@@ -90,10 +114,23 @@ def add_lora(model: Any, options: LoraOptions) -> Any:
             "--lora_layers"
         )
     print(
-        f"LoRA on {len(chosen)} linear layers, {targets}: {sum(trainable.values()):,} trainable "
-        "parameters"
+        f"LoRA on {len(chosen)} linear layers, {', '.join(names)}: {sum(trainable.values()):,} "
+        "trainable parameters"
     )
     return adapted
+
+
+def make_portable(folder: PathLike, base: str) -> None:
+    """Rewrite adapter_config.json so that other programs find the base model, wherever they run.
+
+    base: hub id or absolute path. The names of the layers are sorted: PEFT keeps them as a set,
+    whose order differs from run to run.
+    """
+    path = Path(folder) / "adapter_config.json"
+    config = read_json(path)
+    config["target_modules"] = sorted(config["target_modules"])
+    config["base_model_name_or_path"] = base
+    write_json(path, config)
 
 
 def model_identity(name: str) -> dict[str, Any]:

@@ -24,7 +24,14 @@ from mllmrec.ranking.rows import (
 )
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import PathLike, read_rows, write_rejected
-from mllmrec.stage.record import Job, file_digests, world_size, write_record, write_state
+from mllmrec.stage.record import (
+    Job,
+    file_digests,
+    read_record,
+    world_size,
+    write_record,
+    write_state,
+)
 from mllmrec.stage.schema import Row
 from mllmrec.stage.transaction import new_folder
 
@@ -275,7 +282,8 @@ def save_adapter(
 ) -> None:
     """Write adapter/ with its record, from the main process. best_by: see `training_arguments`."""
     from mllmrec.models.loading import check_finite
-    from mllmrec.models.lora import model_identity
+    from mllmrec.models.lora import make_portable, model_identity
+    from mllmrec.models.model_card import base_name, model_card, write_model_card
     from mllmrec.ranking.callbacks import mean_loss
 
     # With FSDP, all processes must take part in collecting the weights.
@@ -289,6 +297,7 @@ def save_adapter(
     dtype = "bfloat16" if trainer.args.bf16 else "float16" if trainer.args.fp16 else "float32"
     with new_folder(adapter) as folder:
         trainer.model.save_pretrained(folder, state_dict=weights)
+        make_portable(folder, base_name(options.model))
         chat.processor.save_pretrained(folder)
         write_record(
             folder,
@@ -301,6 +310,9 @@ def save_adapter(
             **{f"best_validation_{best_by}": state.best_metric},
             steps=state.global_step,
         )
+        record = read_record(folder)
+        assert record is not None
+        write_model_card(folder, model_card(record))
     note = (
         f"; {counts['shortened']:,} rows with a shortened preference" if counts["shortened"] else ""
     )
