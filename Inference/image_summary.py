@@ -92,6 +92,7 @@ def main(argv=None):
         # Imported here, so that --help and a missing input are answered at once.
         from mllmrec.generation.engine import load_engine, read_ahead, run_dialogues
         from mllmrec.generation.prompt_writer import ImagePrompts, PromptWriter
+        from mllmrec.generation.text_quality import measure_texts, report_quality
 
         engine, limit = load_engine(options.model, options, multimodal=True)
         chat, domain = engine.chat, options.domain
@@ -112,7 +113,10 @@ def main(argv=None):
             (item["item_id"], summarise(item, image, new_writer(item), options))
             for item, image in zip(todo, images, strict=True)
         )
+        template = options.image_prompt if options.summary == "image" else options.fusion_prompt
+        measure_texts(output, "summary", template)
         output.write_results(run_dialogues(engine, dialogues), "image summaries", "item")
+        report_quality(output)
     print(f"next: bash scripts/03_preference.sh {options.config}")
 
 

@@ -16,6 +16,7 @@ resumes. Sample: 1,100 users in about 20 seconds on 2 CPU cores. Llama-3-8B: a G
 
 from mllmrec.stage.main import run_main
 
+import math
 from functools import partial
 
 from pydantic.dataclasses import dataclass
@@ -23,6 +24,7 @@ from pydantic.dataclasses import dataclass
 from mllmrec.generation.preferences import PreferenceOptions, open_preferences, read_histories
 from mllmrec.prompts import mllm_msr as prompts
 from mllmrec.stage.options import option, parse_options, print_options
+from mllmrec.stage.progress import progress_bar
 
 SECTION = "preference"
 
@@ -53,6 +55,11 @@ def recurrent_preference(user, writer, options):
     return {**user.ids, "preference": preference, "blocks": blocks, **writer.nonzero_counts()}
 
 
+def n_blocks(user, options):
+    """How many texts a user's recurrence takes."""
+    return math.ceil(len(user.items) / options.block_size)
+
+
 def main(argv=None):
     options = parse_options(Options, SECTION, argv, __doc__)
     print_options(options, "stage 3, user preferences, recurrent")
@@ -62,6 +69,7 @@ def main(argv=None):
         # Imported here, so that --help and a missing input are answered at once.
         from mllmrec.generation.engine import load_engine, run_dialogues
         from mllmrec.generation.prompt_writer import PromptWriter
+        from mllmrec.generation.text_quality import measure_texts, report_quality
 
         engine, limit = load_engine(options.model, options, multimodal=False)
         limit = min(options.max_prompt_tokens or limit, limit)
@@ -72,7 +80,13 @@ def main(argv=None):
             (user, recurrent_preference(histories[user], new_writer(histories[user].ids), options))
             for user in output.todo
         )
-        output.write_results(run_dialogues(engine, dialogues), "preferences", "user")
+        measure_texts(output, "preference", options.first_prompt)
+        # Blocks are known in advance; users would be finished only at the end.
+        blocks = sum(n_blocks(histories[user], options) for user in output.todo)
+        progress = progress_bar(blocks, "preferences", "block")
+        results = run_dialogues(engine, dialogues, progress)
+        output.write_results(results, "preferences", "user", progress)
+        report_quality(output)
     print(f"next: bash scripts/04_datasets.sh {options.config}")
 
 

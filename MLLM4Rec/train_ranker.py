@@ -30,15 +30,16 @@ from typing import Literal
 
 import numpy as np
 from pydantic.dataclasses import dataclass
-from tqdm import tqdm
 
 from mllmrec.data.candidates import read_users, users_of_split
 from mllmrec.ranking.fine_tuning import Task, fine_tune
 from mllmrec.ranking.options import TRAINING_SPEED_OPTIONS, FineTuningOptions
 from mllmrec.ranking.rows import LETTER_ANSWERS
+from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import read_by_id, read_rows, require, write_json, write_rows
 from mllmrec.stage.options import DatasetCode, option, parse_options, print_options
 from mllmrec.stage.output import ResumableOutput
+from mllmrec.stage.progress import progress_bar
 from mllmrec.stage.record import Job, file_digests
 from mllmrec.stage.transaction import writing
 
@@ -81,7 +82,7 @@ class Options(FineTuningOptions, DatasetCode):
 def input_paths(options):
     """{name: path} of users, items, captions and candidates, those that the options need."""
     data_dir, folder = Path(options.data_dir), options.system_dir
-    code = f"--dataset_code {options.dataset_code}"
+    code = f"--config {options.config}"
     maker = f"MLLM4Rec/process_item.py {code}"
     paths = {name: require(data_dir / f"{name}.jsonl", maker=maker) for name in ("users", "items")}
     captions = Path(options.summaries or folder / "image_summaries.jsonl")
@@ -115,6 +116,11 @@ def list_format(paths, options):
         longest = options.max_text_tokens
         return not longest or chat.count(chat.render([user_turn(question)])) <= longest
 
+    if options.role and not options.dataset_code:
+        raise InputError(
+            f"the config {options.config} is not called like a data set, so the role is unknown; "
+            f"pass --dataset_code {'|'.join(ROLES)} or --role false"
+        )
     role = ROLES[options.dataset_code] if options.role else ""
     return ListFormat(texts, LETTER_ANSWERS, role, options.hybrid, options.max_history, fits)
 
@@ -173,7 +179,7 @@ def score_questions(options):
     answers = answer_set("letters", options)
     reader = RowReader(chat, folder, options.max_text_tokens, answers=answers)
     scoring = ScoringOptions(options.score_batch_tokens, options.reuse_prefix)
-    with output, tqdm(total=len(rows), desc="ranking", unit="user") as progress:
+    with output, progress_bar(len(rows), "ranking", "user") as progress:
         for _ in score_output(model, reader, rows, output, scoring):
             progress.update()
     print(output.summary())

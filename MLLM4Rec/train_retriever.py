@@ -127,7 +127,7 @@ def read_data(users_path, items_path):
 def main(argv=None):
     options = parse_options(Options, SECTION, argv, __doc__)
     print_options(options, "MLLM4Rec, retriever")
-    maker = f"MLLM4Rec/process_item.py --dataset_code {options.dataset_code}"
+    maker = f"MLLM4Rec/process_item.py --config {options.config}"
     data_dir = Path(options.data_dir)
     paths = [require(data_dir / n, maker=maker) for n in ("users.jsonl", "items.jsonl")]
     job = Job.of(options, file_digests(*paths), ignore=("threads", "device"))
@@ -147,7 +147,7 @@ def main(argv=None):
             test = metrics["test"]
             print(f"test, epoch {best}: " + ", ".join(f"{n} {v:.4f}" for n, v in test.items()))
             print(f"wrote {outputs[0]}")
-    print(f"next: python MLLM4Rec/train_ranker.py --dataset_code {options.dataset_code}")
+    print(f"next: python MLLM4Rec/train_ranker.py --config {options.config}")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 # first one, or --config), leaves the options in "$@" and finds the interpreter ($PYTHON: yours if set, else .venv,
 # else the active environment).
 set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/usage.sh"
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 usage_error() {

@@ -3,6 +3,7 @@
 # Usage: bash scripts/reproduce_table2.sh [configs/NAME.yaml ...]      default: the paper's three data sets
 # CPU. Seconds for MicroLens-50k and the sample.
 root=$(cd "$(dirname "$0")/.." && pwd)
+source "$root/scripts/usage.sh"
 configs=()
 while [[ $# -gt 0 && $1 != --* ]]; do
     configs+=("$1")

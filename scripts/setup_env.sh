@@ -1,5 +1,6 @@
 # Sourced by quickstart.sh and run_tests.sh: makes .venv and installs requirements.txt, once; sets $PYTHON.
 set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/usage.sh"
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 if [[ ! -x .venv/bin/python ]]; then
     python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {

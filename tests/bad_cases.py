@@ -927,7 +927,7 @@ COMBINATIONS = [
     ("train", "--learning_rate 0", "--learning_rate|wrote"),
     ("train", "--dtype float16", "float16.*--dtype float32"),
     ("train", "--quantization nf4", "wrote"),
-    ("train", "--tensorboard true", "wrote"),
+    ("train", "--report_to wandb", "pip install wandb"),
     ("train", "--max_text_tokens 1", "no question fits"),
     ("train", "--group_by item --loss sequence", "--group_by|--loss"),
     ("train", "--group_by item --batch_size 1", "--group_by|--batch_size"),

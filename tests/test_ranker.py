@@ -218,5 +218,3 @@ def test_the_ranker_says_what_is_missing(tmp_path):
         run("train_ranker", config, *words, "--output_dir", str(tmp_path))
     with pytest.raises(InputError, match="dataset_code"):
         run("process_item", config, "--dataset_code", "books")
-    with pytest.raises(InputError, match=r"c\.yaml is not called like a data set; pass --dataset"):
-        run("train_ranker", config)

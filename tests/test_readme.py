@@ -151,7 +151,7 @@ def test_every_dependency_is_pinned_and_used():
     code = "".join((ROOT / name).read_text() for name in tracked() if name.endswith(".py"))
     imported_as = {"scikit-learn": "sklearn", "pillow": "PIL", "pyyaml": "yaml"}
     used_as = {  # packages that no file imports
-        "tensorboard": "--tensorboard",
+        "tensorboard": "--report_to",
         "pytest-cov": "tool.coverage",
         "pytest-xdist": "--numprocesses",
         "ruff": "tool.ruff",

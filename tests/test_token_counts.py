@@ -4,12 +4,12 @@ import pytest
 from conftest import TINY
 from test_scoring import data, model  # noqa: F401  (fixtures)
 
-from mllmrec.evaluation.token_counts import dialogue_tokens, scoring_tokens
 from mllmrec.generation.engine import GenerationEngine, GenerationOptions, Prompt, run_dialogues
 from mllmrec.models.chat import ChatProcessor
 from mllmrec.models.loading import load_text
 from mllmrec.ranking.reader import RowReader
 from mllmrec.ranking.scoring import ScoringOptions, score_rows
+from mllmrec.ranking.token_counts import dialogue_tokens, scoring_tokens
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

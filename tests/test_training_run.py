@@ -194,7 +194,16 @@ def test_the_items_of_a_micro_batch_train_one_after_the_other_as_in_one_pass(
 
 def test_a_training_that_does_not_get_better_stops_early(small_run, tmp_path, capsys):
     command = prepared(small_run, tmp_path / "run")
-    more = ["--epochs", "6", "--learning_rate", "0", "--patience", "2", "--tensorboard", "true"]
+    more = [
+        "--epochs",
+        "6",
+        "--learning_rate",
+        "0",
+        "--patience",
+        "2",
+        "--report_to",
+        "tensorboard",
+    ]
     more += ["--limit", "16", "--validation_users", "3"]
     load_script(STAGE).main([*command[1:], *more])
     log = read_rows(tmp_path / "run" / "mllm_msr" / "training_log.jsonl")

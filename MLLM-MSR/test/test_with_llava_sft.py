@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Literal
 
 from pydantic.dataclasses import dataclass
-from tqdm import tqdm
 
 from mllmrec.data.images import check_image_paths
 from mllmrec.ranking.options import RankerOptions
@@ -33,6 +32,7 @@ from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import read_rows
 from mllmrec.stage.options import CommonOptions, option, parse_options, print_options
 from mllmrec.stage.output import ResumableOutput
+from mllmrec.stage.progress import progress_bar
 from mllmrec.stage.record import Job, file_digests
 
 SECTION = "score"
@@ -122,7 +122,7 @@ def main(argv=None):
             if hidden == "preference":
                 shown = [replace_preference(row, "") for row in shown]
             name = f"scores, {output.path.parent.name}"
-            with output, tqdm(total=len(output.todo), desc=name, unit="row") as progress:
+            with output, progress_bar(len(output.todo), name, "row") as progress:
                 for _ in score_output(model, reader, shown, output, scoring):
                     progress.update()
                 output.counts["shortened"] = reader.shortened

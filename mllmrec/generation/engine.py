@@ -9,7 +9,7 @@ slowest one, and a stage reads like the paper's recurrence.
 
 import os
 from collections.abc import Generator, Hashable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from mllmrec.models.loading import load_multimodal, load_text, max_prompt_tokens
 from mllmrec.models.options import GenerationStageOptions
 from mllmrec.models.trial import check_trial
 from mllmrec.stage.errors import InputError
+from mllmrec.stage.progress import Progress
 
 CPU_BATCH_TOKENS = 32768
 MAX_WAITING_BYTES = 4e9  # of images that wait for their batch
@@ -46,6 +47,7 @@ class Prompt:
         return sum(array.nbytes for array in (self.inputs or {}).values())
 
 
+NO_PROMPT = Prompt("", 0)  # of a dialogue that has not begun
 Dialogue = Generator[Prompt, str, Any]
 Result = tuple[Any, Any, str | None]
 
@@ -70,6 +72,12 @@ class GenerationOptions:
     seed: int = 0
 
 
+class GeneratedText(str):
+    """A generated text. cut: it has max_new_tokens tokens and no end token."""
+
+    cut: bool = False
+
+
 @dataclass
 class _Request:
     """A dialogue that waits for its text number `number` (0 = the first)."""
@@ -78,6 +86,7 @@ class _Request:
     number: int
     dialogue: Dialogue
     prompt: Prompt
+    cut: int = 0  # texts of the dialogue that were cut at max_new_tokens
 
 
 class FiniteLogits(LogitsProcessor):
@@ -128,7 +137,7 @@ class GenerationEngine:
         """How many prompts of at most `longest` tokens fit into one batch."""
         return max(1, self.batch_tokens // (longest + self.max_new_tokens))
 
-    def generate(self, requests: list[_Request]) -> list[str]:
+    def generate(self, requests: list[_Request]) -> list[GeneratedText]:
         """The texts of one batch; if memory does not suffice, in halves, and later batches are
         smaller.
         """
@@ -156,7 +165,7 @@ class GenerationEngine:
         return self.generate(requests[:middle]) + self.generate(requests[middle:])
 
     @torch.inference_mode()
-    def _generate(self, requests: list[_Request]) -> list[str]:
+    def _generate(self, requests: list[_Request]) -> list[GeneratedText]:
         """Texts for prompts that all have an image or all have none."""
         size = len(requests)
         if self.chunked:
@@ -186,7 +195,15 @@ class GenerationEngine:
                 f"the model's logits for {row_id!r} are not finite numbers: its weights are "
                 "damaged, or --dtype float16 is too narrow for them; finished rows are kept"
             )
-        return [self.chat.decode(row) for row in ids[:, prompt_length:]]
+        return [self._text(row) for row in ids[:, prompt_length:]]
+
+    def _text(self, ids: torch.Tensor) -> GeneratedText:
+        """ids: (tokens,), padded behind the end token."""
+        text = GeneratedText(self.chat.decode(ids))
+        eos: Any = self.model.generation_config.eos_token_id
+        ends = set(eos) if isinstance(eos, list) else {eos}
+        text.cut = len(ids) == self.max_new_tokens and ends.isdisjoint(ids.tolist())
+        return text
 
     def _encode(self, requests: list[_Request]) -> Any:
         if requests[0].prompt.inputs is not None:
@@ -213,12 +230,14 @@ def load_engine(
 
 
 def run_dialogues(
-    engine: GenerationEngine, dialogues: Iterable[tuple[Any, Dialogue]]
+    engine: GenerationEngine,
+    dialogues: Iterable[tuple[Any, Dialogue]],
+    progress: Progress | None = None,
 ) -> Generator[Result, None, None]:
     """Run dialogues to their ends, longest prompts first.
 
-    dialogues: (id, dialogue) each. Yields (id, result, None), or (id, None, reason) for a rejected
-    one, in the order in which they end.
+    dialogues: (id, dialogue) each; progress: counts the texts. Yields (id, result, None), or (id,
+    None, reason) for a rejected one, in the order in which they end.
     """
     coming = iter(dialogues)
     waiting: list[_Request] = []
@@ -228,13 +247,16 @@ def run_dialogues(
             row_id, dialogue = next(coming, (None, None))
             exhausted = dialogue is None
             if dialogue is not None:
-                yield from _advance(waiting, row_id, 0, dialogue, None)
+                yield from _advance(waiting, _Request(row_id, -1, dialogue, NO_PROMPT), None)
         if not waiting:
             return
         waiting.sort(key=lambda request: (request.prompt.inputs is None, request.prompt.length))
         batch = _next_batch(engine, waiting)
-        for request, text in zip(batch, engine.generate(batch), strict=True):
-            yield from _advance(waiting, request.row_id, request.number + 1, request.dialogue, text)
+        texts = engine.generate(batch)
+        if progress is not None:
+            progress.update(len(batch))
+        for request, text in zip(batch, texts, strict=True):
+            yield from _advance(waiting, request, text)
 
 
 def _enough(engine: Any, waiting: list[_Request]) -> bool:
@@ -246,17 +268,22 @@ def _enough(engine: Any, waiting: list[_Request]) -> bool:
     return tokens >= 2 * engine.batch_tokens or nbytes >= MAX_WAITING_BYTES
 
 
-def _advance(
-    waiting: list[_Request], row_id: Any, number: int, dialogue: Dialogue, text: str | None
-) -> Iterator[Result]:
-    """Send a text to a dialogue; yield its end, or add its next request to `waiting`."""
+def _advance(waiting: list[_Request], request: _Request, text: str | None) -> Iterator[Result]:
+    """Send a text to a request's dialogue; yield its end, or add its next request to `waiting`.
+
+    A row whose texts were cut has their number as `cut`.
+    """
+    cut = request.cut + getattr(text, "cut", False)
     try:
-        prompt = next(dialogue) if text is None else dialogue.send(text)
-        waiting.append(_Request(row_id, number, dialogue, prompt))
+        prompt = next(request.dialogue) if text is None else request.dialogue.send(text)
+        waiting.append(replace(request, number=request.number + 1, prompt=prompt, cut=cut))
     except StopIteration as end:
-        yield row_id, end.value, None
+        row = end.value
+        if cut and isinstance(row, dict):
+            row = row | {"cut": cut}
+        yield request.row_id, row, None
     except RejectedError as reason:
-        yield row_id, None, str(reason)
+        yield request.row_id, None, str(reason)
 
 
 def _next_batch(engine: GenerationEngine, waiting: list[_Request]) -> list[_Request]:

@@ -5,12 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 from transformers import TrainerCallback
 
 from mllmrec.evaluation import plots
 from mllmrec.ranking.checkpoints import seal_checkpoint
 from mllmrec.ranking.sampler import EpochSampler
 from mllmrec.stage.jsonl import atomic_file, write_rows
+from mllmrec.stage.progress import Progress, progress_bar
 from mllmrec.stage.schema import Row
 
 
@@ -74,6 +76,44 @@ class LogFileCallback(TrainerCallback):
         if "loss" not in log[-1]:
             with atomic_file(self.folder / "training_curve.png") as file:
                 file.write(plots.training_curve(log))
+
+
+class ProgressCallback(TrainerCallback):
+    """Progress over the steps, and a line with the metrics after each validation.
+
+    In place of transformers' own bar, whose steps would fill a log file.
+    """
+
+    def __init__(self) -> None:
+        self.progress: Progress | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start where the training resumes."""
+        if state.is_world_process_zero:
+            self.progress = progress_bar(state.max_steps, "training", "step", state.global_step)
+            self.progress.__enter__()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Count the step."""
+        if self.progress is not None:
+            self.progress.update()
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Print the validation metrics."""
+        metrics: dict[str, float] = kwargs["metrics"]
+        if self.progress is not None:
+            losses = [row["loss"] for row in state.log_history if "loss" in row]
+            shown = [f"loss {losses[-1]:.4f}"] if losses else []
+            shown += [
+                f"{name.removeprefix('eval_')} {value:.4f}" for name, value in metrics.items()
+            ]
+            line = f"epoch {state.epoch:.0f} of {args.num_train_epochs:.0f}: {', '.join(shown)}"
+            tqdm.write(line)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Print the last line."""
+        if self.progress is not None:
+            self.progress.__exit__(None, None, None)
 
 
 def mean_loss(log: Sequence[Row]) -> float:

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pydantic.dataclasses import dataclass as options_dataclass
-from tqdm import tqdm
 
 from mllmrec.data.candidates import (
     candidates,
@@ -36,6 +35,7 @@ from mllmrec.stage.jsonl import (
 )
 from mllmrec.stage.options import CommonOptions, option
 from mllmrec.stage.output import RowId
+from mllmrec.stage.progress import progress_bar
 from mllmrec.stage.record import Job, file_digests
 from mllmrec.stage.schema import Row
 from mllmrec.stage.transaction import writing
@@ -206,11 +206,13 @@ def _write_split(
     Returns the counts.
     """
     users = users_of_split(sources.users, split)[: options.limit or None]
-    counts, rejected = Counter(rows=0, users=0, rejected=0), []
+    counts: Counter[str] = Counter(rows=0, users=0, rejected=0)
+    rejected: list[Row] = []
     longest = options.max_title_characters
 
     def rows() -> Iterator[Row]:
-        for user in tqdm(users, desc=f"{split} rows", unit="user"):
+        for user in users:
+            progress.update()
             made, reason = user_rows(user, sources, path, options, with_answer)
             if reason:
                 rejected.append({"user_id": user["user_id"], "reason": reason})
@@ -222,7 +224,8 @@ def _write_split(
             counts["titles_shortened"] += sum(0 < longest < len(title) for title in titles)
             yield from made
 
-    write_rows(path, rows())
+    with progress_bar(len(users), f"{split} rows", "user") as progress:
+        write_rows(path, rows())
     write_rejected(rejected_path(path), rejected)
     note = ""
     if rejected:

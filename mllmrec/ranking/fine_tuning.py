@@ -90,7 +90,8 @@ def training_arguments(
         metric_for_best_model=best_by if with_validation else None,
         greater_is_better=True,
         logging_steps=options.logging_steps,
-        report_to="tensorboard" if options.tensorboard else "none",
+        disable_tqdm=True,  # see ProgressCallback
+        report_to=options.report_to,
         include_num_input_tokens_seen="all",
         remove_unused_columns=False,
         label_names=["labels"],
@@ -131,9 +132,14 @@ def supervised_fine_tuning(
 
     model: with LoRA on its language model; reader: RowReader; rows: TrainingRows.
     """
-    from transformers import EarlyStoppingCallback
+    from transformers import EarlyStoppingCallback, PrinterCallback
 
-    from mllmrec.ranking.callbacks import CheckpointCallback, LogFileCallback, SetEpochCallback
+    from mllmrec.ranking.callbacks import (
+        CheckpointCallback,
+        LogFileCallback,
+        ProgressCallback,
+        SetEpochCallback,
+    )
     from mllmrec.ranking.collator import Collator
     from mllmrec.ranking.sampler import EpochSampler, EpochSettings
     from mllmrec.ranking.trainer import RankingTrainer
@@ -145,6 +151,7 @@ def supervised_fine_tuning(
         LogFileCallback(options.system_dir),
         CheckpointCallback(options.checkpoint_steps),
         SetEpochCallback(sampler),
+        ProgressCallback(),
     ]
     if options.pad_images and options.group_by != "none":
         raise InputError("--pad_images needs --group_by none: rows of a batch would depend on it")
@@ -167,6 +174,7 @@ def supervised_fine_tuning(
         reader=reader,
         batch_tokens=options.score_batch_tokens,
     )
+    trainer.remove_callback(PrinterCallback)
     if needs_equal_passes(trainer):
         collator.in_parts = False
     return trainer
@@ -191,11 +199,10 @@ def check_options(options: FineTuningOptions) -> None:
         )
     if options.patience and options.keep == "last":
         raise InputError("--patience stops at the best epoch, which --keep last would not keep")
-    if options.tensorboard and importlib.util.find_spec("tensorboard") is None:
+    if options.report_to != "none" and importlib.util.find_spec(options.report_to) is None:
         raise InputError(
-            "--tensorboard true needs the package tensorboard; pip install tensorboard, or leave "
-            "the "
-            "option out"
+            f"--report_to {options.report_to} needs the package {options.report_to}; pip install "
+            f"{options.report_to}, or leave the option out"
         )
 
 

@@ -14,7 +14,7 @@ TRAINING_SPEED_OPTIONS = (
     "save_total",
     "checkpoint_steps",
     "logging_steps",
-    "tensorboard",
+    "report_to",
 )
 
 
@@ -96,4 +96,6 @@ class FineTuningOptions(RankerOptions, LoraOptions):
     )
     save_total: int = option(2, "checkpoints kept; the best is one of them", ge=1)
     logging_steps: int = option(10, "steps between the means of the loss in the log", ge=1)
-    tensorboard: bool = option(False, "also log for TensorBoard, into tensorboard/")
+    report_to: Literal["none", "tensorboard", "wandb", "trackio"] = option(
+        "none", "also log there; the package must be installed (tensorboard: into tensorboard/)"
+    )

@@ -1,6 +1,7 @@
 """Vectors of items: learned ones, and projections of frozen embeddings of what is known of them."""
 
 import importlib.util
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -78,6 +79,9 @@ def encode(texts: Sequence[str], encoder: str) -> torch.Tensor:
         reason = str(error).split("\n")[0]
         raise InputError(f"--encoder {encoder} cannot be loaded: {reason}") from None
     vectors = model.encode(
-        list(texts), normalize_embeddings=True, convert_to_tensor=True, show_progress_bar=True
+        list(texts),
+        normalize_embeddings=True,
+        convert_to_tensor=True,
+        show_progress_bar=sys.stderr.isatty(),
     )
     return vectors.float().clone()

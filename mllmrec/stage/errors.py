@@ -29,6 +29,10 @@ class InputError(Exception):
     """Bad input or a bad option. The message is one sentence that names file, line and remedy."""
 
 
+class UsageError(InputError):
+    """A command line that cannot be right, whatever the files hold. Exit code 2."""
+
+
 def machine_fault(error: Exception) -> str | None:
     """What the machine lacks, in one sentence with the remedy; None for an error of another kind.
 

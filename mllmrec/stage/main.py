@@ -11,7 +11,7 @@ from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import NoReturn
 
-from mllmrec.stage.errors import InputError, machine_fault
+from mllmrec.stage.errors import InputError, UsageError, machine_fault
 
 RESUME = "the same command resumes"
 
@@ -23,15 +23,16 @@ class Terminated(BaseException):
 def run_main(main: Callable[[], object]) -> None:
     """Call `main()`; a fault of input, machine or operator becomes one line on stderr.
 
-    Exit code 1: bad input, a full disk, a lack of memory; 130: Ctrl-C; 143: SIGTERM. An error that
-    is none of these is a mistake in this repository: its traceback is printed.
+    Exit code 1: bad input, a full disk, a lack of memory; 2: a wrong command line; 130: Ctrl-C;
+    143: SIGTERM. An error that is none of these is a mistake in this repository: its traceback is
+    printed.
     """
     signal.signal(signal.SIGTERM, _terminate)
     try:
         main()
         sys.stdout.flush()
     except InputError as error:
-        _fail(f"error: {error}")
+        _fail(f"error: {error}", 2 if isinstance(error, UsageError) else 1)
     except KeyboardInterrupt:
         _fail(f"interrupted; {RESUME}", 130)
     except Terminated:

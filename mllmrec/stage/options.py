@@ -19,6 +19,7 @@ so a further system adds its sections by having scripts.
 import argparse
 import difflib
 import functools
+import importlib.metadata
 import os
 import re
 import sys
@@ -30,7 +31,7 @@ import yaml
 from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from mllmrec.stage.errors import InputError
+from mllmrec.stage.errors import InputError, UsageError
 
 DEFAULT_CONFIG = "configs/microlens.yaml"
 CONFIG_VARIABLE = "MLLM_MSR_CONFIG"  # environment variable: another default for --config
@@ -87,14 +88,17 @@ class CommonOptions:
 
 
 DATASETS = Literal["beauty", "toys", "games", "ml-100k", "sample"]
-DATASET_HELP = "data set; without --config its config is configs/mllm4rec/{dataset_code}.yaml"
+DATASET_HELP = (
+    "data set, which chooses the role; without --config its config is "
+    "configs/mllm4rec/{dataset_code}.yaml; default: what the config is called"
+)
 
 
 @dataclass
 class DatasetCode:
     """Option of the MLLM4Rec scripts, as in their published commands."""
 
-    dataset_code: DATASETS = option("ml-100k", DATASET_HELP)
+    dataset_code: Literal[DATASETS, ""] = option("", DATASET_HELP)
 
 
 def parse_options(
@@ -106,8 +110,8 @@ def parse_options(
     """Options of one stage, checked.
 
     argv: command-line words, default sys.argv[1:]; description: the docstring that --help prints.
-    Raises InputError for an unreadable config, an unknown key or option, or a value of the wrong
-    type or outside its range.
+    Raises InputError for an unreadable config, an unknown key in it, or a value of the wrong type
+    or outside its range; UsageError where the command line is at fault.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     check_processes()
@@ -115,23 +119,28 @@ def parse_options(
     if "-h" in argv or "--help" in argv:
         parser.print_help()
         sys.exit(0)
+    if "--version" in argv:
+        print(f"mllmrec {importlib.metadata.version('mllmrec')}")
+        sys.exit(0)
     try:
         parsed, unknown = parser.parse_known_args(argv)
     except (argparse.ArgumentError, SystemExit) as error:
-        raise InputError(f"{error}; --help lists all options") from None
+        raise UsageError(f"{error}; --help lists all options") from None
     known = [field.name for field in fields(options_class)]
     if unknown:
         word = unknown[0].lstrip("-").split("=")[0]
-        raise InputError(f"unknown option {unknown[0]!r}{nearest(word, known, '--')}")
+        raise UsageError(f"unknown option {unknown[0]!r}{nearest(word, known, '--')}")
     given = vars(parsed)
     given["config"] = given.get("config") or _default_config(given, known)
     from_config = _section_values(Path(given["config"]), section, known)
     if "dataset_code" in known and "dataset_code" not in from_config | given:
-        given["dataset_code"] = _dataset_code(given["config"])
+        name = Path(given["config"]).stem
+        given["dataset_code"] = name if name in get_args(DATASETS) else ""
     try:
         return TypeAdapter(options_class).validate_python(from_config | given)
     except ValidationError as error:
-        raise InputError(_message(error, given, section)) from None
+        message = _message(error, given, section)
+        raise (UsageError if message.startswith("--") else InputError)(message) from None
 
 
 def config_of_dataset(argv: list[str], description: str | None) -> tuple[str, list[str]]:
@@ -150,7 +159,7 @@ def config_of_dataset(argv: list[str], description: str | None) -> tuple[str, li
     try:
         given, others = parser.parse_known_args(argv)
     except argparse.ArgumentError as error:
-        raise InputError(f"{error}; --help lists all options") from None
+        raise UsageError(f"{error}; --help lists all options") from None
     values = {name: value for name, value in vars(given).items() if value}
     return values.get("config") or _default_config(values, ["dataset_code"]), others
 
@@ -158,20 +167,9 @@ def config_of_dataset(argv: list[str], description: str | None) -> tuple[str, li
 def _default_config(given: dict[str, Any], known: list[str]) -> str:
     """Where the options of the command line name no config."""
     if "dataset_code" in known:
-        code = given.get("dataset_code") or DatasetCode().dataset_code
+        code = given.get("dataset_code") or "ml-100k"
         return f"configs/mllm4rec/{code}.yaml"
     return os.environ.get(CONFIG_VARIABLE) or DEFAULT_CONFIG
-
-
-def _dataset_code(config: str) -> str:
-    """The data set that a config's name says; prompts depend on it."""
-    name = Path(config).stem
-    if name not in get_args(DATASETS):
-        raise InputError(
-            f"the config {config} is not called like a data set; pass --dataset_code "
-            f"{'|'.join(get_args(DATASETS))}"
-        )
-    return name
 
 
 def check_processes() -> None:

@@ -17,15 +17,14 @@ is killed in between leaves the parts, from which the next start joins again.
 
 import os
 import time
-from collections.abc import Generator, Hashable, Iterable, Mapping
+from collections.abc import Callable, Generator, Hashable, Iterable, Mapping
 from contextlib import closing
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from filelock import FileLock, Timeout
 from pydantic import TypeAdapter, ValidationError
-from tqdm import tqdm
 
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import (
@@ -38,6 +37,7 @@ from mllmrec.stage.jsonl import (
     write_rejected,
     write_rows,
 )
+from mllmrec.stage.progress import Progress, progress_bar
 from mllmrec.stage.record import (
     Job,
     check_described,
@@ -101,6 +101,9 @@ class ResumableOutput:
         self.retry_rejected = retry_rejected
         self.counters = dict(counters or {})
         self.counts: dict[str, int] = {}  # further counts for the run record
+        # Computed from all rows for the run record, e.g. the quality of their texts.
+        self.measure: Callable[[list[Row]], dict[str, Any]] | None = None
+        self.measured: dict[str, Any] = {}
         self.rows_written = self.rows_rejected = 0
         with output_lock(self.path, wait=True):
             remove_temporary(self.parts)  # of a process that was killed while it removed them
@@ -152,24 +155,27 @@ class ResumableOutput:
         self.rows_rejected += 1
 
     def write_results(
-        self, results: Generator[Result, None, None], description: str, unit: str
+        self,
+        results: Generator[Result, None, None],
+        description: str,
+        unit: str,
+        progress: Progress | None = None,
     ) -> None:
         """Write or reject each (id, row, reason) of `results` (reason None: write), with progress.
 
+        progress: counted by `results` itself, in units smaller than a row; None: counts rows.
         After a pilot (--limit) it also prints how long all rows would take.
         """
+        shown = progress or progress_bar(len(self.todo), description, unit)
         # closing: whatever computes ahead must stop when a row cannot be written
-        with (
-            self,
-            closing(results),
-            tqdm(total=len(self.todo), desc=description, unit=unit) as progress,
-        ):
+        with self, closing(results), shown:
             for row_id, row, reason in results:
                 if row is None:
                     self.reject(row_id, reason or "no result")
                 else:
                     self.write(row)
-                progress.update()
+                if progress is None:
+                    shown.update()
         print(self.summary())
         done = self.rows_written + self.rows_rejected
         if done and len(self.wanted) < len(self.ids):
@@ -340,7 +346,9 @@ class ResumableOutput:
             "written_by_this_run": self.rows_written,
         }
         outputs = [self.path, self.rejected_path]
-        write_record(self.path, self.job, self.seconds, counts, outputs, **self.counts)
+        self.measured = self.measure(list(rows.values())) if self.measure else {}
+        more = self.counts | self.measured
+        write_record(self.path, self.job, self.seconds, counts, outputs, **more)
         remove_folder(self.parts)
         self.is_complete, self.n_rows, self.n_rejected = True, len(rows), len(rejected)
 

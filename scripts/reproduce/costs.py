@@ -3,13 +3,13 @@
 from dataclasses import asdict, fields
 from functools import partial
 
-from mllmrec.evaluation.token_counts import TokenCounts, dialogue_tokens, scoring_tokens
 from mllmrec.generation.preferences import read_histories
 from mllmrec.generation.prompt_writer import PromptWriter
 from mllmrec.models.chat import ChatProcessor
 from mllmrec.models.loading import load_processor, read_config
 from mllmrec.ranking.options import RankerOptions
 from mllmrec.ranking.reader import RowReader, chat_processor
+from mllmrec.ranking.token_counts import TokenCounts, dialogue_tokens, scoring_tokens
 from mllmrec.stage.jsonl import read_rows
 from mllmrec.stage.record import read_record
 from mllmrec.stage.scripts import load_script

@@ -30,7 +30,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from charts import dot_chart
-from costs import costs_per_user
 from rows import TABLES, WORLDS
 from tables import RETRIEVED, markdown, table_lines, write_files
 
@@ -170,6 +169,8 @@ def measure(rows, runs, args):
             "last_stage": [last_stage(path) for path in paths],
         }
         if args.table == "systems":
+            from costs import costs_per_user  # which loads torch
+
             folders = [runs[key, own].folder for own in args.samples]
             report[key]["costs"] = [costs_per_user(row, folder) for folder in folders]
     for key, own in report.items():

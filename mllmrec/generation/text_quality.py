@@ -1,0 +1,86 @@
+"""What generated texts look like: how long, cut, repeating themselves, beginning as asked."""
+
+import logging
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from mllmrec.stage.output import ResumableOutput
+from mllmrec.stage.schema import Row
+
+WORDS = 4  # length of the word sequences whose repetition counts
+LOOPS = 0.5  # a text loops if more of its sequences occurred before in it
+WARN_ABOVE = 0.1  # share of the texts that are cut or loop
+ASKED = re.compile(r"Begin with: (?P<opening>.+)$")
+
+log = logging.getLogger(__name__)
+
+
+def asked_opening(template: str) -> str:
+    """The words that a prompt asks an answer to begin with, "" if it does not."""
+    found = ASKED.search(template)
+    return found["opening"] if found else ""
+
+
+def repeated_share(text: str) -> float:
+    """Share of the word sequences of length WORDS that occurred before in the text; 0 to 1."""
+    words = text.split()
+    sequences = [tuple(words[n : n + WORDS]) for n in range(len(words) - WORDS + 1)]
+    return 1 - len(set(sequences)) / len(sequences) if sequences else 0.0
+
+
+def text_quality(texts: Sequence[str], cut: int, opening: str = "") -> dict[str, Any]:
+    """Counts over generated texts, for a run record.
+
+    cut: how many reached max_new_tokens; opening: what the texts were asked to begin with.
+    """
+    quality: dict[str, Any] = {
+        "texts": len(texts),
+        "mean_words": round(sum(len(text.split()) for text in texts) / max(1, len(texts)), 1),
+        "cut": cut,
+        "loops": sum(repeated_share(text) > LOOPS for text in texts),
+    }
+    if opening:
+        quality["begin_as_asked"] = sum(text.startswith(opening) for text in texts)
+    return quality
+
+
+def row_texts(row: Row, key: str) -> list[str]:
+    """All generated texts of a row: of each block, or the one called `key`."""
+    return [block[key] for block in row["blocks"]] if "blocks" in row else [row[key]]
+
+
+def measure_texts(output: ResumableOutput, key: str, template: str) -> None:
+    """Have the quality of an output's texts measured for its run record.
+
+    key: of a row's text; template: of the prompt, which may ask for an opening.
+    """
+
+    def measure(rows: list[Row]) -> dict[str, Any]:
+        texts = [text for row in rows for text in row_texts(row, key)]
+        cut = sum(row.get("cut", 0) for row in rows)
+        return {"texts": text_quality(texts, cut, asked_opening(template))}
+
+    output.measure = measure
+
+
+def report_quality(output: ResumableOutput) -> None:
+    """Print what `measure_texts` found; warn where too many texts are cut or loop."""
+    if "texts" not in output.measured:  # other processes are not done yet
+        return
+    quality = output.measured["texts"]
+    texts = quality["texts"]
+    shown = (
+        f"{texts:,} texts of {quality['mean_words']} words on average; {quality['cut']:,} cut at"
+    )
+    shown += f" --max_new_tokens, {quality['loops']:,} repeat themselves"
+    if "begin_as_asked" in quality:
+        shown += f", {quality['begin_as_asked']:,} begin as asked"
+    print(shown)
+    for name, remedy in (
+        ("cut", "raise --max_new_tokens, or ask for shorter answers"),
+        ("loops", "use an instruction-tuned --model with its own chat template"),
+    ):
+        if quality[name] > WARN_ABOVE * texts:
+            what = "were cut" if name == "cut" else "repeat themselves"
+            log.warning("%d of %d texts %s; %s", quality[name], texts, what, remedy)
