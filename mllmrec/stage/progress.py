@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 SECONDS_BETWEEN_LINES = 30.0
 LINE = (
-    "{desc}{n_fmt} of {total_fmt} {unit}s, {percentage:.0f}%, {elapsed} elapsed, "
+    "{desc}: {n_fmt} of {total_fmt} {unit}s, {percentage:.0f}%, {elapsed} elapsed, "
     "about {remaining} left"
 )
 
