@@ -105,7 +105,9 @@ class ProgressCallback(TrainerCallback):
             losses = [row["loss"] for row in state.log_history if "loss" in row]
             shown = [f"loss {losses[-1]:.4f}"] if losses else []
             shown += [
-                f"{name.removeprefix('eval_')} {value:.4f}" for name, value in metrics.items()
+                f"{name.removeprefix('eval_')} {value:.4f}"
+                for name, value in metrics.items()
+                if name.startswith("eval_")
             ]
             line = f"epoch {state.epoch:.0f} of {args.num_train_epochs:.0f}: {', '.join(shown)}"
             tqdm.write(line)
