@@ -175,7 +175,7 @@ class ChatProcessor:
 
     def ids(self, text: str) -> list[int]:
         """Token ids of a rendered prompt, an image as one token."""
-        return self.tokenizer(text, add_special_tokens=self._adds_bos(text)).input_ids
+        return self.tokenizer(text, add_special_tokens=self.adds_bos(text)).input_ids
 
     @cached_property
     def image_token_id(self) -> int | None:
@@ -219,7 +219,7 @@ class ChatProcessor:
             "padding": True,
             "padding_side": side,
             "return_tensors": "pt",
-            "add_special_tokens": self._adds_bos(texts[0]),
+            "add_special_tokens": self.adds_bos(texts[0]),
         }
         given = [image for image in images or () if image is not None]
         if not self.takes_images:
@@ -257,7 +257,7 @@ class ChatProcessor:
                 text=[text],
                 images=[image],
                 return_tensors="np",
-                add_special_tokens=self._adds_bos(text),
+                add_special_tokens=self.adds_bos(text),
             )
         )
 
@@ -287,7 +287,7 @@ class ChatProcessor:
         """Generated token ids as one line of text without special tokens."""
         return " ".join(self.tokenizer.decode(ids, skip_special_tokens=True).split())
 
-    def _adds_bos(self, text: str) -> bool:
+    def adds_bos(self, text: str) -> bool:
         """False if the template has written the BOS token itself: two of them would be one too
         many.
         """

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from PIL import Image
 
@@ -58,6 +58,15 @@ def _key(row: Row) -> tuple[str, ...]:
 
 class PromptTooLongError(Exception):
     """A question that does not fit; the message says which one and gives the remedy."""
+
+
+class _Fitted(NamedTuple):
+    """A row whose question fits, its rendered question, and that question's token ids."""
+
+    row: Row
+    prompt: str
+    ids: list[int]
+    was_shortened: bool
 
 
 class RowReader:
@@ -133,9 +142,16 @@ class RowReader:
         Raises PromptTooLongError if the question is too long without any preference, InputError if
         its text adds or removes a control token.
         """
-        prompt, ids, was_shortened = self._fitted(row)
-        self.shortened += was_shortened
-        return prompt, ids
+        fitted = self._fitted(row)
+        self.shortened += fitted.was_shortened
+        return fitted.prompt, fitted.ids
+
+    def question(self, row: Row) -> str:
+        """The question as the model gets it: markers broken, a too long preference cut.
+
+        Raises as `prompt` does.
+        """
+        return question_text(self._fitted(row).row)
 
     def find_too_long(self, rows: Sequence[Row]) -> tuple[dict[str, str], list[str]]:
         """(user_id -> reason, for users with a question that cannot fit; user of each shortened
@@ -146,7 +162,7 @@ class RowReader:
         for row in map(self._cleaned, rows):
             if self._may_be_long(row):
                 try:
-                    shortened += [row["user_id"]] * self._fitted(row)[2]
+                    shortened += [row["user_id"]] * self._fitted(row).was_shortened
                 except PromptTooLongError as reason:
                     too_long.setdefault(row["user_id"], str(reason))
         return too_long, shortened
@@ -158,7 +174,7 @@ class RowReader:
         """
         lengths = []
         for row in rows:
-            length = len(self._fitted(row)[1])
+            length = len(self._fitted(row).ids)
             if row["images"]:
                 size = sizes[self.folder / row["images"][0]]
                 length += self.chat.image_tokens_of_size(*size) - 1
@@ -201,21 +217,20 @@ class RowReader:
             )
         return ids
 
-    def _fitted(self, row: Row) -> tuple[str, list[int], bool]:
-        """(rendered question, its token ids, whether the preference was shortened)."""
+    def _fitted(self, row: Row) -> _Fitted:
         row = self._cleaned(row)
         prompt = self.chat.render(row["messages"][:1])
         ids = self.chat.ids(prompt)
         if not self.max_text_tokens or len(ids) <= self.max_text_tokens:
-            return prompt, self._checked(row, ids), False
-        row = {
-            "preference_span": (0, 0),
-            **row,
-        }  # rows from elsewhere may lack it: nothing to shorten
+            return _Fitted(row, prompt, self._checked(row, ids), False)
+        # Rows from elsewhere may lack the span: nothing to shorten.
+        row = {"preference_span": (0, 0), **row}
         start, end = row["preference_span"]
+        tried = [row]
 
         def render(texts: list[str]) -> str:
-            return self.chat.render(replace_preference(row, texts[0])["messages"])
+            tried[0] = replace_preference(row, texts[0])
+            return self.chat.render(tried[0]["messages"])
 
         def fits(text: str) -> bool:
             return self.chat.count(text) <= self.max_text_tokens
@@ -229,4 +244,4 @@ class RowReader:
                 f"--max_text_tokens, or "
                 "lower --max_title_characters in stage 4"
             )
-        return prompt, self._checked(row, ids), True
+        return _Fitted(tried[0], prompt, self._checked(row, ids), True)
