@@ -6,8 +6,8 @@ Out: {output_dir}/{system}/export/{format}/mllmrec_train.jsonl, mllmrec_validati
 
     python MLLM-MSR/train/export_dataset.py --config configs/microlens.yaml --format trl
 
-trl: rendered `prompt` and `completion`, so that only the answer is learned, as here. llamafactory (its
-"sharegpt" form) and swift: `messages` with <image> in the text. Image paths are absolute.
+trl: rendered `prompt` and `completion`, so that only the answer is learned, as here. llamafactory
+(its "sharegpt" form) and swift: `messages` with <image> in the text. Image paths are absolute.
 Preferences are as long as --max_text_tokens of stage 5 lets them be, for the model of stage 5. CPU.
 """
 

@@ -78,9 +78,15 @@ def random_turns(rng, direct):
 
 
 def random_batch(chat, rng):
-    """Random prompts with their answers; labels on the answers, -100 elsewhere."""
+    """Random prompts with their answers."""
     direct = rng.random() < DIRECT_FRACTION
-    turns = [random_turns(rng, direct) for _ in range(DIRECT_BATCH if direct else BATCH)]
+    return answer_batch(
+        chat, [random_turns(rng, direct) for _ in range(DIRECT_BATCH if direct else BATCH)]
+    )
+
+
+def answer_batch(chat, turns):
+    """A padded batch of dialogues (user turn, assistant turn); labels on the answers alone."""
     texts = [chat.render(both, add_generation_prompt=False) for both in turns]
     batch = chat.encode(texts, side="right")
     batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
