@@ -1,6 +1,6 @@
 """Faults of machine and operator end a stage with one line, and shell scripts pass words on."""
 
-from mllmrec.stage.main import run_main
+from mllmrec.stage.main import cpu_quota, run_main, set_thread_defaults
 
 import errno
 import os
@@ -12,7 +12,7 @@ import time
 import pytest
 from conftest import ROOT, call
 
-from mllmrec.stage.errors import InputError, machine_fault
+from mllmrec.stage.errors import InputError, UsageError, machine_fault
 
 
 def outcome(capsys, error):
@@ -169,3 +169,56 @@ def test_the_number_of_processes_is_passed_on_to_be_compared(script, tmp_path, w
     stub.write_text('#!/bin/sh\necho "$MLLM_MSR_PROCESSES" "$@"\n')
     done = script("02_image_summary.sh", "c.yaml", ACCELERATE=f"--cpu {word}")
     assert done.stdout.startswith("2 -m accelerate.commands.launch --quiet --cpu")
+
+
+def test_waiting_threads_sleep_and_a_quota_limits_their_number(tmp_path, monkeypatch):
+    """Unless the environment says otherwise."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
+    for quota, threads in ((None, None), (8.0, None), (3.0, "3"), (1.5, "2"), (0.5, "1")):
+        environment = {}
+        set_thread_defaults(environment, quota)
+        assert environment.get("OMP_NUM_THREADS") == threads
+        assert environment["OMP_WAIT_POLICY"] == "PASSIVE"
+    environment = {"OMP_WAIT_POLICY": "ACTIVE", "OMP_NUM_THREADS": "5"}
+    set_thread_defaults(environment, 1.0)
+    assert environment == {"OMP_WAIT_POLICY": "ACTIVE", "OMP_NUM_THREADS": "5"}
+    assert cpu_quota(tmp_path) is None
+    (tmp_path / "cpu.max").write_text("150000 100000\n")
+    assert cpu_quota(tmp_path) == 1.5
+    (tmp_path / "cpu.max").write_text("max 100000\n")
+    assert cpu_quota(tmp_path) is None
+    (tmp_path / "cpu.max").unlink()
+    (tmp_path / "cpu").mkdir()
+    for name, value in (("quota", 200000), ("period", 100000)):
+        (tmp_path / f"cpu/cpu.cfs_{name}_us").write_text(f"{value}\n")
+    assert cpu_quota(tmp_path) == 2.0
+
+
+def test_a_wrong_command_line_ends_with_2_and_wrong_input_with_1(capsys):
+    assert outcome(capsys, UsageError("--epochs: must be positive"))[0] == 2
+    assert outcome(capsys, InputError("items.jsonl is missing"))[0] == 1
+    script = "data_processing/sample.py"
+    for words, code, text in (
+        (["--no_such_option", "1"], 2, "unknown option"),
+        (["--seed", "-1"], 2, "--seed: "),
+        (["--config", "nowhere.yaml"], 1, "there is no config"),
+        (["--version"], 0, "mllmrec 0."),
+    ):
+        done = call(script, *words)
+        assert done.returncode == code, done.stderr
+        assert text in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("script", sorted(ROOT.glob("scripts/**/*.sh")), ids=lambda p: p.name)
+def test_help_of_a_shell_script_is_its_head_at_once(script, tmp_path):
+    if script.stem in ("common", "setup_env", "usage"):  # sourced by the others
+        return
+    started = time.monotonic()
+    words = ["bash", str(script), "--help"]
+    environment = {**os.environ, "PYTHON": "false"}  # nothing but the shell runs
+    done = subprocess.run(words, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert time.monotonic() - started < 2
+    head = script.read_text().splitlines()[1].removeprefix("# ")
+    assert done.stdout.startswith(head)
+    assert "Usage: bash scripts/" in done.stdout

@@ -115,14 +115,35 @@ def test_published_rows_are_beside_ours_with_their_source():
         "users": 480,
         "auc_ci95": [0.78, 0.82],
     }
-    rows = metric_rows({"sft": found}, report.read_published("microlens"))
-    assert ("zero_shot", "this run", ["not run"] * 4) in rows
-    assert rows[0] == ("sft", "this run, 480 users", ["80.00 ± 2.00", "70.00", "60.00", "50.00"])
+    groups = metric_rows({"sft": found}, report.read_published("microlens"))
+    assert list(groups) == ["systems", "published"]
+    assert groups["systems"] == [
+        ("sft", "this run, 480 users", ["80.00 ± 2.00", "70.00", "60.00", "50.00"]),
+        ("zero_shot", "this run", ["not run"] * 4),
+    ]
+    rows = groups["published"]
     assert ("MLLM-MSR", "paper, Table 3", ["83.17", "78.23", "60.38", "-"]) in rows
-    assert {source for _, source, _ in rows[2:]} == {
+    assert {source for _, source, _ in rows} == {
         "paper, Table 3",
         "re-run by MGRASRec's authors",
     }
+
+
+def test_rows_are_grouped_and_the_page_says_what_it_is_about(small_run):
+    page = (small_run.folder / "report.html").read_text()
+    markdown = (small_run.folder / "report.md").read_text()
+    found = re.findall(r'<tr class="group"><th>(\w+)</th>|<tr><td>(\w+)</td><td>this run', page)
+    order = [group or variant for group, variant in found]
+    groups = ["systems", "ablations", "baselines", "bounds"]
+    assert [name for name in order if name in groups] == groups
+    where = {name: order.index(name) for name in order}
+    assert where["systems"] < where["sft"] < where["ablations"] < where["sft_no_image"]
+    assert where["baselines"] < where["popularity"] < where["bounds"] < where["ceiling"]
+    record = json.loads((small_run.system / "sft" / "scores.run.json").read_text())
+    for text in (page, markdown):
+        for fact in (record["arguments"]["model"], record["git_commit"], record["date"]):
+            assert fact in text
+    assert "begin as asked" in page, "the quality of the texts"
 
 
 def test_an_unknown_comparison_names_the_known_ones(small_run):
@@ -203,13 +224,14 @@ def in_browser(page, tmp_path, width):
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
-@pytest.mark.parametrize("width", [1100, 500])
+@pytest.mark.parametrize("width", [1300, 420])
 def test_in_a_browser_users_can_be_selected_and_filtered(small_run, tmp_path, width):
     page = (small_run.folder / "report.html").read_text()
     users = re.findall(r'data-user="([^"]+)"', page)
     seen, stderr = in_browser(page, tmp_path, width)
     assert "CONSOLE" not in stderr, "no error in the console"
-    assert seen["rows"] == 1 + len(json.loads((small_run.folder / "metrics.json").read_text()))
+    variants = len(json.loads((small_run.folder / "metrics.json").read_text()))
+    assert seen["rows"] == 1 + variants + 4, "header, rows, a line for each group"
     assert (seen["first"], seen["picked"], seen["filtered"]) == (users[0], users[2], users[1])
     assert seen["fetched"] == []
     assert seen["wide"] <= 0, "no horizontal scrolling"

@@ -22,6 +22,7 @@ from pydantic.dataclasses import dataclass
 
 from mllmrec.evaluation.tables import (
     DIFFERENCES,
+    GROUPS,
     as_markdown,
     difference_rows,
     metric_rows,
@@ -75,15 +76,18 @@ def write_report(metrics_path, outputs, published, options):
     from mllmrec.evaluation import report
 
     folder, data_dir = Path(options.output_dir), Path(options.data_dir)
-    metrics = read_metrics(metrics_path)
-    rows = metric_rows(metrics, published)
+    metrics, scores = read_metrics(metrics_path), score_files(folder)
+    systems = {variant: path.parent.parent.name for variant, path in scores.items()}
+    groups = metric_rows(metrics, published, systems)
     stages = report.stage_rows(stage_outputs(options))
-    scores = score_files(folder)
     differences = difference_rows(scores)
     plotted = {name: scores[name] for name in PLOTTED if name in scores}
     files = report.RunFiles(data_dir, options.system_dir, plotted, options.image_roots)
+    facts = report.run_facts(files)
     page = report.render_page(
-        rows=rows,
+        facts=facts,
+        groups=groups,
+        explanations=GROUPS,
         differences=differences,
         explained=DIFFERENCES.format(reference=differences[0]),
         stages=stages,
@@ -92,7 +96,8 @@ def write_report(metrics_path, outputs, published, options):
         variant=next(iter(plotted), None),
         output_dir=options.output_dir,
     )
-    for path, text in zip(outputs, (page, as_markdown(rows, differences, stages)), strict=True):
+    markdown = as_markdown(facts, groups, differences, stages)
+    for path, text in zip(outputs, (page, markdown), strict=True):
         with atomic_file(path) as file:
             file.write(text.encode())
     return len(metrics)

@@ -54,10 +54,17 @@ def training_curve(log: Sequence[Row]) -> bytes:
         left.plot(*zip(*losses, strict=True), color=COLOURS[1], label="loss")
     left.set(xlabel="step", ylabel="loss")
     scored = [(row["step"], row["eval_auc"]) for row in log if "eval_auc" in row]
+    lines = list(left.lines)
     if scored:
         right = left.twinx()
-        right.plot(*zip(*scored, strict=True), "o-", color=COLOURS[0])
+        lines += right.plot(
+            *zip(*scored, strict=True), "o-", color=COLOURS[0], label="validation AUC"
+        )
         right.set(ylabel="validation AUC", ylim=(0.4, 1))
+        epoch, (step, _) = max(enumerate(scored, start=1), key=lambda found: found[1][1])
+        label = f"best validation, epoch {epoch}"
+        lines.append(left.axvline(step, color="#999", linestyle=":", label=label))
+    left.legend(handles=lines, frameon=False, loc="center right")
     return _png(figure)
 
 

@@ -49,8 +49,28 @@ def stage_rows(stages: Sequence[tuple[str, Path]]) -> list[tuple[str, str, str, 
             rows.append((stage, "not run", "", ""))
             continue
         counts = ", ".join(f"{n:,} {key.replace('_', ' ')}" for key, n in record["rows"].items())
+        if "texts" in record:  # see text_quality
+            counts += "; " + ", ".join(
+                f"{name.replace('_', ' ')} {value:,}" for name, value in record["texts"].items()
+            )
         rows.append((stage, f"{record['seconds']:,.1f}", counts, record["device"]))
     return rows
+
+
+def run_facts(files: RunFiles) -> dict[str, str]:
+    """What the page is about: model, seed, config, commit, date and device of the main variant."""
+    path = next(iter(files.scores.values()), None)
+    record = (read_record(path) if path else None) or {}
+    arguments = record.get("arguments", {})
+    found = {
+        "model": arguments.get("model"),
+        "seed": arguments.get("seed"),
+        "config": record.get("config"),
+        "commit": record.get("git_commit"),
+        "date": record.get("date"),
+        "device": record.get("device"),
+    }
+    return {name: str(value) if value is not None else "not run" for name, value in found.items()}
 
 
 def plot_urls(files: RunFiles) -> dict[str, str]:

@@ -18,8 +18,16 @@ DIFFERENCES = (
     "Difference to {reference} on the same candidates, x100, with the 95% interval of a paired "
     "bootstrap over users; * 0 is outside."
 )
+GROUPS = {
+    "systems": "Recommenders of this run; zero_shot is the model before, sft after its training.",
+    "ablations": "The trained model with one of its inputs hidden.",
+    "baselines": "Simple recommenders on the same candidates.",
+    "bounds": "Rules that know how the sample's users choose; no recommender can know more.",
+    "published": "Reported elsewhere, each on its own candidates.",
+}
 FIRST = ("zero_shot", "sft")  # these rows lead a table, the others follow by name
 Metrics = Mapping[str, Mapping[str, Any]]
+MetricRow = tuple[str, str, Sequence[str]]  # (system, source, cells)
 Published = Sequence[Sequence[Any]]  # (system, source, AUC, HR@5, MRR@5), x100
 _Number = Annotated[float, Field(allow_inf_nan=False)]
 _Interval = Annotated[list[_Number], Field(min_length=2, max_length=2)]
@@ -60,6 +68,13 @@ def score_files(output_dir: PathLike) -> dict[str, Path]:
         files[name] = path
     order = sorted(files, key=lambda n: (FIRST.index(n) if n in FIRST else len(FIRST), n))
     return {name: files[name] for name in order}
+
+
+def group_of(variant: str, system: str) -> str:
+    """The group of GROUPS that a row belongs to. system: folder of the variant."""
+    if system in ("baselines", "bounds"):
+        return system
+    return "ablations" if "_no_" in variant else "systems"
 
 
 def half_width(row: Mapping[str, Any], name: str) -> float | None:
@@ -106,10 +121,16 @@ def print_metrics(metrics: Metrics) -> None:
         print(f"{variant:{width}}{cells}{row['users']:>8,}")
 
 
-def metric_rows(metrics: Metrics, published: Published) -> list[tuple[str, str, list[str]]]:
-    """[(system, source, cells)]: this run's variants, then the published rows; cells are texts."""
-    rows = []
+def metric_rows(
+    metrics: Metrics, published: Published, systems: Mapping[str, str] | None = None
+) -> dict[str, list[MetricRow]]:
+    """{group of GROUPS: [(system, source, cells)]}: this run's variants, and the published rows.
+
+    systems: variant -> its folder; cells are texts.
+    """
+    groups: dict[str, list[MetricRow]] = {name: [] for name in GROUPS}
     for variant, row in metrics.items():
+        rows = groups[group_of(variant, (systems or {}).get(variant, ""))]
         cells = []
         for name in SHOWN:
             half = half_width(row, name)
@@ -117,27 +138,27 @@ def metric_rows(metrics: Metrics, published: Published) -> list[tuple[str, str, 
         rows.append((variant, f"this run, {row['users']:,} users", cells))
     for variant in FIRST:
         if variant not in metrics:
-            rows.append((variant, "this run", ["not run"] * len(SHOWN)))
+            groups["systems"].append((variant, "this run", ["not run"] * len(SHOWN)))
     for system, source, *values in published:
-        rows.append((system, source, [f"{value:.2f}" for value in values] + ["-"]))
-    return rows
+        cells = [f"{value:.2f}" for value in values] + ["-"]
+        groups["published"].append((system, source, cells))
+    return {name: rows for name, rows in groups.items() if rows}
 
 
 def as_markdown(
-    rows: Sequence[tuple[str, str, Sequence[str]]],
+    facts: Mapping[str, str],
+    groups: Mapping[str, Sequence[MetricRow]],
     differences: tuple[str, Sequence[tuple[str, Sequence[str]]]],
     stages: Sequence[Sequence[str]],
 ) -> str:
-    """The metrics, the differences of `difference_rows` and the stages as a Markdown page."""
-    lines = [
-        "# Report",
-        "",
-        "Metrics x100, with half the width of the 95% interval over users.",
-        "",
-    ]
-    lines += [f"| system | source | {' | '.join(name.upper() for name in SHOWN)} |"]
-    lines += ["|---|---|" + "---:|" * len(SHOWN)]
-    lines += [_line([system, source, *cells]) for system, source, cells in rows]
+    """The facts, the metrics, the differences of `difference_rows` and the stages as Markdown."""
+    lines = ["# Report", "", "| | |", "|---|---|", *(_line(fact) for fact in facts.items()), ""]
+    lines += ["Metrics x100, with half the width of the 95% interval over users."]
+    for group, rows in groups.items():
+        lines += ["", f"{group.capitalize()}. {GROUPS[group]}", ""]
+        lines += [f"| system | source | {' | '.join(name.upper() for name in SHOWN)} |"]
+        lines += ["|---|---|" + "---:|" * len(SHOWN)]
+        lines += [_line([system, source, *cells]) for system, source, cells in rows]
     reference, compared = differences
     if compared:
         lines += ["", DIFFERENCES.format(reference=reference), ""]
