@@ -2,7 +2,7 @@
 for word in "$@"; do
     if [[ $word == --help || $word == -h ]]; then
         sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"
-        grep -o '[A-Za-z0-9_-]*/[A-Za-z0-9_/-]*[.]py' "$0" | sort -u | sed 's/.*/Options: python & --help/'
+        grep -o '[A-Za-z0-9_-]*/[A-Za-z0-9_/-]*[.]py' "$0" | sort -u | sed 's/.*/Options: python & --help/' || true # none
         exit 0
     fi
 done
