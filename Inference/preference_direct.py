@@ -60,7 +60,11 @@ def main(argv=None):
         # Imported here, so that --help and a missing input are answered at once.
         from mllmrec.generation.engine import load_engine, run_dialogues
         from mllmrec.generation.prompt_writer import PromptWriter
-        from mllmrec.generation.text_quality import measure_texts, report_quality
+        from mllmrec.generation.text_quality import (
+            measure_texts,
+            report_quality,
+            warn_of_long_texts,
+        )
 
         engine, limit = load_engine(options.model, options, multimodal=False)
         limit = min(options.max_prompt_tokens or limit, limit)
@@ -72,6 +76,7 @@ def main(argv=None):
             for user in output.todo
         )
         measure_texts(output, "preference", options.first_prompt)
+        warn_of_long_texts(engine.chat, options)
         output.write_results(run_dialogues(engine, dialogues), "preferences", "user")
         report_quality(output)
     print(f"next: bash scripts/04_datasets.sh {options.config} --output_dir {options.output_dir}")

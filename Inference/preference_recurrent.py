@@ -69,7 +69,11 @@ def main(argv=None):
         # Imported here, so that --help and a missing input are answered at once.
         from mllmrec.generation.engine import load_engine, run_dialogues
         from mllmrec.generation.prompt_writer import PromptWriter
-        from mllmrec.generation.text_quality import measure_texts, report_quality
+        from mllmrec.generation.text_quality import (
+            measure_texts,
+            report_quality,
+            warn_of_long_texts,
+        )
 
         engine, limit = load_engine(options.model, options, multimodal=False)
         limit = min(options.max_prompt_tokens or limit, limit)
@@ -81,6 +85,7 @@ def main(argv=None):
             for user in output.todo
         )
         measure_texts(output, "preference", options.first_prompt)
+        warn_of_long_texts(engine.chat, options)
         # Blocks are known in advance; users would be finished only at the end.
         blocks = sum(n_blocks(histories[user], options) for user in output.todo)
         progress = progress_bar(blocks, "preferences", "block")

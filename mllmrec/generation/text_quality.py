@@ -3,8 +3,14 @@
 import logging
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+from mllmrec.generation.preferences import PreferenceOptions
+from mllmrec.models.chat import ChatProcessor
+from mllmrec.prompts.mllm_msr import RECOMMEND
+from mllmrec.ranking.options import RankerOptions
+from mllmrec.stage.options import load_config
 from mllmrec.stage.output import ResumableOutput
 from mllmrec.stage.schema import Row
 
@@ -62,6 +68,21 @@ def measure_texts(output: ResumableOutput, key: str, template: str) -> None:
         return {"texts": text_quality(texts, cut, asked_opening(template))}
 
     output.measure = measure
+
+
+def warn_of_long_texts(chat: ChatProcessor, options: PreferenceOptions) -> None:
+    """Warn if a preference may be longer than the part of it that stage 5 keeps."""
+    train = load_config(Path(options.config)).get("train", {})
+    longest = int(train.get("max_text_tokens", RankerOptions().max_text_tokens))
+    kept = longest - chat.count(RECOMMEND)
+    if longest and options.max_new_tokens > kept:
+        log.warning(
+            "a preference may have %s tokens, stage 5 keeps about %s of them (max_text_tokens %s) "
+            "and cuts the rest; lower --max_new_tokens or raise max_text_tokens of train and score",
+            f"{options.max_new_tokens:,}",
+            f"{max(kept, 0):,}",
+            f"{longest:,}",
+        )
 
 
 def report_quality(output: ResumableOutput) -> None:

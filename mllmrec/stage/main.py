@@ -5,6 +5,7 @@ also while the libraries are still being imported, and threads of torch that wai
 using a core (`set_thread_defaults`). These are the only side effects of an import here.
 """
 
+import logging
 import math
 import os
 import signal
@@ -16,6 +17,7 @@ from typing import NoReturn
 
 from mllmrec.stage.errors import InputError, UsageError, machine_fault
 
+LOG_LEVEL = "MLLMREC_LOG_LEVEL"  # environment variable
 RESUME = "the same command resumes"
 
 
@@ -32,6 +34,7 @@ def run_main(main: Callable[[], object]) -> None:
     """
     signal.signal(signal.SIGTERM, _terminate)
     try:
+        set_up_logging(os.environ.get(LOG_LEVEL, "INFO"))
         main()
         sys.stdout.flush()
     except InputError as error:
@@ -48,6 +51,21 @@ def run_main(main: Callable[[], object]) -> None:
         if fault is None:
             raise
         _fail(f"error: {fault}; {RESUME}")
+
+
+def set_up_logging(level: str) -> None:
+    """Messages of this library on stderr, from this level on. Raises UsageError for another one.
+
+    Results go to stdout; other libraries keep their own settings.
+    """
+    if level not in logging.getLevelNamesMapping():
+        raise UsageError(f"{LOG_LEVEL}={level}: choose DEBUG, INFO, WARNING or ERROR")
+    logger = logging.getLogger("mllmrec")
+    logger.setLevel(level)
+    if not logger.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+        logger.addHandler(handler)
 
 
 def _fail(message: str, code: int = 1) -> NoReturn:
