@@ -20,7 +20,7 @@ from pydantic.dataclasses import dataclass
 
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import require
-from mllmrec.stage.options import CommonOptions, option, parse_options, print_options
+from mllmrec.stage.options import NAME, CommonOptions, option, parse_options, print_options
 from mllmrec.stage.record import check_described, read_record
 
 SECTION = "push"
@@ -32,7 +32,7 @@ MODEL_FILES = ["*.json", "*.safetensors", "*.md", "*.jinja", "*.model", "*.txt"]
 class Options(CommonOptions):
     repo_id: str = option("", "repository of the weights, NAME/REPOSITORY")
     folder: str = option("", "what is uploaded; default: {output_dir}/{system}/adapter")
-    variant: str = option("sft", "variant of metrics.json whose metrics the card has")
+    variant: str = option("sft", "variant of metrics.json whose metrics the card has", pattern=NAME)
     private: bool = option(True, "make a new repository private")
     derived: bool = option(False, "also upload image summaries and preferences")
     derived_repo_id: str = option("", "their repository, a data set")
