@@ -89,6 +89,15 @@ STAGES = {
     ),
     "report": Stage("MLLM-MSR/test/report.py", ("report.*",), ("--users", "3")),
     "merge": Stage("MLLM-MSR/train/merge_adapter.py", ("mllm_msr/merged/*",), (), HEAVY),
+    "export": Stage("MLLM-MSR/train/export_dataset.py", ("mllm_msr/export/*",), (), HEAVY),
+    "push": Stage("MLLM-MSR/train/push_to_hub.py", ()),
+    "retriever": Stage("MLLM4Rec/train_retriever.py", ("mllm4rec/*",), ("--epochs", "1"), HEAVY),
+    "ranker": Stage(
+        "MLLM4Rec/train_ranker.py",
+        ("mllm4rec/*",),
+        ("--lists", "users", "--candidates", "2", "--dataset_code", "sample", "--epochs", "1"),
+        HEAVY,
+    ),
     "shell": Stage("bash", (), (), None),
 }
 PREPARE = r"scripts/01_prepare_data\.sh"
@@ -757,6 +766,10 @@ OPTION_CLASSES = {
     "popularity": ("MLLM-MSR/baselines/popularity.py", "Options"),
     "sasrec": ("MLLM-MSR/baselines/sasrec.py", "Options"),
     "gru4rec": ("MLLM-MSR/baselines/gru4rec.py", "Options"),
+    "export": ("MLLM-MSR/train/export_dataset.py", "Options"),
+    "push": ("MLLM-MSR/train/push_to_hub.py", "Options"),
+    "retriever": ("MLLM4Rec/train_retriever.py", "Options"),
+    "ranker": ("MLLM4Rec/train_ranker.py", "Options"),
 }
 
 
@@ -785,7 +798,8 @@ def wrong_values(info):
     if kind is bool:
         return ["perhaps", "", "2"]
     if get_origin(kind) is Literal:
-        return ["nonsense", "", str(get_args(kind)[0]).upper()]
+        allowed = get_args(kind)
+        return [v for v in ("nonsense", "", str(allowed[0]).upper()) if v not in allowed]
     if get_origin(kind) is list and get_origin(get_args(kind)[0]) is Literal:
         return ["nonsense", ""]
     if kind is str and any(hasattr(limit, "pattern") for limit in info.metadata):
@@ -928,6 +942,17 @@ COMBINATIONS = [
     ("train", "--dtype float16", "float16.*--dtype float32"),
     ("train", "--quantization nf4", "wrote"),
     ("train", "--report_to wandb", "pip install wandb"),
+    ("ranker", "--dataset_code=", "not called like a data set.*; pass --dataset_code"),
+    ("ranker", "--candidates 5", "--train_negatives 4"),
+    ("ranker", "--lists retrieved", "candidates.jsonl is missing.*MLLM4Rec/train_retriever"),
+    ("ranker", "--summaries nowhere.jsonl", "nowhere.jsonl is missing"),
+    ("ranker", "--max_text_tokens 1", "no question fits"),
+    ("ranker", "--model Inference/tiny_models/llava", "the same token; use another"),
+    ("retriever", "--retriever popularity", "split by user.*leave_one_out"),
+    ("export", "--max_text_tokens 1", "no question fits.*; raise --max_text_tokens"),
+    ("export", "--model nowhere", "model folder nowhere is missing"),
+    ("push", "--private true", "--repo_id is missing; name"),
+    ("push", "--repo_id me/x --folder nowhere", "nowhere has no run record.*; name the folder"),
     ("train", "--max_text_tokens 1", "no question fits"),
     ("train", "--group_by item --loss sequence", "--group_by|--loss"),
     ("train", "--group_by item --batch_size 1", "--group_by|--batch_size"),

@@ -88,7 +88,10 @@ def main(argv=None):
     folder = Path(options.folder or options.system_dir / "adapter")
     record = read_record(folder)
     if record is None:
-        raise InputError(f"{folder} has no run record, so it is no output of a stage here")
+        raise InputError(
+            f"{folder} has no run record, so it is no output of a stage here; name the folder of an "
+            "adapter or a merged model"
+        )
     check_described(folder, record)
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
