@@ -101,15 +101,14 @@ def main(argv=None):
             return
         counts = {}
         for split, path, exported_path in zip(splits, paths, outputs, strict=True):
-            rows = list(exported(path, options))
-            counts[split] = len(rows)
+            rows, rejected = exported(path, options)
+            counts |= {split: len(rows), f"{split}_rejected_users": rejected}
             write_rows(exported_path, rows)
         for path in extra:
             write_json(path, dataset_info(splits))
         output.finish(counts)
-        print(
-            f"wrote {out}: {counts['train']:,} training, {counts['validation']:,} validation rows"
-        )
+        shown = ", ".join(f"{n:,} {name.replace('_', ' ')}" for name, n in counts.items())
+        print(f"wrote {out}: {shown}")
 
 
 if __name__ == "__main__":

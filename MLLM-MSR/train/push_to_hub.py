@@ -89,8 +89,8 @@ def main(argv=None):
     record = read_record(folder)
     if record is None:
         raise InputError(
-            f"{folder} has no run record, so it is no output of a stage here; name the folder of an "
-            "adapter or a merged model"
+            f"{folder} has no run record, so it is no output of a stage here; name the folder of "
+            "an adapter or a merged model"
         )
     check_described(folder, record)
     from huggingface_hub import HfApi
