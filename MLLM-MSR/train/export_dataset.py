@@ -71,8 +71,12 @@ def dataset_info(names):
 
 
 def exported(path, options):
-    """The lines of train.jsonl or validation.jsonl in the other form, with answers."""
+    """(lines of train.jsonl or validation.jsonl in the other form, number of rejected users).
+
+    As in stage 5, users with a question that is too long are rejected.
+    """
     from mllmrec.models.loading import load_processor
+    from mllmrec.ranking.fine_tuning import without_too_long
     from mllmrec.ranking.reader import RowReader, chat_processor
 
     rows = read_rows(path)
@@ -80,9 +84,12 @@ def exported(path, options):
     chat = chat_processor(load_processor(options.model, options), options)
     reader = RowReader(chat, path.parent, options.max_text_tokens)
     new_row = trl_row if options.format == "trl" else messages_row
-    for row in rows:
-        images = [str((path.parent / name).resolve()) for name in row["images"]]
-        yield new_row(row, images, reader)
+    kept, too_long, _ = without_too_long(rows, reader, path)
+
+    def images(row):
+        return [str((path.parent / name).resolve()) for name in row["images"]]
+
+    return [new_row(row, images(row), reader) for row in kept], len(too_long)
 
 
 def main(argv=None):
