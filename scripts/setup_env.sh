@@ -15,4 +15,4 @@ if ! cat requirements.txt pyproject.toml | cmp -s - .venv/installed.txt; then
     cat requirements.txt pyproject.toml >.venv/installed.txt
 fi
 export PYTHON=$PWD/.venv/bin/python
-export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE} # as mllmrec/stage/main.py sets it, also for the tests
+export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-10000} # as mllmrec/stage/main.py sets it, also for the tests

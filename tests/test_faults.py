@@ -171,17 +171,18 @@ def test_the_number_of_processes_is_passed_on_to_be_compared(script, tmp_path, w
     assert done.stdout.startswith("2 -m accelerate.commands.launch --quiet --cpu")
 
 
-def test_waiting_threads_sleep_and_a_quota_limits_their_number(tmp_path, monkeypatch):
+def test_waiting_threads_soon_sleep_and_a_quota_limits_their_number(tmp_path, monkeypatch):
     """Unless the environment says otherwise."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
     for quota, threads in ((None, None), (8.0, None), (3.0, "3"), (1.5, "2"), (0.5, "1")):
         environment = {}
         set_thread_defaults(environment, quota)
         assert environment.get("OMP_NUM_THREADS") == threads
-        assert environment["OMP_WAIT_POLICY"] == "PASSIVE"
-    environment = {"OMP_WAIT_POLICY": "ACTIVE", "OMP_NUM_THREADS": "5"}
-    set_thread_defaults(environment, 1.0)
-    assert environment == {"OMP_WAIT_POLICY": "ACTIVE", "OMP_NUM_THREADS": "5"}
+        assert environment["GOMP_SPINCOUNT"] == "10000"
+    for name, value in (("OMP_WAIT_POLICY", "ACTIVE"), ("GOMP_SPINCOUNT", "7")):
+        environment = {name: value, "OMP_NUM_THREADS": "5"}
+        set_thread_defaults(environment, 1.0)
+        assert environment == {name: value, "OMP_NUM_THREADS": "5"}
     assert cpu_quota(tmp_path) is None
     (tmp_path / "cpu.max").write_text("150000 100000\n")
     assert cpu_quota(tmp_path) == 1.5
