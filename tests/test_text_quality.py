@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from conftest import TINY, call
+from conftest import TINY
 
 from mllmrec.generation.text_quality import asked_opening, repeated_share, text_quality
 from mllmrec.models.loading import load_text
@@ -77,16 +77,12 @@ def test_it_is_told_in_advance_that_stage_5_would_cut_preferences(small_run, tmp
     assert "stage 5 keeps" not in caplog.text
 
 
-def test_a_log_without_a_terminal_has_few_lines_and_counts_blocks(small_run, tmp_path):
-    words = ["--config", str(small_run.config), "--output_dir", str(tmp_path)]
-    words += ["--summaries", str(small_run.system / "image_summaries.jsonl"), "--limit", "20"]
-    done = call(STAGE, *words)
-    assert done.returncode == 0, done.stderr
-    log = done.stdout + done.stderr
-    assert len(log.splitlines()) <= 100 and "\r" not in log
-    rows = read_rows(tmp_path / "mllm_msr" / "user_preferences.jsonl")
+def test_a_log_without_a_terminal_has_few_lines_and_counts_blocks(small_run, tmp_path, capsys):
+    _, rows = run(small_run, tmp_path, "--limit", "20")
+    out, err = capsys.readouterr()
+    assert len((out + err).splitlines()) <= 100 and "\r" not in out + err
     blocks = sum(len(row["blocks"]) for row in rows)
-    assert f"preferences: {blocks} of {blocks} blocks, 100%" in done.stderr
+    assert f"preferences: {blocks} of {blocks} blocks, 100%" in err
 
 
 @pytest.mark.parametrize(("seconds", "lines"), [(0.0, 11), (3600.0, 1)])
