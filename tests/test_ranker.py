@@ -218,3 +218,29 @@ def test_the_ranker_says_what_is_missing(tmp_path):
         run("train_ranker", config, *words, "--output_dir", str(tmp_path))
     with pytest.raises(InputError, match="dataset_code"):
         run("process_item", config, "--dataset_code", "books")
+
+
+def test_stage_4_takes_the_first_training_negatives_only(small_run, tmp_path):
+    users = read_rows(small_run.folder / "users.jsonl")
+    names = sorted({user["target"] for user in users})
+    for user in users:
+        if user["split"] == "train":
+            free = [i for i in names if i not in (*user["history"], user["target"])]
+            user["negatives"] = free[:3]
+    for name in ("items.jsonl", "covers"):
+        (tmp_path / name).symlink_to(small_run.folder / name)
+    write_rows(tmp_path / "users.jsonl", users)
+    preferences = str(small_run.system / "user_preferences.jsonl")
+    words = ["--data_dir", str(tmp_path), "--output_dir", str(tmp_path / "out")]
+    words += ["--image_roots", str(small_run.folder), "--preferences", preferences]
+    stage = "MLLM-MSR/train/dataset_create.py"
+    small_run.run(stage, *words, "--train_negatives", "2")
+    rows = read_rows(tmp_path / "out" / "mllm_msr" / "train.jsonl")
+    train = [user for user in users if user["split"] == "train"]
+    assert [(row["user_id"], row["item_id"]) for row in rows] == [
+        (user["user_id"], item)
+        for user in train
+        for item in (user["target"], *user["negatives"][:2])
+    ]
+    with pytest.raises(InputError, match="has 3 negatives in its training line, 4 are needed"):
+        small_run.run(stage, *words, "--train_negatives", "4")

@@ -63,6 +63,16 @@ def check_negatives(user: Row, where: str) -> None:
         )
 
 
+def training_negatives(user: Row, how_many: int) -> list[str]:
+    """The first negatives of a training user. Raises InputError if there are fewer."""
+    if len(user["negatives"]) < how_many:
+        raise InputError(
+            f"user {user['user_id']!r} has {len(user['negatives'])} negatives in its training "
+            f"line, {how_many} are needed; prepare the data with --train_negatives {how_many}"
+        )
+    return list(user["negatives"][:how_many])
+
+
 def check_known(
     item_ids: Iterable[str], items: Container[str], items_path: PathLike, where: str
 ) -> None:

@@ -216,7 +216,7 @@ def load_engine(
 ) -> tuple[GenerationEngine, int]:
     """(engine, how many tokens a prompt may have) for the model `name`."""
     model, processor = (load_multimodal if multimodal else load_text)(name, options)
-    limit = max_prompt_tokens(model, options.max_new_tokens)
+    limit = max_prompt_tokens(model.config, options.max_new_tokens)
     chat = ChatProcessor(processor, prompt_format=options.prompt_format)
     check_trial(name, model, chat)
     generation = GenerationOptions(

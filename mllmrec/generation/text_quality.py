@@ -99,9 +99,11 @@ def report_quality(output: ResumableOutput) -> None:
         shown += f", {quality['begin_as_asked']:,} begin as asked"
     print(shown)
     for name, remedy in (
-        ("cut", "raise --max_new_tokens, or ask for shorter answers"),
-        ("loops", "use an instruction-tuned --model with its own chat template"),
+        ("cut", "were cut; raise --max_new_tokens, or ask for shorter answers"),
+        (
+            "loops",
+            "repeat themselves; use an instruction-tuned --model with its own chat template",
+        ),
     ):
         if quality[name] > WARN_ABOVE * texts:
-            what = "were cut" if name == "cut" else "repeat themselves"
-            log.warning("%d of %d texts %s; %s", quality[name], texts, what, remedy)
+            log.warning("%d of %d texts %s", quality[name], texts, remedy)

@@ -302,12 +302,12 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:300]
 
 
-def max_prompt_tokens(model: Any, max_new_tokens: int) -> int:
+def max_prompt_tokens(config: Any, max_new_tokens: int) -> int:
     """How many tokens a prompt may have beside an answer of `max_new_tokens`.
 
     Raises InputError if there is no room for a prompt.
     """
-    longest = model.config.get_text_config().max_position_embeddings
+    longest = config.get_text_config().max_position_embeddings
     if max_new_tokens >= longest:
         raise InputError(
             f"--max_new_tokens {max_new_tokens} leaves no room for a prompt: the model takes "

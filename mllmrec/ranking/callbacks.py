@@ -91,7 +91,6 @@ class ProgressCallback(TrainerCallback):
         """Start where the training resumes."""
         if state.is_world_process_zero:
             self.progress = progress_bar(state.max_steps, "training", "step", state.global_step)
-            self.progress.__enter__()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Count the step."""
@@ -115,7 +114,7 @@ class ProgressCallback(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Print the last line."""
         if self.progress is not None:
-            self.progress.__exit__(None, None, None)
+            self.progress.close()
 
 
 def mean_loss(log: Sequence[Row]) -> float:

@@ -17,6 +17,7 @@ from mllmrec.data.candidates import (
     check_negatives,
     is_leave_one_out,
     read_users,
+    training_negatives,
     user_key,
     users_of_split,
 )
@@ -155,17 +156,10 @@ def user_rows(
     question_format = QuestionFormat(
         options.domain, options.recommend_prompt, options.max_title_characters
     )
-    listed = candidates(user)
     if user["split"] == "train" and options.train_negatives:
-        if len(user["negatives"]) < options.train_negatives:
-            raise InputError(
-                f"user {user['user_id']!r} has {len(user['negatives'])} negatives in "
-                f"{sources.users_path}, --train_negatives asks for {options.train_negatives}; "
-                "lower it, or run stage 1 with more"
-            )
-        listed = listed[: 1 + options.train_negatives]
+        user = {**user, "negatives": training_negatives(user, options.train_negatives)}
     rows = []
-    for item_id, label in listed:
+    for item_id, label in candidates(user):
         item, image = sources.items[item_id], None
         if options.with_images:
             image_path, problem = sources.image(item)

@@ -27,7 +27,6 @@ from mllmrec.stage.jsonl import PathLike, read_rows, write_rejected
 from mllmrec.stage.record import (
     Job,
     file_digests,
-    read_record,
     world_size,
     write_record,
     write_state,
@@ -306,7 +305,7 @@ def save_adapter(
         trainer.model.save_pretrained(folder, state_dict=weights)
         make_portable(folder, base_name(options.model))
         chat.processor.save_pretrained(folder)
-        write_record(
+        record = write_record(
             folder,
             job,
             time.monotonic() - started,
@@ -317,8 +316,6 @@ def save_adapter(
             **{f"best_validation_{best_by}": state.best_metric},
             steps=state.global_step,
         )
-        record = read_record(folder)
-        assert record is not None
         write_model_card(folder, model_card(record))
     note = (
         f"; {counts['shortened']:,} rows with a shortened preference" if counts["shortened"] else ""

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from mllmrec.data.candidates import training_negatives
 from mllmrec.prompts import mllm4rec as prompts
 from mllmrec.prompts.templates import assistant_turn, plain_text
 from mllmrec.ranking.rows import list_row
@@ -98,13 +99,7 @@ def training_rows(
     """
     rows = []
     for user in users:
-        if len(user["negatives"]) < how_many - 1:
-            raise InputError(
-                f"user {user['user_id']!r} has {len(user['negatives'])} negatives in its training "
-                f"line, {how_many - 1} are needed; prepare the data with --train_negatives "
-                f"{how_many - 1}"
-            )
-        listed = [user["target"], *user["negatives"][: how_many - 1]]
+        listed = [user["target"], *training_negatives(user, how_many - 1)]
         rows.append(_row(user["user_id"], user["history"], listed, 0, list_format, rng))
     return rows
 

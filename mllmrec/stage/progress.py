@@ -2,8 +2,7 @@
 
 import sys
 import time
-from types import TracebackType
-from typing import Protocol
+from typing import TypeAlias
 
 from tqdm import tqdm
 
@@ -14,23 +13,7 @@ LINE = (
 )
 
 
-class Progress(Protocol):
-    """What `progress_bar` returns: a context manager with tqdm's `update`."""
-
-    def update(self, n: int = 1) -> object:
-        """Count `n` more units."""
-
-    def __enter__(self) -> "Progress": ...
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> object: ...
-
-
-def progress_bar(total: int, description: str, unit: str, initial: int = 0) -> Progress:
+def progress_bar(total: int, description: str, unit: str, initial: int = 0) -> "Progress":
     """Progress on stderr. unit: singular; initial: units that an earlier run has done."""
     if sys.stderr.isatty():
         return tqdm(total=total, desc=description, unit=unit, initial=initial)
@@ -64,13 +47,15 @@ class ProgressLines:
         )
         print(line, file=sys.stderr, flush=True)
 
+    def close(self) -> None:
+        """Print the last line."""
+        self._print()
+
     def __enter__(self) -> "ProgressLines":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._print()
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+Progress: TypeAlias = tqdm | ProgressLines

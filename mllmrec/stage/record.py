@@ -239,8 +239,8 @@ def write_record(
     rows: Mapping[str, int],
     outputs: Iterable[PathLike] = (),
     **more: Any,
-) -> None:
-    """Write the run record of `output`, after all that it describes.
+) -> dict[str, Any]:
+    """Write the run record of `output`, after all that it describes, and return it.
 
     seconds: wall time of the work, imports excluded; rows: counts, e.g. in / out / rejected;
     outputs: the files that it describes, those that exist; default: `output`.
@@ -259,6 +259,7 @@ def write_record(
         "processes": world_size(),
     }
     write_json(record_path(output), record)
+    return record
 
 
 def machine() -> dict[str, Any]:

@@ -6,7 +6,7 @@ from functools import partial
 from mllmrec.generation.preferences import read_histories
 from mllmrec.generation.prompt_writer import PromptWriter
 from mllmrec.models.chat import ChatProcessor
-from mllmrec.models.loading import load_processor, read_config
+from mllmrec.models.loading import load_processor, max_prompt_tokens, read_config
 from mllmrec.ranking.options import RankerOptions
 from mllmrec.ranking.reader import RowReader, chat_processor
 from mllmrec.ranking.token_counts import TokenCounts, dialogue_tokens, scoring_tokens
@@ -20,24 +20,15 @@ def costs_per_user(row, folder):
 
     The tokens are those of its scores and, where it needs them, of the users' preferences.
     """
-    scores = folder / row.scores / "scores.jsonl"
-    record = read_record(scores)
-    users = len({line["user_id"] for line in read_rows(scores)})
-    # A sequential baseline trains and scores in one stage.
-    costs = {"seconds": record.get("scoring_seconds", record["seconds"]) / users}
-    counts = TokenCounts()
-    if "model" in record["arguments"]:
-        counts = scored_tokens(scores.parent.parent / "test.jsonl", record["arguments"])
-    for name, value in asdict(counts).items():
-        costs[name] = value / users
+    parts = [scoring_costs(folder / row.scores / "scores.jsonl")]
     if row.preferences:
-        path = folder / row.preferences
-        record = read_record(path)
-        users, counts = preference_tokens(path, record["arguments"])
-        costs["seconds"] += record["seconds"] / users
-        for name, value in asdict(counts).items():
-            costs[name] += value / users
-    return costs
+        parts.append(preference_costs(folder / row.preferences))
+    return {name: sum(part[name] for part in parts) for name in parts[0]}
+
+
+def per_user(counts, seconds, users):
+    """Tokens and seconds of one user, the mean."""
+    return {name: value / users for name, value in (asdict(counts) | {"seconds": seconds}).items()}
 
 
 def options_of(options_class, arguments):
@@ -46,29 +37,35 @@ def options_of(options_class, arguments):
     return options_class(**{name: arguments[name] for name in names & set(arguments)})
 
 
-def scored_tokens(path, arguments):
-    """TokenCounts of scoring the rows of test.jsonl."""
-    options = options_of(RankerOptions, arguments)
-    chat = chat_processor(load_processor(options.model, options), options)
-    reader = RowReader(chat, path.parent, options.max_text_tokens)
-    return scoring_tokens(read_rows(path), reader, arguments["reuse_prefix"])
+def scoring_costs(scores):
+    """Costs of the run that wrote scores.jsonl from test.jsonl."""
+    record, counts = read_record(scores), TokenCounts()
+    arguments = record["arguments"]
+    if "model" in arguments:
+        options, rows = options_of(RankerOptions, arguments), scores.parent.parent / "test.jsonl"
+        chat = chat_processor(load_processor(options.model, options), options)
+        reader = RowReader(chat, rows.parent, options.max_text_tokens)
+        counts = scoring_tokens(read_rows(rows), reader, arguments["reuse_prefix"])
+    # A sequential baseline trains and scores in one stage.
+    seconds = record.get("scoring_seconds", record["seconds"])
+    return per_user(counts, seconds, len({line["user_id"] for line in read_rows(scores)}))
 
 
-def preference_tokens(path, arguments):
-    """(users, TokenCounts) of the recurrence that wrote user_preferences.jsonl."""
-    stage = load_script("Inference/preference_recurrent.py")
-    options = options_of(stage.Options, arguments)
+def preference_costs(path):
+    """Costs of the recurrence that wrote user_preferences.jsonl."""
+    stage, record = load_script("Inference/preference_recurrent.py"), read_record(path)
+    options = options_of(stage.Options, record["arguments"])
     processor = load_processor(options.model, options)
     chat = ChatProcessor(processor, prompt_format=options.prompt_format)
-    rows, histories = read_rows(path), read_histories(options)
-    longest = read_config(options.model).max_position_embeddings
-    limit = options.max_prompt_tokens or longest - options.max_new_tokens
+    limit = max_prompt_tokens(read_config(options.model), options.max_new_tokens)
+    limit = min(options.max_prompt_tokens or limit, limit)
     new_writer = partial(PromptWriter, chat, limit, options.domain, block_line=options.block_line)
-    dialogues = (
-        (
-            stage.recurrent_preference(histories[row["user_id"]], new_writer(None), options),
-            [block["preference"] for block in row["blocks"]],
-        )
-        for row in rows
-    )
-    return len(rows), dialogue_tokens(dialogues, chat, options.max_new_tokens)
+    rows, histories = read_rows(path), read_histories(options)
+
+    def dialogue(row):
+        user = histories[row["user_id"]]
+        texts = [block["preference"] for block in row["blocks"]]
+        return stage.recurrent_preference(user, new_writer(user.ids), options), texts
+
+    counts = dialogue_tokens(map(dialogue, rows), chat, options.max_new_tokens)
+    return per_user(counts, record["seconds"], len(rows))

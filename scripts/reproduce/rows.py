@@ -7,7 +7,7 @@ other rows read.
 """
 
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mllmrec.stage.options import ROOT, load_config
 
@@ -37,7 +37,8 @@ class TableRow:
 def full_system(label: str, world: str = "main") -> TableRow:
     """MLLM-MSR as the config says."""
     steps = ("02_image_summary", "03_preference", "04_datasets", "05_train", SCORE)
-    return TableRow(label, "mllm_msr/sft", steps, world)
+    preferences = "mllm_msr/user_preferences.jsonl"
+    return TableRow(label, "mllm_msr/sft", steps, world, preferences=preferences)
 
 
 def other_training(
@@ -358,45 +359,28 @@ OVERALL = {
     "overall": TableRow("MLLM4Rec", "mllm4rec/ranker", RANKER_STEPS, retrieved=True),
 }
 
+
 # Both systems and the baselines on one users.jsonl: the same users, the same 1 + 20 candidates.
-COMPARED_STEPS = (
-    "02_image_summary",
-    "03_preference",
-    "04_datasets --train_negatives 1",
-    "05_train",
-    SCORE,
-)
-LETTERS = "--lists users --candidates 21"
+def one_negative(row: TableRow) -> TableRow:
+    """A row of yes/no questions, where training users have more negatives, for the letters."""
+    steps = (s + " --train_negatives 1" * s.startswith("04_datasets") for s in row.steps)
+    return replace(row, steps=tuple(steps), world="letters")
+
+
 COMPARED = {
-    "popularity": popularity("popularity", "letters"),
-    "sasrec": baseline("sasrec", "SASRec", "sasrec", world="letters"),
-    "sasrec_f": baseline(
-        "sasrec", "SASRec-F (titles)", "sasrec_f", "--features title", world="letters"
-    ),
-    "tallrec": TableRow(
-        TALLREC.label,
-        TALLREC.scores,
-        (
-            TALLREC.steps[0],
-            f"{TALLREC.steps[1]} --train_negatives 1",
-            *TALLREC.steps[2:],
-        ),
-        "letters",
-        "full",
-    ),
-    "full": TableRow(
-        FULL.label,
-        FULL.scores,
-        COMPARED_STEPS,
-        "letters",
-        preferences="mllm_msr/user_preferences.jsonl",
-    ),
+    **{
+        key: replace(SEQUENTIAL[key], world="letters")
+        for key in ("popularity", "sasrec", "sasrec_f")
+    },
+    "tallrec": one_negative(TALLREC),
+    "full": one_negative(FULL),
     "ranker": TableRow(
         "MLLM4Rec's ranker",
         "mllm4rec/ranked",
         (
-            COMPARED_STEPS[0],
-            f"MLLM4Rec/train_ranker.py {LETTERS} --summaries {{full}}/image_summaries.jsonl",
+            *SUMMARIES,
+            "MLLM4Rec/train_ranker.py --lists users --candidates 21 "
+            "--summaries {full}/image_summaries.jsonl",
         ),
         "letters",
         "full",
