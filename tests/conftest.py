@@ -1,5 +1,7 @@
 """What several test files need: one small run of all stages, unusual images, the real data."""
 
+from mllmrec.stage.main import set_up_logging
+
 import json
 import os
 import struct
@@ -20,6 +22,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may look for a model elsewhere
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+set_up_logging("INFO")  # as `run_main` does it for a script
 
 ROOT = Path(__file__).parent.parent
 TINY = Path(

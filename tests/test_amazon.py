@@ -147,7 +147,7 @@ def test_items_whose_download_failed_are_removed_on_the_second_run(tmp_path, cap
     )
     capsys.readouterr()
     load(folder)
-    assert "up to date" in capsys.readouterr().out
+    assert "up to date" in capsys.readouterr().err
     (data / "images.rejected.jsonl").unlink()  # the second try fetched it
     load(folder)
     assert "D" in read_by_id(data / "items.jsonl", "item_id")

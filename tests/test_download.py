@@ -288,7 +288,7 @@ def test_a_bad_url_rejects_that_image_only(server, download, capsys):
         words = "is not an http or https address" if name[0] == "n" else "not a valid address"
         assert words in reason, (name, reason)
     download(urls, *PRIVATE)
-    assert "up to date" in capsys.readouterr().out
+    assert "up to date" in capsys.readouterr().err
 
 
 def test_a_url_that_is_not_ascii_is_encoded(server, download):
@@ -347,7 +347,7 @@ def test_a_resumed_run_downloads_only_what_is_missing(server, download, capsys):
     Server.asked.clear()
     download(old, *PRIVATE)
     assert Server.asked == []
-    assert "up to date" in capsys.readouterr().out
+    assert "up to date" in capsys.readouterr().err
     rows, _ = download(old | {"other": server + "other"}, *PRIVATE)
     assert Server.asked == ["other"]
     assert set(rows) == {"good", "other"}

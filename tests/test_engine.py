@@ -199,7 +199,7 @@ def test_out_of_memory_halves_the_batch_and_loses_nothing(llama, monkeypatch, ca
     monkeypatch.setattr(type(llama[0]), "generate", generate)
     assert preferences(*llama, histories, 20_000, max_new_tokens=12) == wanted
     message = "out of memory with a batch of 8; continuing with --batch_tokens"
-    assert message in capsys.readouterr().out
+    assert message in capsys.readouterr().err
     assert sizes[:2] == [8, 4]
     assert max(sizes[5:]) <= 3, "later batches start small"
 

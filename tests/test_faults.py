@@ -1,8 +1,9 @@
 """Faults of machine and operator end a stage with one line, and shell scripts pass words on."""
 
-from mllmrec.stage.main import cpu_quota, run_main, set_thread_defaults
+from mllmrec.stage.main import cpu_quota, run_main, set_thread_defaults, set_up_logging
 
 import errno
+import logging
 import os
 import signal
 import subprocess
@@ -223,3 +224,17 @@ def test_help_of_a_shell_script_is_its_head_at_once(script, tmp_path):
     head = script.read_text().splitlines()[1].removeprefix("# ")
     assert done.stdout.startswith(head)
     assert "Usage: bash scripts/" in done.stdout
+
+
+def test_messages_go_to_stderr_from_the_chosen_level_on(capsys):
+    logger = logging.getLogger("mllmrec.stage.record")
+    set_up_logging("WARNING")
+    try:
+        logger.info("wrote x.jsonl")
+        logger.warning("12 of 20 texts were cut")
+    finally:
+        set_up_logging("INFO")
+    logger.info("x.jsonl is up to date")
+    assert capsys.readouterr() == ("", "WARNING: 12 of 20 texts were cut\nx.jsonl is up to date\n")
+    with pytest.raises(UsageError, match="choose DEBUG, INFO, WARNING or ERROR"):
+        set_up_logging("LOUD")

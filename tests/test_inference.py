@@ -142,7 +142,7 @@ def test_ten_kills_at_random_moments_change_no_byte(small_run, tmp_path, stage, 
     assert kills == 10
     done = run_python(*command)
     rows = wanted.count(b"\n")
-    assert f"{rows} rows, {rows - before.count(bytes([10]))} of them now" in done.stdout
+    assert f"{rows} rows, {rows - before.count(bytes([10]))} of them now" in done.stderr
     assert final.read_bytes() == wanted
 
 
@@ -183,7 +183,7 @@ def test_unusual_images_are_described_or_rejected(in_root, unusual_items, capsys
     assert summarised == good
     assert reasons.keys() == broken
     assert all(reason.startswith("image") and "\n" not in reason for reason in reasons.values())
-    assert f"{len(broken)} were rejected, each with its reason in" in capsys.readouterr().out
+    assert f"{len(broken)} were rejected, each with its reason in" in capsys.readouterr().err
 
 
 def test_an_image_that_only_the_processor_cannot_read_is_rejected(unusual_items):
@@ -242,11 +242,11 @@ def test_a_quantized_model_generates_text(small_run, tmp_path, stage, quantizati
 
 def test_a_pilot_prints_how_long_all_rows_would_take(small_run, tmp_path, capsys):
     run_stage(small_run, STAGE_3, tmp_path, "--max_new_tokens", "4", "--limit", "5")
-    printed = capsys.readouterr().out
+    printed = capsys.readouterr().err
     assert "users a second all 30 would take" in printed
     assert "on this machine, loading the model not counted" in printed
     run_stage(small_run, STAGE_3, tmp_path, "--max_new_tokens", "4")
-    assert "would take" not in capsys.readouterr().out
+    assert "would take" not in capsys.readouterr().err
 
 
 def test_durations_have_readable_units():
@@ -277,7 +277,7 @@ def test_long_texts_are_shortened_and_counted_and_images_are_not(small_run, tmp_
     assert [row["item_id"] for row in rows] == ["0", "1", "2"]
     assert rows[1]["shortened"] >= 1
     total = sum(row.get("shortened", 0) for row in rows)
-    assert f"{total} prompts were shortened to fit the model" in capsys.readouterr().out
+    assert f"{total} prompts were shortened to fit the model" in capsys.readouterr().err
     assert read_record(path)["shortened"] == total
     message = "--max_new_tokens 150 leaves no room for a prompt: the model takes 150 tokens"
     with pytest.raises(InputError, match=message):

@@ -616,7 +616,7 @@ class Bench:
         assert done.returncode == 0, done.stderr
         self.assert_same(wanted)
         if self.name in ROWS and "--overwrite" not in more:
-            now = re.search(r"([\d,]+) of them now", done.stdout)
+            now = re.search(r"([\d,]+) of them now", done.stderr)
             now = int(now[1].replace(",", "")) if now else 0
             self.lost += now + len(before) - len(self.finished_rows())
             assert self.lost == 0

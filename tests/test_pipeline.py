@@ -177,7 +177,7 @@ def test_started_again_nothing_is_computed(small_run, capsys):
     }
     for stage in STAGES:
         small_run.run(stage)
-        assert "up to date" in capsys.readouterr().out, stage
+        assert "up to date" in capsys.readouterr().err, stage
     small_run.run(STAGES[6], "--adapter", "none", "--hide", "nothing")
     assert times == {
         path: path.stat().st_mtime_ns for path in small_run.folder.rglob("*") if path.is_file()
@@ -216,7 +216,7 @@ def test_a_published_command_is_a_command_of_the_shell(published_run):
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
-    assert "image_summaries.jsonl is up to date, nothing to do" in done.stdout
+    assert "image_summaries.jsonl is up to date, nothing to do" in done.stderr
 
 
 def test_the_same_seed_gives_the_same_bytes(small_run, published_run):
@@ -445,7 +445,7 @@ def test_killed_and_resumed_gives_the_same_bytes(
         assert not (system / name).exists()
     done = server.run(*command)
     assert done.returncode == 0, done.stderr
-    assert f"{n_rows - done_rows} of them now" in done.stdout
+    assert f"{n_rows - done_rows} of them now" in done.stderr
     assert (system / name).read_bytes() == undisturbed.read_bytes()
 
 
@@ -535,7 +535,7 @@ def test_an_incomplete_or_damaged_checkpoint_is_removed(tmp_path, capsys):
         "checkpoint-9",
         "checkpoint-x",
     ]
-    told = capsys.readouterr().out
+    told = capsys.readouterr().err
     for name in names:
         assert f"({name} is damaged or missing) and is removed" in told
     assert "checkpoint-99 cannot be resumed from (it is incomplete)" in told

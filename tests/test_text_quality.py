@@ -47,7 +47,7 @@ def test_texts_that_are_cut_are_counted_and_told(small_run, tmp_path, capsys, ca
     assert record["texts"]["texts"] == record["texts"]["cut"] == blocks
     assert all(row["cut"] == len(row["blocks"]) for row in rows)
     assert f"{blocks} of {blocks} texts were cut; raise --max_new_tokens" in caplog.text
-    assert f"{blocks:,} cut at --max_new_tokens" in capsys.readouterr().out
+    assert f"{blocks:,} cut at --max_new_tokens" in capsys.readouterr().err
     whole = json.loads((small_run.system / "user_preferences.run.json").read_text())["texts"]
     assert (whole["cut"], whole["loops"]) == (0, 0)
     assert whole["begin_as_asked"] == whole["texts"] == blocks

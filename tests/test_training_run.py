@@ -298,7 +298,7 @@ def test_preferences_are_shortened_and_users_that_cannot_fit_rejected_and_both_c
     rows[6]["messages"][0]["content"][1]["text"] += " word" * 600  # no preference to cut there
     write_rows(tmp_path / "run" / "mllm_msr" / "train.jsonl", rows)
     load_script(STAGE).main([*command[1:], "--limit", "8"])
-    printed = capsys.readouterr().out
+    printed = capsys.readouterr().err
     assert (
         "; 3 rows with a shortened preference; 1 users were rejected, each with its reason"
         in printed

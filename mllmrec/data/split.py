@@ -17,6 +17,7 @@ Rules, in this order:
    their interactions, or among the items that others had when the user had the target.
 """
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +50,8 @@ from mllmrec.stage.jsonl import (
 )
 from mllmrec.stage.options import CommonOptions, option
 from mllmrec.stage.schema import Row
+
+logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "validation", "test")
 RELEASED_ITEMS = 6  # of a user, target included, in the released code
@@ -379,7 +382,7 @@ def write_data(data: PreparedData, options: SplitOptions) -> pd.DataFrame:
         check_image_paths(images, items_path, options.data_dir, options.image_roots)
     except InputError as reason:  # here the images of the raw files are those that were named
         check_image_paths(images, items_path, options.data_dir, [options.raw_dir])
-        print(f"note: {reason}")
+        logger.info(f"note: {reason}")
     used: set[str] = set()
     with atomic_file(users_path) as file:
         for line in data.lines(options):
@@ -428,7 +431,7 @@ def write_data_set(
     rejected_path = rejected_rows_path(options)
     write_rejected(rejected_path, rejected)
     if rejected:
-        print(
+        logger.info(
             f"{len(rejected):,} rows of the raw files were rejected; each is in {rejected_path} "
             f"with "
             "its reason"
@@ -440,7 +443,7 @@ def write_data_set(
         "rejected": len(rejected),
     }
     print_statistics(data.statistics, options)
-    print(f"wrote {outputs[0]} and {outputs[1]}")
+    logger.info(f"wrote {outputs[0]} and {outputs[1]}")
     return items, counts
 
 

@@ -7,6 +7,7 @@ joins the waiting ones, which are processed in batches of similar length. No use
 slowest one, and a stage reads like the paper's recurrence.
 """
 
+import logging
 import os
 from collections.abc import Generator, Hashable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -24,6 +25,8 @@ from mllmrec.models.options import GenerationStageOptions
 from mllmrec.models.trial import check_trial
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.progress import Progress
+
+logger = logging.getLogger(__name__)
 
 CPU_BATCH_TOKENS = 32768
 MAX_WAITING_BYTES = 4e9  # of images that wait for their batch
@@ -156,10 +159,9 @@ class GenerationEngine:
             )
         empty_device_cache(collect_garbage=True)
         self.batch_tokens = min(self.batch_tokens, len(requests) // 2 * longest)
-        print(
+        logger.info(
             f"out of memory with a batch of {len(requests)}; continuing with --batch_tokens "
             f"{self.batch_tokens}",
-            flush=True,
         )
         middle = (len(requests) + 1) // 2
         return self.generate(requests[:middle]) + self.generate(requests[middle:])

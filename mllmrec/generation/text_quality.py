@@ -19,7 +19,7 @@ LOOPS = 0.5  # a text loops if more of its sequences occurred before in it
 WARN_ABOVE = 0.1  # share of the texts that are cut or loop
 ASKED = re.compile(r"Begin with: (?P<opening>.+)$")
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 def asked_opening(template: str) -> str:
@@ -76,7 +76,7 @@ def warn_of_long_texts(chat: ChatProcessor, options: PreferenceOptions) -> None:
     longest = int(train.get("max_text_tokens", RankerOptions().max_text_tokens))
     kept = longest - chat.count(RECOMMEND)
     if longest and options.max_new_tokens > kept:
-        log.warning(
+        logger.warning(
             "a preference may have %s tokens, stage 5 keeps about %s of them (max_text_tokens %s) "
             "and cuts the rest; lower --max_new_tokens or raise max_text_tokens of train and score",
             f"{options.max_new_tokens:,}",
@@ -97,7 +97,7 @@ def report_quality(output: ResumableOutput) -> None:
     shown += f" --max_new_tokens, {quality['loops']:,} repeat themselves"
     if "begin_as_asked" in quality:
         shown += f", {quality['begin_as_asked']:,} begin as asked"
-    print(shown)
+    logger.info(shown)
     for name, remedy in (
         ("cut", "were cut; raise --max_new_tokens, or ask for shorter answers"),
         (
@@ -106,4 +106,4 @@ def report_quality(output: ResumableOutput) -> None:
         ),
     ):
         if quality[name] > WARN_ABOVE * texts:
-            log.warning("%d of %d texts %s", quality[name], texts, remedy)
+            logger.warning("%d of %d texts %s", quality[name], texts, remedy)

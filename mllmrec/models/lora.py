@@ -1,5 +1,6 @@
 """LoRA on the language model: which layers, attaching, loading, and checks that an adapter fits."""
 
+import logging
 import warnings
 from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
@@ -28,6 +29,8 @@ from mllmrec.models.options import LoraOptions
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import PathLike, read_json, write_json
 from mllmrec.stage.record import check_described, file_digests, first_difference, read_record
+
+logger = logging.getLogger(__name__)
 
 WEIGHTS = "adapter_model.safetensors"
 REMEDY = "restore it, or train again with scripts/05_train.sh --overwrite true"
@@ -113,7 +116,7 @@ def add_lora(model: Any, options: LoraOptions) -> Any:
             f"LoRA would also train {outside[0]}, which is not part of the language model; set "
             "--lora_layers"
         )
-    print(
+    logger.info(
         f"LoRA on {len(chosen)} linear layers, {', '.join(names)}: {sum(trainable.values()):,} "
         "trainable parameters"
     )

@@ -1,5 +1,6 @@
 """What a training has left on disk: a finished adapter, or checkpoints to resume from."""
 
+import logging
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +27,8 @@ from mllmrec.stage.transaction import (
     remove_folder,
     remove_temporary,
 )
+
+logger = logging.getLogger(__name__)
 
 DIGESTS = "digests.json"  # of a checkpoint's files, written last
 TRAINING_FILES = ("training_log.jsonl", "training_curve.png", "training.rejected.jsonl")
@@ -96,7 +99,7 @@ def last_complete_checkpoint(folder: Path, may_delete: bool = True) -> str | Non
     faults = {path: _fault(path) for path in found}
     for path, fault in faults.items():
         if fault and may_delete:
-            print(f"{path} cannot be resumed from ({fault}) and is removed")
+            logger.info(f"{path} cannot be resumed from ({fault}) and is removed")
             remove_folder(path) if path.is_dir() else remove_file(path)
     complete = [path for path in found if faults[path] is None]
     for path in reversed(complete):

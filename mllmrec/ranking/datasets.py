@@ -4,6 +4,7 @@
 A user's rows are written whole or not at all, so every scored list has all its candidates.
 """
 
+import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -40,6 +41,8 @@ from mllmrec.stage.progress import progress_bar
 from mllmrec.stage.record import Job, file_digests
 from mllmrec.stage.schema import Row
 from mllmrec.stage.transaction import writing
+
+logger = logging.getLogger(__name__)
 
 
 @options_dataclass
@@ -226,5 +229,5 @@ def _write_split(
         note = f"; {len(rejected):,} users were rejected, with reasons in {rejected_path(path)}"
     if counts["titles_shortened"]:
         note += f"; {counts['titles_shortened']:,} titles were shortened"
-    print(f"wrote {path}: {counts['rows']:,} rows of {counts['users']:,} users{note}")
+    logger.info(f"wrote {path}: {counts['rows']:,} rows of {counts['users']:,} users{note}")
     return counts

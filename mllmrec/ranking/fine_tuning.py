@@ -4,6 +4,7 @@ No torch at import, so that a stage answers --help at once.
 """
 
 import importlib.util
+import logging
 import os
 import time
 import warnings
@@ -33,6 +34,8 @@ from mllmrec.stage.record import (
 )
 from mllmrec.stage.schema import Row
 from mllmrec.stage.transaction import new_folder
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -326,7 +329,7 @@ def save_adapter(
             f"; {counts['rejected_users']:,} users were rejected, each with its reason in {path}"
         )
     best = f"best validation {best_by.upper()} {state.best_metric or float('nan'):.4f}"
-    print(f"wrote {adapter}: {counts['in']:,} rows, {best}{note}")
+    logger.info(f"wrote {adapter}: {counts['in']:,} rows, {best}{note}")
 
 
 def fine_tune(options: FineTuningOptions, task: Task = Task()) -> None:

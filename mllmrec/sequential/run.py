@@ -1,5 +1,6 @@
 """A sequential baseline from users.jsonl to scores.jsonl, the same for every model."""
 
+import logging
 import resource
 import time
 from collections.abc import Callable
@@ -25,6 +26,8 @@ from mllmrec.stage.jsonl import read_by_id, require, write_rows
 from mllmrec.stage.record import Job, file_digests
 from mllmrec.stage.schema import Row
 from mllmrec.stage.transaction import writing
+
+logger = logging.getLogger(__name__)
 
 NewModel = Callable[[int, torch.Tensor | None, Any], torch.nn.Module]
 
@@ -77,7 +80,7 @@ def run_baseline(name: str, new_model: NewModel, options: Any) -> None:
             peak_gb=peak_gb(),
             scoring_seconds=scoring_seconds,
         )
-        print(f"wrote {path}: {len(rows):,} scores, epoch {found.best['epoch']}")
+        logger.info(f"wrote {path}: {len(rows):,} scores, epoch {found.best['epoch']}")
 
 
 def peak_gb() -> float:
@@ -129,4 +132,4 @@ def print_epoch(line: dict[str, float]) -> None:
     """One line per epoch: loss, validation metrics, seconds."""
     names = ("loss", CHOSEN_BY, "recall@10", "ndcg@10")
     shown = (f"{name} {value:.4f}" for name, value in line.items() if name in names)
-    print(f"epoch {line['epoch']}: {', '.join(shown)}, {line['seconds']:.1f} s", flush=True)
+    logger.info(f"epoch {line['epoch']}: {', '.join(shown)}, {line['seconds']:.1f} s")

@@ -36,6 +36,8 @@ def run_main(main: Callable[[], object]) -> None:
     signal.signal(signal.SIGTERM, _terminate)
     try:
         set_up_logging(os.environ.get(LOG_LEVEL, "INFO"))
+        # Line by line also into a file, so that results stand among the messages of their stage.
+        sys.stdout.reconfigure(line_buffering=True)
         main()
         sys.stdout.flush()
     except InputError as error:
@@ -57,24 +59,34 @@ def run_main(main: Callable[[], object]) -> None:
 def set_up_logging(level: str) -> None:
     """Messages of this library on stderr, from this level on. Raises UsageError for another one.
 
-    Results go to stdout; other libraries keep their own settings.
+    What a stage script prints as its result goes to stdout; other libraries keep their settings.
     """
     if level not in logging.getLevelNamesMapping():
         raise UsageError(f"{LOG_LEVEL}={level}: choose DEBUG, INFO, WARNING or ERROR")
     logger = logging.getLogger("mllmrec")
     logger.setLevel(level)
     if not logger.handlers:
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
-        logger.addHandler(handler)
+        logger.addHandler(_StderrHandler())
+
+
+class _StderrHandler(logging.Handler):
+    """A line on what sys.stderr is at that moment; from warnings on with the name of the level."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        level = f"{record.levelname}: " if record.levelno >= logging.WARNING else ""
+        _write_line(f"{level}{record.getMessage()}")
+
+
+def _write_line(line: str) -> None:
+    bars = sys.modules.get("tqdm")
+    if bars is None:
+        print(line, file=sys.stderr, flush=True)
+    else:  # on a line of its own, not behind an unfinished progress bar
+        bars.tqdm.write(line, file=sys.stderr)
 
 
 def _fail(message: str, code: int = 1) -> NoReturn:
-    bars = sys.modules.get("tqdm")
-    if bars is None:
-        print(message, file=sys.stderr)
-    else:  # on a line of its own, not behind an unfinished progress bar
-        bars.tqdm.write(message, file=sys.stderr)
+    _write_line(message)
     sys.exit(code)
 
 

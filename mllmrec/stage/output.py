@@ -15,6 +15,7 @@ Joining removes the old record first, and the parts last, when the new record st
 is killed in between leaves the parts, from which the next start joins again.
 """
 
+import logging
 import os
 import time
 from collections.abc import Callable, Generator, Hashable, Iterable, Mapping
@@ -59,6 +60,8 @@ from mllmrec.stage.transaction import (
     remove_folder,
     remove_temporary,
 )
+
+logger = logging.getLogger(__name__)
 
 # Counters that rows may carry, with their meaning: printed at the end and kept in the run record.
 SHORTENED = {"shortened": "prompts were shortened to fit the model"}
@@ -176,12 +179,12 @@ class ResumableOutput:
                     self.write(row)
                 if progress is None:
                     shown.update()
-        print(self.summary())
+        logger.info(self.summary())
         done = self.rows_written + self.rows_rejected
         if done and len(self.wanted) < len(self.ids):
             per_second = done * self.world / self.seconds
             processes = f" with its {self.world} processes" if self.world > 1 else ""
-            print(
+            logger.info(
                 f"at {per_second:.3g} {unit}s a second all {len(self.ids):,} would take "
                 f"{duration(len(self.ids) / per_second)} on this machine{processes}, "
                 "loading the model not counted"

@@ -6,6 +6,7 @@ of the output that is there: equal jobs have nothing to do, other jobs are not m
 
 import hashlib
 import json
+import logging
 import os
 import platform
 import subprocess
@@ -25,6 +26,8 @@ from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import PathLike, write_json
 from mllmrec.stage.options import CommonOptions
 from mllmrec.stage.schema import problem
+
+logger = logging.getLogger(__name__)
 
 PACKAGES = (
     "torch",
@@ -115,7 +118,7 @@ class Job:
 
 def report_up_to_date(output: PathLike) -> None:
     """Print that there is nothing to do."""
-    print(f"{output} is up to date, nothing to do")
+    logger.info(f"{output} is up to date, nothing to do")
 
 
 def record_path(output: PathLike) -> Path:
