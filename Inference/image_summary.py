@@ -21,7 +21,7 @@ from typing import Literal
 from pydantic.dataclasses import dataclass
 
 from mllmrec.data.images import check_item_images, padded_sizes
-from mllmrec.models.options import GenerationStageOptions
+from mllmrec.models.options import GENERATION_SPEED_OPTIONS, GenerationStageOptions
 from mllmrec.prompts import mllm_msr
 from mllmrec.prompts.templates import fill, user_turn
 from mllmrec.stage.jsonl import read_by_id
@@ -30,7 +30,7 @@ from mllmrec.stage.output import SHORTENED, ResumableOutput
 from mllmrec.stage.record import Job, file_digests
 
 SECTION = "image_summary"
-SPEED_OPTIONS = ("batch_tokens", "workers", "retry_rejected")  # these change no summary
+SPEED_OPTIONS = (*GENERATION_SPEED_OPTIONS, "workers")  # these change no summary
 
 
 @dataclass
@@ -96,14 +96,15 @@ def main(argv=None):
 
         engine, limit = load_engine(options.model, options, multimodal=True)
         chat, domain = engine.chat, options.domain
-        prompt = chat.render([user_turn(fill(options.image_prompt, domain), images=1)])
+        turn = user_turn(fill(options.image_prompt, domain), images=1)
         todo = [items[item_id] for item_id in output.todo]
         sizes = {}
         if options.pad_images:  # of all items, whichever are left to do
             names = [item["image"] for item in items.values()]
             paths = [items_path.parent / name if name else None for name in names]
             sizes = dict(zip(items, padded_sizes(paths, options.pad_images), strict=True))
-        prompts = ImagePrompts(todo, items_path.parent, chat, prompt, sizes)
+        as_url = options.engine == "server"
+        prompts = ImagePrompts(todo, items_path.parent, chat, turn, sizes, as_url)
         images = read_ahead(prompts, options.workers)
 
         def new_writer(item):
@@ -114,7 +115,7 @@ def main(argv=None):
             for item, image in zip(todo, images, strict=True)
         )
         template = options.image_prompt if options.summary == "image" else options.fusion_prompt
-        measure_texts(output, "summary", template)
+        measure_texts(output, "summary", template, engine)
         output.write_results(run_dialogues(engine, dialogues), "image summaries", "item")
         report_quality(output)
     print(f"next: bash scripts/03_preference.sh {options.config}")

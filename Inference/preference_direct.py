@@ -75,7 +75,7 @@ def main(argv=None):
             (user, direct_preference(histories[user], new_writer(histories[user].ids), options))
             for user in output.todo
         )
-        measure_texts(output, "preference", options.first_prompt)
+        measure_texts(output, "preference", options.first_prompt, engine)
         warn_of_long_texts(engine.chat, options)
         output.write_results(run_dialogues(engine, dialogues), "preferences", "user")
         report_quality(output)

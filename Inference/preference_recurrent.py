@@ -84,7 +84,7 @@ def main(argv=None):
             (user, recurrent_preference(histories[user], new_writer(histories[user].ids), options))
             for user in output.todo
         )
-        measure_texts(output, "preference", options.first_prompt)
+        measure_texts(output, "preference", options.first_prompt, engine)
         warn_of_long_texts(engine.chat, options)
         # Blocks are known in advance; users would be finished only at the end.
         blocks = sum(n_blocks(histories[user], options) for user in output.todo)

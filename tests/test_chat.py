@@ -11,7 +11,7 @@ from PIL import Image
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerFast
 
-from mllmrec.generation.engine import RejectedError
+from mllmrec.generation.dialogues import RejectedError
 from mllmrec.generation.prompt_writer import PromptWriter
 from mllmrec.models.chat import ChatProcessor, shorten_to_fit
 from mllmrec.prompts import mllm_msr as prompts

@@ -11,11 +11,10 @@ from PIL import Image
 from mllmrec.data import sample_world as world
 from mllmrec.generation import engine as engine_module
 from mllmrec.generation import sampling
+from mllmrec.generation.dialogues import Prompt, RejectedError
 from mllmrec.generation.engine import (
     GenerationEngine,
     GenerationOptions,
-    Prompt,
-    RejectedError,
     read_ahead,
     run_dialogues,
 )
@@ -175,7 +174,7 @@ def test_images_that_wait_have_a_limit_in_memory():
 
     def waiting(array, n):
         prompt = Prompt("", 10, {"pixel_values": array})
-        return [engine_module._Request("", 0, None, prompt)] * n
+        return [engine_module.Request("", 0, None, prompt)] * n
 
     settings = SimpleNamespace(batch_tokens=10**6, max_new_tokens=10)
     assert not engine_module._enough(settings, waiting(small, 300))
@@ -370,7 +369,8 @@ def test_the_fused_summary_takes_three_prompts_and_joins_both(llava):
             filled.append(fill(template, self.domain, **texts))
             return super().text_prompt(template, **texts)
 
-    image = EncodedImage("1", text, chat.encode_arrays(text, cover), None)
+    inputs = chat.encode_arrays(text, cover)
+    image = EncodedImage("1", Prompt(text, inputs["input_ids"].shape[1], inputs), None)
     writer, options = RecordingWriter(chat, 1000, "video"), IMAGE_SUMMARY.Options(summary="fused")
     dialogue = IMAGE_SUMMARY.summarise(item, image, writer, options)
     [(_, row, _)] = run_dialogues(new_engine(model, chat), [("1", dialogue)])
@@ -385,7 +385,7 @@ def test_the_fused_summary_takes_three_prompts_and_joins_both(llava):
 
 def test_images_read_ahead_come_in_order_from_any_number_of_processes(llava):
     items = [{"item_id": str(n), "image": None if n % 5 == 3 else f"{n}.png"} for n in range(12)]
-    images = ImagePrompts(items, TINY, llava[1], "text")
+    images = ImagePrompts(items, TINY, llava[1], user_turn("text", images=1))
     alone, helped = list(read_ahead(images, 0)), list(read_ahead(images, 2))
     ids = [item["item_id"] for item in items]
     assert [image.item_id for image in alone] == [image.item_id for image in helped] == ids

@@ -14,7 +14,8 @@ import torch
 from conftest import TINY
 from safetensors.numpy import load_file, save_file
 
-from mllmrec.generation.engine import GenerationEngine, GenerationOptions, Prompt, run_dialogues
+from mllmrec.generation.dialogues import Prompt
+from mllmrec.generation.engine import GenerationEngine, GenerationOptions, run_dialogues
 from mllmrec.models.chat import ChatProcessor
 from mllmrec.models.loading import load_multimodal, load_text
 from mllmrec.models.lora import adapter_base, check_adapter, load_adapter

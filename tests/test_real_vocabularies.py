@@ -21,7 +21,7 @@ from real_vocabularies import (
 )
 from tiktoken.load import load_tiktoken_bpe
 
-from mllmrec.generation.engine import RejectedError
+from mllmrec.generation.dialogues import RejectedError
 from mllmrec.generation.preferences import HistoryItem
 from mllmrec.generation.prompt_writer import PromptWriter
 from mllmrec.models.chat import ChatProcessor

@@ -4,7 +4,8 @@ import pytest
 from conftest import TINY
 from test_scoring import data, model  # noqa: F401  (fixtures)
 
-from mllmrec.generation.engine import GenerationEngine, GenerationOptions, Prompt, run_dialogues
+from mllmrec.generation.dialogues import Prompt
+from mllmrec.generation.engine import GenerationEngine, GenerationOptions, run_dialogues
 from mllmrec.models.chat import ChatProcessor
 from mllmrec.models.loading import load_text
 from mllmrec.ranking.reader import RowReader

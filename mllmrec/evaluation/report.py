@@ -2,8 +2,6 @@
 ranking.
 """
 
-import base64
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +10,13 @@ from typing import Any
 from jinja2 import Environment
 
 from mllmrec.data.candidates import read_users, users_of_split
-from mllmrec.data.images import ImageError, check_item_images, open_image
+from mllmrec.data.images import (
+    ImageError,
+    check_item_images,
+    data_url,
+    encoded_url,
+    open_image,
+)
 from mllmrec.evaluation import plots
 from mllmrec.evaluation.metrics import SHOWN
 from mllmrec.stage.errors import InputError
@@ -86,7 +90,7 @@ def plot_urls(files: RunFiles) -> dict[str, str]:
     log = files.system_dir / "training_log.jsonl"
     if log.exists():
         images["Training"] = plots.training_curve(read_rows(log))
-    return {name: _data_url("image/png", png) for name, png in images.items()}
+    return {name: encoded_url("image/png", png) for name, png in images.items()}
 
 
 def user_examples(files: RunFiles, n_users: int) -> list[dict[str, Any]]:
@@ -172,10 +176,4 @@ def _thumbnail(path: Path) -> str | None:
     except ImageError:
         return None
     image.thumbnail(THUMBNAIL)
-    buffer = io.BytesIO()
-    image.save(buffer, format="JPEG", quality=80)
-    return _data_url("image/jpeg", buffer.getvalue())
-
-
-def _data_url(kind: str, content: bytes) -> str:
-    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+    return data_url(image, "JPEG", quality=80)

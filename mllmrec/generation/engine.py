@@ -1,62 +1,49 @@
-"""Generating texts for many items or users at once.
+"""Generating texts for many items or users at once with a model in this process.
 
-A stage describes ONE item or user as a dialogue: a Python generator that yields a `Prompt`,
-receives the text that the model generated, as often as it needs, and returns its result.
-`run_dialogues` runs many of them together: as soon as a dialogue has its text, its next prompt
-joins the waiting ones, which are processed in batches of similar length. No user waits for the
-slowest one, and a stage reads like the paper's recurrence.
+`run_dialogues` runs many dialogues together: as soon as one has its text, its next prompt joins the
+waiting ones, which are processed in batches of similar length.
 """
 
 import logging
 import os
-from collections.abc import Generator, Hashable, Iterable, Iterator
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Generator, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.data import DataLoader
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from mllmrec.generation import prefill, sampling
-from mllmrec.models.chat import Arrays, ChatProcessor, to_model
+from mllmrec.generation.dialogues import (
+    Dialogue,
+    GeneratedText,
+    Request,
+    Result,
+    advance,
+    first_request,
+)
+from mllmrec.models.chat import ChatProcessor, to_model
 from mllmrec.models.compat import empty_device_cache, is_out_of_memory
-from mllmrec.models.loading import load_multimodal, load_text, max_prompt_tokens
+from mllmrec.models.loading import (
+    load_multimodal,
+    load_processor,
+    load_text,
+    max_prompt_tokens,
+    read_config,
+)
 from mllmrec.models.options import GenerationStageOptions
 from mllmrec.models.trial import check_trial
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.progress import Progress
 
+if TYPE_CHECKING:
+    from mllmrec.generation.server import ServerEngine
+
 logger = logging.getLogger(__name__)
 
 CPU_BATCH_TOKENS = 32768
 MAX_WAITING_BYTES = 4e9  # of images that wait for their batch
-
-
-@dataclass
-class Prompt:
-    """One prompt.
-
-    text: rendered; length: in tokens, an image's included; inputs: of a prompt with an image, text
-    and image as `ChatProcessor.encode_arrays` gives them.
-    """
-
-    text: str
-    length: int
-    inputs: Arrays | None = None
-
-    @property
-    def nbytes(self) -> int:
-        """Memory that the encoded image takes."""
-        return sum(array.nbytes for array in (self.inputs or {}).values())
-
-
-NO_PROMPT = Prompt("", 0)  # of a dialogue that has not begun
-Dialogue = Generator[Prompt, str, Any]
-Result = tuple[Any, Any, str | None]
-
-
-class RejectedError(Exception):
-    """Raised inside a dialogue that cannot go on; the message is the reason of the rejected row."""
 
 
 @dataclass
@@ -73,23 +60,6 @@ class GenerationOptions:
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
-
-
-class GeneratedText(str):
-    """A generated text. cut: it has max_new_tokens tokens and no end token."""
-
-    cut: bool = False
-
-
-@dataclass
-class _Request:
-    """A dialogue that waits for its text number `number` (0 = the first)."""
-
-    row_id: Hashable
-    number: int
-    dialogue: Dialogue
-    prompt: Prompt
-    cut: int = 0  # texts of the dialogue that were cut at max_new_tokens
 
 
 class FiniteLogits(LogitsProcessor):
@@ -140,7 +110,7 @@ class GenerationEngine:
         """How many prompts of at most `longest` tokens fit into one batch."""
         return max(1, self.batch_tokens // (longest + self.max_new_tokens))
 
-    def generate(self, requests: list[_Request]) -> list[GeneratedText]:
+    def generate(self, requests: list[Request]) -> list[GeneratedText]:
         """The texts of one batch; if memory does not suffice, in halves, and later batches are
         smaller.
         """
@@ -167,7 +137,7 @@ class GenerationEngine:
         return self.generate(requests[:middle]) + self.generate(requests[middle:])
 
     @torch.inference_mode()
-    def _generate(self, requests: list[_Request]) -> list[GeneratedText]:
+    def _generate(self, requests: list[Request]) -> list[GeneratedText]:
         """Texts for prompts that all have an image or all have none."""
         size = len(requests)
         if self.chunked:
@@ -207,7 +177,7 @@ class GenerationEngine:
         text.cut = len(ids) == self.max_new_tokens and ends.isdisjoint(ids.tolist())
         return text
 
-    def _encode(self, requests: list[_Request]) -> Any:
+    def _encode(self, requests: list[Request]) -> Any:
         if requests[0].prompt.inputs is not None:
             return self.chat.collate_arrays([r.prompt.inputs for r in requests if r.prompt.inputs])
         return self.chat.encode([request.prompt.text for request in requests])
@@ -215,8 +185,13 @@ class GenerationEngine:
 
 def load_engine(
     name: str, options: GenerationStageOptions, multimodal: bool
-) -> tuple[GenerationEngine, int]:
-    """(engine, how many tokens a prompt may have) for the model `name`."""
+) -> tuple["GenerationEngine | ServerEngine", int]:
+    """(engine, how many tokens a prompt may have) for the model `name`.
+
+    On a server the model's weights are not loaded here, only its config and processor.
+    """
+    if options.engine == "server":
+        return _server_engine(name, options, multimodal)
     model, processor = (load_multimodal if multimodal else load_text)(name, options)
     limit = max_prompt_tokens(model.config, options.max_new_tokens)
     chat = ChatProcessor(processor, prompt_format=options.prompt_format)
@@ -231,25 +206,45 @@ def load_engine(
     return GenerationEngine(model, chat, generation), limit
 
 
+def _server_engine(
+    name: str, options: GenerationStageOptions, multimodal: bool
+) -> tuple["ServerEngine", int]:
+    if options.prompt_format:
+        raise InputError(
+            "--prompt_format: a server renders prompts with its own chat template; start it with "
+            "one, or use --engine local"
+        )
+    try:
+        from mllmrec.generation.server import ServerEngine
+    except ImportError as error:
+        raise InputError(f"--engine server: {error}; pip install 'mllmrec[server]'") from None
+    processor = load_processor(name, options, multimodal)
+    limit = max_prompt_tokens(read_config(name), options.max_new_tokens)
+    return ServerEngine(name, ChatProcessor(processor), options), limit
+
+
 def run_dialogues(
-    engine: GenerationEngine,
+    engine: "GenerationEngine | ServerEngine",
     dialogues: Iterable[tuple[Any, Dialogue]],
     progress: Progress | None = None,
 ) -> Generator[Result, None, None]:
-    """Run dialogues to their ends, longest prompts first.
+    """Run dialogues to their ends; a model in this process gets the longest prompts first.
 
     dialogues: (id, dialogue) each; progress: counts the texts. Yields (id, result, None), or (id,
     None, reason) for a rejected one, in the order in which they end.
     """
+    if not isinstance(engine, GenerationEngine):
+        yield from engine.run(dialogues, progress)
+        return
     coming = iter(dialogues)
-    waiting: list[_Request] = []
+    waiting: list[Request] = []
     exhausted = False
     while True:
         while not exhausted and not _enough(engine, waiting):
             row_id, dialogue = next(coming, (None, None))
             exhausted = dialogue is None
             if dialogue is not None:
-                yield from _advance(waiting, _Request(row_id, -1, dialogue, NO_PROMPT), None)
+                yield from advance(waiting, first_request(row_id, dialogue), None)
         if not waiting:
             return
         waiting.sort(key=lambda request: (request.prompt.inputs is None, request.prompt.length))
@@ -258,10 +253,10 @@ def run_dialogues(
         if progress is not None:
             progress.update(len(batch))
         for request, text in zip(batch, texts, strict=True):
-            yield from _advance(waiting, request, text)
+            yield from advance(waiting, request, text)
 
 
-def _enough(engine: Any, waiting: list[_Request]) -> bool:
+def _enough(engine: Any, waiting: list[Request]) -> bool:
     """True if two batches wait, enough to sort by length, or as many images as memory should
     hold.
     """
@@ -270,31 +265,13 @@ def _enough(engine: Any, waiting: list[_Request]) -> bool:
     return tokens >= 2 * engine.batch_tokens or nbytes >= MAX_WAITING_BYTES
 
 
-def _advance(waiting: list[_Request], request: _Request, text: str | None) -> Iterator[Result]:
-    """Send a text to a request's dialogue; yield its end, or add its next request to `waiting`.
-
-    A row whose texts were cut has their number as `cut`.
-    """
-    cut = request.cut + getattr(text, "cut", False)
-    try:
-        prompt = next(request.dialogue) if text is None else request.dialogue.send(text)
-        waiting.append(replace(request, number=request.number + 1, prompt=prompt, cut=cut))
-    except StopIteration as end:
-        row = end.value
-        if cut and isinstance(row, dict):
-            row = row | {"cut": cut}
-        yield request.row_id, row, None
-    except RejectedError as reason:
-        yield request.row_id, None, str(reason)
-
-
-def _next_batch(engine: GenerationEngine, waiting: list[_Request]) -> list[_Request]:
+def _next_batch(engine: GenerationEngine, waiting: list[Request]) -> list[Request]:
     """Take the longest prompts that fit together off the end of `waiting`.
 
     Prompts with and without image are never in one batch.
     """
     longest, has_image = waiting[-1].prompt.length, waiting[-1].prompt.inputs is not None
-    batch: list[_Request] = []
+    batch: list[Request] = []
     while (
         waiting
         and len(batch) < engine.batch_size(longest)

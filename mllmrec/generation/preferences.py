@@ -13,7 +13,7 @@ from mllmrec.data.candidates import (
     read_users,
     user_key,
 )
-from mllmrec.models.options import GenerationStageOptions
+from mllmrec.models.options import GENERATION_SPEED_OPTIONS, GenerationStageOptions
 from mllmrec.prompts import mllm_msr as prompts
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import read_by_id, read_rejected
@@ -22,7 +22,7 @@ from mllmrec.stage.output import SHORTENED, ResumableOutput, RowId
 from mllmrec.stage.record import Job, file_digests
 from mllmrec.stage.schema import Row
 
-SPEED_OPTIONS = ("batch_tokens", "summaries", "retry_rejected")  # these change no preference
+SPEED_OPTIONS = (*GENERATION_SPEED_OPTIONS, "summaries")  # these change no preference
 COUNTERS = SHORTENED | {"items_left_out": "items were left out of a prompt"}
 
 

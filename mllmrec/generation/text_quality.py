@@ -56,16 +56,19 @@ def row_texts(row: Row, key: str) -> list[str]:
     return [block[key] for block in row["blocks"]] if "blocks" in row else [row[key]]
 
 
-def measure_texts(output: ResumableOutput, key: str, template: str) -> None:
+def measure_texts(output: ResumableOutput, key: str, template: str, engine: Any = None) -> None:
     """Have the quality of an output's texts measured for its run record.
 
-    key: of a row's text; template: of the prompt, which may ask for an opening.
+    key: of a row's text; template: of the prompt, which may ask for an opening; engine: what it
+    knows of its server stands in the record, too.
     """
 
     def measure(rows: list[Row]) -> dict[str, Any]:
         texts = [text for row in rows for text in row_texts(row, key)]
         cut = sum(row.get("cut", 0) for row in rows)
-        return {"texts": text_quality(texts, cut, asked_opening(template))}
+        quality = text_quality(texts, cut, asked_opening(template))
+        server = getattr(engine, "described", None)
+        return {"texts": quality} | ({"server": server} if server else {})
 
     output.measure = measure
 

@@ -123,14 +123,8 @@ def load_multimodal(name: str, options: ModelOptions | None = None) -> tuple[Any
     """(model, processor) of a model that takes images, in evaluation mode on this process's
     device.
     """
-    config = read_config(name)
-    if not takes_images(config):
-        raise InputError(
-            f"the model {name} ({config.model_type}) takes no images; name a multimodal --model "
-            f"such "
-            "as llava-hf/llava-v1.6-mistral-7b-hf"
-        )
-    options = options or ModelOptions()
+    config, options = read_config(name), options or ModelOptions()
+    check_takes_images(name, config)
     model = _load_model(AutoModelForImageTextToText, name, config, options)
     return model, _load_processor(AutoProcessor, name, config, options)
 
@@ -142,11 +136,25 @@ def load_text(name: str, options: ModelOptions | None = None) -> tuple[Any, Any]
     return model, _load_processor(AutoTokenizer, name, config, options)
 
 
-def load_processor(name: str, options: ModelOptions) -> Any:
-    """The processor of a multimodal model, or the tokenizer of a text model, without weights."""
+def load_processor(name: str, options: ModelOptions, multimodal: bool = False) -> Any:
+    """The processor of a multimodal model, or the tokenizer of a text model, without weights.
+
+    multimodal: a model that takes no images is refused.
+    """
     config = read_config(name)
+    if multimodal:
+        check_takes_images(name, config)
     auto_class = AutoProcessor if takes_images(config) else AutoTokenizer
     return _load_processor(auto_class, name, config, options)
+
+
+def check_takes_images(name: str, config: Any) -> None:
+    """Raises InputError for a text model."""
+    if not takes_images(config):
+        raise InputError(
+            f"the model {name} ({config.model_type}) takes no images; name a multimodal --model "
+            "such as llava-hf/llava-v1.6-mistral-7b-hf"
+        )
 
 
 def takes_images(config: Any) -> bool:

@@ -27,6 +27,17 @@ class ModelOptions(CommonOptions):
     )
 
 
+# Options of generation that change no text.
+GENERATION_SPEED_OPTIONS = (
+    "batch_tokens",
+    "retry_rejected",
+    "base_url",
+    "concurrency",
+    "timeout",
+    "patience",
+)
+
+
 @dataclass
 class GenerationStageOptions(ModelOptions):
     """Options of the stages that generate text; each stage sets its own defaults."""
@@ -42,6 +53,16 @@ class GenerationStageOptions(ModelOptions):
         ge=0,
     )
     retry_rejected: bool = option(False, "try rows again that were rejected earlier")
+    engine: Literal["local", "server"] = option(
+        "local", "who runs the model: this process, or a server with OpenAI's chat protocol"
+    )
+    base_url: list[str] = option(
+        ["http://localhost:8000/v1"], "servers, with /v1; requests are spread over them"
+    )
+    served_model: str = option("", "what the servers call the model; default: as --model")
+    concurrency: int = option(64, "requests to the servers at a time", ge=1, le=10000)
+    timeout: float = option(600.0, "seconds until a request is asked again", gt=0)
+    patience: float = option(1800.0, "seconds without any answer until the stage ends", gt=0)
 
 
 @dataclass

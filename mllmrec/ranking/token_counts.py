@@ -8,7 +8,7 @@ they were written.
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from mllmrec.generation.engine import Dialogue
+from mllmrec.generation.dialogues import Dialogue
 from mllmrec.models.chat import ChatProcessor
 from mllmrec.ranking.reader import RowReader
 from mllmrec.ranking.rows import group_rows

@@ -5,6 +5,7 @@ also while the libraries are still being imported, and threads of torch that wai
 core to others (`set_thread_defaults`). These are the only side effects of an import here.
 """
 
+import io
 import logging
 import math
 import os
@@ -37,7 +38,8 @@ def run_main(main: Callable[[], object]) -> None:
     try:
         set_up_logging(os.environ.get(LOG_LEVEL, "INFO"))
         # Line by line also into a file, so that results stand among the messages of their stage.
-        sys.stdout.reconfigure(line_buffering=True)
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(line_buffering=True)
         main()
         sys.stdout.flush()
     except InputError as error:
