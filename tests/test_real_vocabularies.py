@@ -10,7 +10,8 @@ from collections import Counter
 import pytest
 import sentencepiece
 import tiktoken
-from real_vocabularies import (
+from tiktoken.load import load_tiktoken_bpe
+from vocabularies import (
     LLAMA3_SPECIAL,
     LLAMA3_WORDS,
     MISTRAL_SPECIAL,
@@ -19,7 +20,6 @@ from real_vocabularies import (
     llava_processor,
     mistral_model_file,
 )
-from tiktoken.load import load_tiktoken_bpe
 
 from mllmrec.generation.dialogues import RejectedError
 from mllmrec.generation.preferences import HistoryItem

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from mllmrec.models.compat import PreallocatedLayer, cache_of, has_plain_positions
+from mllmrec.models.size import kv_numbers_per_token
 
 
 def supports_chunked_prefill(model: Any) -> bool:
@@ -58,12 +59,5 @@ def chunked_prefill(
 
 
 def kv_bytes_per_token(model: Any) -> int:
-    """Memory in bytes that the keys and values of one token take.
-
-    A config without `num_key_value_heads` (GPT-2, OPT, BLOOM) has one per attention head.
-    """
-    config = model.config.get_text_config()
-    heads = config.num_attention_heads
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    return 2 * config.num_hidden_layers * kv_heads * head_size * model.dtype.itemsize
+    """Memory in bytes that the keys and values of one token take."""
+    return kv_numbers_per_token(model.config) * model.dtype.itemsize

@@ -104,9 +104,9 @@ def chosen_test(name, *metrics):
     return " / ".join(f"{100 * best['test'][metric]:.2f}" for metric in metrics)
 
 
-def from_paper(name, *metrics):
-    """The published metrics, x100, that results/NAME.json has beside its own."""
-    found = result(name)["published"]
+def from_paper(name, *metrics, source="published"):
+    """Metrics of others, x100, that results/NAME.json has beside its own."""
+    found = result(name)[source]
     return " / ".join(f"{100 * found[metric]:.2f}" for metric in metrics)
 
 

@@ -11,12 +11,13 @@ import base64
 import importlib.util
 from pathlib import Path
 
-from conftest import TINY
 from filelock import FileLock
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoProcessor, PreTrainedTokenizerFast
+
+from mllmrec.models.random_models import TINY_MODELS
 
 MISTRAL_SPECIAL = ("<unk>", "<s>", "</s>", "<image>", "<pad>")
 LLAMA3_SPECIAL = (
@@ -133,8 +134,9 @@ def mistral_tokenizer(folder):
 
 def llava_processor(folder):
     """The processor of LLaVA-1.6-Mistral; its images are cut as the tiny model's."""
-    processor = AutoProcessor.from_pretrained(TINY / "llava")
+    processor = AutoProcessor.from_pretrained(TINY_MODELS / "llava")
     processor.tokenizer = mistral_tokenizer(folder)
+    processor.image_token_id = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
     processor.chat_template = MISTRAL_TEMPLATE
     return processor
 

@@ -1,0 +1,1 @@
+"""What a run will cost: tokens, memory, time, before it is started."""

@@ -1,0 +1,217 @@
+"""scripts/estimate.sh: tokens are those of a run, memory is that of models that were measured."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, TINY, call
+
+from mllmrec.estimate.command import CARDS, estimate_stage
+from mllmrec.estimate.tokens import preference_tokens, stage_options, stand_in, summary_tokens
+from mllmrec.generation.engine import GenerationEngine
+from mllmrec.models.chat import ChatProcessor
+from mllmrec.models.loading import load_multimodal, load_processor, load_text, read_config
+from mllmrec.models.lora import add_lora
+from mllmrec.models.options import LoraOptions, ModelOptions
+from mllmrec.models.random_models import LLAMA_SIZES, LLAVA_SIZES
+from mllmrec.models.size import model_size
+
+GB = 1e9
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """Tokens that the engine hands to a model: [prompt, generated, prompts], counted up."""
+    counts, generate = [0, 0, 0], GenerationEngine._generate
+
+    def counted(engine, requests):
+        own = engine.model.generate
+
+        def noted(**batch):
+            ids, length = own(**batch), batch["input_ids"].shape[1]
+            new = ids[:, length:] != engine.chat.tokenizer.pad_token_id
+            counts[0] += int(batch["attention_mask"].sum())
+            counts[1] += int(new.sum())
+            counts[2] += len(ids)
+            return ids
+
+        engine.model.generate = noted
+        try:
+            return generate(engine, requests)
+        finally:
+            engine.model.generate = own
+
+    monkeypatch.setattr(GenerationEngine, "_generate", counted)
+    return counts
+
+
+def config_of(small_run, folder):
+    """A config whose outputs are in `folder`."""
+    path = folder / "config.yaml"
+    path.write_text(f"base: {small_run.config}\ncommon:\n  output_dir: {folder}\n")
+    return path
+
+
+@pytest.mark.parametrize("summary", ["image", "fused"])
+def test_tokens_of_summaries_are_those_of_the_run(small_run, tmp_path, seen, summary):
+    config = config_of(small_run, tmp_path)
+    words = ["--output_dir", str(tmp_path), "--summary", summary]
+    before = summary_tokens(options := stage_options("image_summary", config, words))
+    small_run.run("Inference/image_summary.py", *words)
+    after = summary_tokens(options)
+    assert before.missing == ("image_summaries.jsonl",) and before.rows == after.rows == 60
+    assert before.counts.requests == after.counts.requests == seen[2]
+    assert after.counts.image == 60 * 36
+    found = (after.counts.prompt, after.counts.generated)
+    if summary == "image":
+        assert found == tuple(seen[:2]) and not after.missing
+        assert before.counts.prompt == after.counts.prompt, "images alone decide"
+    else:  # the two texts that are not kept are counted as long as they may be
+        assert found[0] > seen[0] and found[1] > seen[1] and after.missing
+    assert before.counts.generated >= after.counts.generated
+
+
+def test_tokens_of_preferences_are_those_of_the_run(small_run, tmp_path, seen):
+    config, system = config_of(small_run, tmp_path), tmp_path / "mllm_msr"
+    options = stage_options("preference", config)
+    first = preference_tokens(options)
+    assert first.missing == ("image_summaries.jsonl", "user_preferences.jsonl")
+    system.mkdir()
+    for name in ("image_summaries.jsonl", "image_summaries.run.json"):
+        (system / name).write_bytes((small_run.system / name).read_bytes())
+    second = preference_tokens(options)
+    assert second.missing == ("user_preferences.jsonl",)
+    small_run.run("Inference/preference_recurrent.py", "--output_dir", str(tmp_path))
+    third = preference_tokens(options)
+    assert third.missing == () and third.rows == 30
+    assert (third.counts.prompt, third.counts.generated, third.counts.requests) == tuple(seen)
+    assert first.counts.prompt > second.counts.prompt > third.counts.prompt
+    assert second.counts.generated == 40 * third.counts.requests > third.counts.generated
+    assert first.longest > third.longest
+
+
+def test_rows_of_training_and_scoring_are_those_of_stage_4(small_run, tmp_path):
+    config, system = config_of(small_run, tmp_path), tmp_path / "mllm_msr"
+    before = {s: estimate_stage(s, config).tokens for s in ("train", "score")}
+    system.mkdir()
+    for name in ("train.jsonl", "test.jsonl"):
+        (system / name).write_text((small_run.system / name).read_text())
+    # The rows name their images relative to the file.
+    (tmp_path / "covers").symlink_to(small_run.folder / "covers")
+    after = {s: estimate_stage(s, config).tokens for s in ("train", "score")}
+    for section in ("train", "score"):
+        assert before[section].missing and not after[section].missing
+        assert before[section].rows == after[section].rows > 0
+        assert before[section].counts.image == after[section].counts.image
+        assert before[section].counts.prompt > after[section].counts.prompt
+    assert after["score"].counts.computed < after["score"].counts.prompt
+
+
+@pytest.mark.parametrize("tokens", [10, 500])
+def test_a_stand_in_has_about_so_many_tokens(tokens):
+    chat = ChatProcessor(load_processor(str(TINY / "llama"), ModelOptions()))
+    assert 0.8 * tokens <= chat.count(stand_in(chat, tokens)) <= tokens + 1
+
+
+def loaded_bytes(model):
+    """Bytes of all weights, with the scales of quantised ones."""
+    total = 0
+    for parameter in model.parameters():
+        total += parameter.nbytes
+        state = getattr(parameter, "quant_state", None)
+        if state is not None:
+            total += state.absmax.nbytes + state.state2.absmax.nbytes
+    return total
+
+
+def test_the_numbers_of_a_model_are_those_of_the_loaded_one():
+    model, _ = load_multimodal(str(TINY / "llava"), ModelOptions(dtype="float32"))
+    size = model_size(read_config(str(TINY / "llava")))
+    assert size.parameters == sum(p.numel() for p in model.parameters())
+    assert size.weights(itemsize=4) == loaded_bytes(model)
+    cache = model(input_ids=torch.ones(1, 7, dtype=torch.long)).past_key_values
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    assert size.kv(7, itemsize=4) == held
+    adapted = add_lora(model, LoraOptions(lora_r=4))
+    trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    assert size.adapter(4) == trained
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_quantised_weights_take_what_bitsandbytes_takes(quantization):
+    model, _ = load_text(str(TINY / "llama"), ModelOptions("", quantization=quantization))
+    size = model_size(read_config(str(TINY / "llama")))
+    assert size.weights(quantization, itemsize=4) == pytest.approx(loaded_bytes(model), rel=0.02)
+
+
+@pytest.fixture(scope="module")
+def full_size():
+    """LLaVA-v1.6-Mistral-7B and Llama-3-8B by their published shapes."""
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaNextConfig, MistralConfig
+
+    vision, text, tile, pinpoints = LLAVA_SIZES["7b"]
+    llava = LlavaNextConfig(
+        vision_config=CLIPVisionConfig(image_size=tile, projection_dim=768, **vision),
+        text_config=MistralConfig(**text),
+        image_grid_pinpoints=pinpoints,
+    )
+    return {"llava": model_size(llava), "llama": model_size(LlamaConfig(**LLAMA_SIZES["8b"]))}
+
+
+def test_full_size_takes_what_a_gpu_was_seen_to_take(full_size):
+    """Peaks of one H200 with random weights, docs/benchmarks.md ("Full size"): within 15%."""
+    llava, llama = full_size["llava"], full_size["llama"]
+    measured = json.loads((ROOT / "results/benchmarks/h200_train.json").read_text())
+    assert llava.parameters == pytest.approx(measured["parameters"], rel=0.01)
+    assert llama.parameters == 8_030_261_248
+    row = round(measured["mean_length"])
+    peak = measured["rows"][0]["baseline_peak_gb"]
+    training = llava.training(row, 8, checkpointing=True)
+    assert (llava.weights() + training) / GB == pytest.approx(peak, rel=0.15)
+    eight_rows = llava.training(8000, 8, checkpointing=True)
+    assert (llava.weights() + eight_rows) / GB == pytest.approx(19.1, rel=0.15)
+    quantised = llava.weights("nf4", training=True)
+    assert (quantised + eight_rows) / GB == pytest.approx(11.0, rel=0.15)
+    scoring = llava.weights() + llava.pass_through(16384) + llava.kv(16384)
+    assert scoring / GB == pytest.approx(19.2, rel=0.15)
+
+
+def test_the_command_shows_every_stage_with_its_arithmetic(small_run, tmp_path):
+    done = call(
+        *("-m", "mllmrec.estimate.command", "--config", str(small_run.config)),
+        *("--json", str(tmp_path / "found.json")),
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert list(found) == ["image_summary", "preference", "train", "score"]
+    assert all(stage["exact"] for stage in found.values())
+    assert done.stdout.count("measured on this machine") == 4
+    assert all(done.stdout.count(card.name) == 4 for card in CARDS)
+    assert f"{found['preference']['prompt']:,} of prompts" in done.stdout
+
+
+def test_an_estimate_before_stage_1_names_what_is_missing(tmp_path):
+    config = tmp_path / "c.yaml"
+    config.write_text(
+        f"base: {Path(ROOT, 'configs/sample.yaml')}\ncommon:\n  data_dir: {tmp_path}\n"
+    )
+    done = call("-m", "mllmrec.estimate.command", "--config", str(config))
+    assert done.returncode == 1 and "items.jsonl is missing" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_a_small_dress_rehearsal_runs_every_stage_once(tmp_path):
+    words = ["scripts/rehearsal/rehearse.py", "--folder", str(tmp_path), "--size", "tiny"]
+    first = call(*words, "--delete")
+    assert first.returncode == 0, first.stderr
+    found = json.loads((tmp_path / "rehearsal.json").read_text())
+    stages = [stage for stage in found.values() if isinstance(stage, dict)]
+    assert len(stages) == 7 and all(stage["peak_gb"] > 0 for stage in stages)
+    preferences = found["stage 3, preferences"]
+    assert preferences["rows"] == 3 and preferences["generated_tokens"] == 6 * 8
+    assert found["stage 2, image summaries"]["image_tokens"] > 0
+    assert not list((tmp_path / "models").iterdir()), "deleted after the last stage"
+    again = call(*words)
+    assert again.returncode == 0 and "stage 3" not in again.stdout, "nothing is run again"
