@@ -8,7 +8,6 @@ same text again is up to the server.
 
 import asyncio
 import contextlib
-import itertools
 import logging
 import os
 import time
@@ -37,14 +36,18 @@ from mllmrec.stage.progress import Progress
 logger = logging.getLogger(__name__)
 
 KEY = "OPENAI_API_KEY"  # environment variable
-TRIES = 5  # of one request, while others are answered
+TRIES = 5  # of a request that a server fails to answer while it answers others
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # seconds between two tries
 NOT_ALLOWED = (openai.AuthenticationError, openai.PermissionDeniedError)
 WRONG = (openai.BadRequestError, openai.NotFoundError, openai.UnprocessableEntityError)
 
 
 class _NotAnsweredError(Exception):
-    """A request that may be asked again."""
+    """A request that may be asked again: its server cannot be reached, or is busy."""
+
+
+class _FaultError(_NotAnsweredError):
+    """The same, but the prompt itself may be the reason."""
 
 
 @dataclass
@@ -92,8 +95,8 @@ class ServerEngine:
         waiting: list[Request] = []
         asked: dict[asyncio.Task[GeneratedText], Request] = {}
         with asyncio.Runner() as runner:
-            runner.run(self._connect())
             try:
+                runner.run(self._connect())
                 while True:
                     while not exhausted and len(asked) + len(waiting) < self.options.concurrency:
                         row_id, dialogue = next(coming, (None, None))
@@ -188,25 +191,26 @@ class ServerEngine:
         Raises RejectedError for a prompt that a server refuses, or fails to answer while it
         answers others; InputError if no server has answered for too long.
         """
-        started, pause = time.monotonic(), FIRST_PAUSE
-        for attempt in itertools.count(1):
+        faults, first_fault, pause = 0, 0.0, FIRST_PAUSE
+        while True:
             server = await self._next_server()
             server.in_flight += 1
             try:
                 text = await self._answer(server, request)
-            except _NotAnsweredError as error:
-                self._check_patience(str(error))
-                if attempt >= TRIES and self.last_answer > started:
-                    raise RejectedError(f"server, asked {attempt} times: {error}") from None
-            else:
                 server.succeed()
                 self.last_answer = time.monotonic()
                 return text
+            except _NotAnsweredError as error:
+                self._check_patience(str(error))
+                if isinstance(error, _FaultError):
+                    first_fault = first_fault or time.monotonic()
+                    faults += 1
+                    if faults >= TRIES and self.last_answer > first_fault:
+                        raise RejectedError(f"server, asked {faults} times: {error}") from None
             finally:
                 server.in_flight -= 1
             await asyncio.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE)
-        raise AssertionError("unreachable")
 
     async def _next_server(self) -> _Server:
         """The server with the fewest requests; waits until there is one."""
@@ -246,17 +250,17 @@ class ServerEngine:
             server.until = time.monotonic() + _retry_after(error)
             raise _NotAnsweredError(_detail(error)) from None
         except openai.APITimeoutError:
-            raise _NotAnsweredError(f"no answer within {options.timeout:.0f} s") from None
+            raise _FaultError(f"no answer within {options.timeout:.0f} s") from None
         except openai.APIConnectionError as error:
             server.fail(_detail(error), min(LONGEST_PAUSE, options.patience / 10))
             raise _NotAnsweredError(_detail(error)) from None
         except openai.APIError as error:  # 5xx, or an answer that is no JSON
-            raise _NotAnsweredError(_detail(error)) from None
+            raise _FaultError(_detail(error)) from None
         return self._text(answer, request)
 
     def _text(self, answer: Any, request: Request) -> GeneratedText:
         if not getattr(answer, "choices", None) or answer.choices[0].message is None:
-            raise _NotAnsweredError("an answer without a text")
+            raise _FaultError("an answer without a text")
         choice = answer.choices[0]
         text = GeneratedText(" ".join((choice.message.content or "").split()))
         text.cut = choice.finish_reason == "length"
