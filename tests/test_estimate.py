@@ -1,14 +1,21 @@
 """scripts/estimate.sh: tokens are those of a run, memory is that of models that were measured."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT, TINY, call
 
-from mllmrec.estimate.command import CARDS, estimate_stage
-from mllmrec.estimate.tokens import preference_tokens, stage_options, stand_in, summary_tokens
+from mllmrec.estimate.command import CARDS, StageEstimate, estimate_stage, lines, main
+from mllmrec.estimate.tokens import (
+    StageTokens,
+    preference_tokens,
+    stage_options,
+    stand_in,
+    summary_tokens,
+)
 from mllmrec.generation.engine import GenerationEngine
 from mllmrec.models.chat import ChatProcessor
 from mllmrec.models.loading import load_multimodal, load_processor, load_text, read_config
@@ -16,6 +23,8 @@ from mllmrec.models.lora import add_lora
 from mllmrec.models.options import LoraOptions, ModelOptions
 from mllmrec.models.random_models import LLAMA_SIZES, LLAVA_SIZES
 from mllmrec.models.size import model_size
+from mllmrec.ranking.token_counts import TokenCounts
+from mllmrec.stage.errors import InputError
 
 GB = 1e9
 
@@ -177,28 +186,46 @@ def test_full_size_takes_what_a_gpu_was_seen_to_take(full_size):
     assert scoring / GB == pytest.approx(19.2, rel=0.15)
 
 
-def test_the_command_shows_every_stage_with_its_arithmetic(small_run, tmp_path):
-    done = call(
-        *("-m", "mllmrec.estimate.command", "--config", str(small_run.config)),
-        *("--json", str(tmp_path / "found.json")),
-    )
-    assert done.returncode == 0, done.stderr
+def test_the_command_shows_every_stage_with_its_arithmetic(small_run, tmp_path, capsys):
+    main(["--config", str(small_run.config), "--json", str(tmp_path / "found.json")])
+    printed = capsys.readouterr().out
     found = json.loads((tmp_path / "found.json").read_text())
-    assert list(found) == ["image_summary", "preference", "train", "score"]
-    assert all(stage["exact"] for stage in found.values())
-    assert done.stdout.count("measured on this machine") == 4
-    assert all(done.stdout.count(card.name) == 4 for card in CARDS)
-    assert f"{found['preference']['prompt']:,} of prompts" in done.stdout
+    assert list(found) == ["image_summary", "preference", "train", "score", "ranker"]
+    assert [stage["exact"] for stage in found.values()] == [True] * 4 + [False]
+    assert "train.jsonl missing" in printed, "the ranker has not run"
+    assert printed.count("measured on this machine") == 4
+    assert all(printed.count(card.name) == 5 for card in CARDS)
+    assert f"{found['preference']['prompt']:,} of prompts" in printed
+
+
+def test_a_card_without_room_for_one_row_is_named(full_size):
+    tokens = StageTokens(10, TokenCounts(10, 30_000, 0, 30_000, 2_000), 3_200)
+    llama = full_size["llama"]
+
+    def estimate(quantization):
+        fixed = {"weights": llama.weights(quantization), "activations": llama.pass_through(16384)}
+        return StageEstimate(
+            "preference", "llama", llama, tokens, 1, fixed, llama.kv(1), Path("none.jsonl")
+        )
+
+    small, large = CARDS[0], CARDS[-1]
+    assert small.memory < 30e9
+    whole, quantised = estimate("none"), estimate("nf4")
+    assert whole.texts_at_once(large) > quantised.texts_at_once(small) > whole.texts_at_once(small)
+    tight = replace(whole, fixed=whole.fixed | {"weights": 24e9})
+    assert f"{small.name}: does not fit; try --quantization nf4" in "\n".join(lines(tight))
+    # Decoding reads the weights for every token of a text, and its keys and values.
+    alone = replace(whole, tokens=replace(tokens, longest=10**6))
+    assert alone.least_seconds(small) > 2_000 * llama.weights() / small.bandwidth
 
 
 def test_an_estimate_before_stage_1_names_what_is_missing(tmp_path):
     config = tmp_path / "c.yaml"
-    config.write_text(
-        f"base: {Path(ROOT, 'configs/sample.yaml')}\ncommon:\n  data_dir: {tmp_path}\n"
-    )
-    done = call("-m", "mllmrec.estimate.command", "--config", str(config))
-    assert done.returncode == 1 and "items.jsonl is missing" in done.stderr
-    assert "Traceback" not in done.stderr
+    config.write_text(f"base: {ROOT / 'configs/sample.yaml'}\ncommon:\n  data_dir: {tmp_path}\n")
+    with pytest.raises(InputError, match="items.jsonl is missing"):
+        main(["--config", str(config)])
+    with pytest.raises(InputError, match="--stages 1: choose of image_summary, preference"):
+        main(["--config", str(config), "--stages", "1"])
 
 
 @pytest.mark.slow

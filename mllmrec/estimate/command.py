@@ -149,7 +149,8 @@ def measured_seconds(estimate: StageEstimate) -> tuple[float, int] | None:
     record = read_record(estimate.output) if estimate.output.exists() else None
     if record is None:
         return None
-    done = record["rows"].get("written_by_this_run", record["rows"].get("out", 0))
+    rows = record["rows"]  # training has no rows that come out
+    done = rows.get("written_by_this_run", rows.get("out", rows.get("in", 0)))
     if not done:
         return None
     return record["seconds"] / done * estimate.tokens.rows, done
