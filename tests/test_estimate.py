@@ -222,7 +222,7 @@ def test_a_card_without_room_for_one_row_is_named(full_size):
 def test_an_estimate_before_stage_1_names_what_is_missing(tmp_path):
     config = tmp_path / "c.yaml"
     config.write_text(f"base: {ROOT / 'configs/sample.yaml'}\ncommon:\n  data_dir: {tmp_path}\n")
-    with pytest.raises(InputError, match="items.jsonl is missing"):
+    with pytest.raises(InputError, match=r"items\.jsonl is missing"):
         main(["--config", str(config)])
     with pytest.raises(InputError, match="--stages 1: choose of image_summary, preference"):
         main(["--config", str(config), "--stages", "1"])
