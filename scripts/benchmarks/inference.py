@@ -9,10 +9,8 @@ time, user by user, block by block. Ours: the stages' own dialogues, run by
 alternately in one process; medians. No text ends before its last token, so both generate equally
 many.
 
-At full size (7b, 8b; a GPU) the decoding rate is also compared with the limit of the memory
-bandwidth: a step must read all weights and every row's keys and values once, so it is at most
-  rows x bandwidth / (weights + rows x bytes of keys and values)
-tokens per second. The bandwidth is measured in the same run by copying a large tensor.
+Ours is also compared with the least time that the machine allows (`limits.py`): `share_of_limit` is
+that time divided by ours. Unlike the ratio it does not depend on how slow the other procedure is.
 
 Out: outputs/benchmark/inference.json.
 """
@@ -21,22 +19,22 @@ from mllmrec.stage.main import run_main
 
 import numpy as np
 import torch
+from limits import decoding_seconds, measure_speeds, prefill_seconds
 from tools import (
     count_parameters,
     cover,
     new_parser,
     parse,
     print_row,
-    timed,
     timed_interleaved,
     title,
     write_report,
 )
 
 from mllmrec.data.images import pad_to_largest
+from mllmrec.generation.dialogues import Prompt
 from mllmrec.generation.engine import GenerationEngine, GenerationOptions, run_dialogues
 from mllmrec.generation.preferences import HistoryItem, UserHistory
-from mllmrec.generation.prefill import kv_bytes_per_token
 from mllmrec.generation.prompt_writer import EncodedImage, PromptWriter
 from mllmrec.models.chat import ChatProcessor, to_model
 from mllmrec.models.loading import DTYPES, pick_device
@@ -85,8 +83,17 @@ def generate(model, chat, batch, new_tokens):
     return [chat.decode(row) for row in ids[:, batch["input_ids"].shape[1] :]]
 
 
-def new_engine(model, chat, args):
-    return GenerationEngine(model, chat, GenerationOptions(args.new_tokens, args.batch_tokens))
+class NotingEngine(GenerationEngine):
+    """Leaves the lengths of the prompts of each batch in `batches`."""
+
+    def __init__(self, model, chat, args, batches):
+        super().__init__(model, chat, GenerationOptions(args.new_tokens, args.batch_tokens))
+        self.batches = batches
+        batches.clear()
+
+    def generate(self, requests):
+        self.batches.append([request.prompt.length for request in requests])
+        return super().generate(requests)
 
 
 def published_summaries(model, chat, prompt, covers, new_tokens):
@@ -98,16 +105,17 @@ def published_summaries(model, chat, prompt, covers, new_tokens):
     return summaries
 
 
-def our_summaries(model, chat, prompt, covers, args):
+def our_summaries(model, chat, prompt, covers, args, batches):
     writer, options = PromptWriter(chat, LIMIT, "video"), STAGE_2.Options()
 
     def dialogue(number, image):
         item_id = str(number)
-        encoded = EncodedImage(item_id, prompt, chat.encode_arrays(prompt, image), None)
+        inputs = chat.encode_arrays(prompt, image)
+        encoded = EncodedImage(item_id, Prompt(prompt, inputs["input_ids"].shape[1], inputs), None)
         return STAGE_2.summarise({"item_id": item_id}, encoded, writer, options)
 
     dialogues = ((number, dialogue(number, image)) for number, image in enumerate(covers))
-    rows = run_dialogues(new_engine(model, chat, args), dialogues)
+    rows = run_dialogues(NotingEngine(model, chat, args, batches), dialogues)
     return [row["summary"] for _, row, _ in rows]
 
 
@@ -128,9 +136,10 @@ def published_preferences(model, chat, users, new_tokens):
     return rows
 
 
-def our_preferences(model, chat, users, args):
+def our_preferences(model, chat, users, args, batches):
     dialogues = ((number, preference_dialogue(user, chat)) for number, user in enumerate(users))
-    rows = {n: row for n, row, _ in run_dialogues(new_engine(model, chat, args), dialogues)}
+    engine = NotingEngine(model, chat, args, batches)
+    rows = {n: row for n, row, _ in run_dialogues(engine, dialogues)}
     return [rows[number] for number in range(len(users))]
 
 
@@ -149,7 +158,36 @@ def compare(case, works, tokens, repeats):
     return row, results
 
 
-def summary_row(args, dtype, device):
+def with_limit(row, model, batches, args, speeds, vision_passes=()):
+    """The row with the least time of ours, and its share."""
+    lengths = [length for batch in batches for length in batch]
+    prefill = prefill_seconds(model, lengths, speeds, vision_passes)
+    decoding = decoding_seconds(model, batches, args.new_tokens, speeds)
+    limit = prefill + decoding
+    row |= {
+        "limit_s": round(limit, 2),
+        "limit_prefill_s": round(prefill, 2),
+        "share_of_limit": round(limit / row["ours_s"], 2),
+        "batches": [len(batch) for batch in batches],
+        "gflops": round(speeds.flops / 1e9),
+        "bandwidth_gb_per_s": round(speeds.bandwidth / 1e9, 1),
+    }
+    print_row({key: row[key] for key in ("limit_s", "limit_prefill_s", "share_of_limit")})
+    return row
+
+
+def vision_passes(model, chat, prompt, covers):
+    """[(weights, tokens)] of tower and projector, for all covers."""
+    tower, projector = model.model.vision_tower, model.model.multi_modal_projector
+    patches = (tower.config.image_size // tower.config.patch_size) ** 2
+    tiles = sum(chat.encode_arrays(prompt, image)["pixel_values"].shape[1] for image in covers)
+    return [
+        (count_parameters(tower), tiles * (patches + 1)),
+        (count_parameters(projector), tiles * patches),
+    ]
+
+
+def summary_row(args, dtype, device, speeds):
     """Row of the report for stage 2."""
     size = "7b" if args.size == "full" else args.size
     model, processor = random_llava(size, dtype=dtype, device=device)
@@ -157,61 +195,43 @@ def summary_row(args, dtype, device):
     chat = ChatProcessor(processor)
     covers = [cover(number) for number in np.random.default_rng(0).permutation(args.items)]
     prompt = chat.render([user_turn(fill(prompts.IMAGE, "video"), images=1)])
+    batches = []
     works = {
         "published": lambda: published_summaries(model, chat, prompt, covers, args.new_tokens),
-        "ours": lambda: our_summaries(model, chat, prompt, covers, args),
+        "ours": lambda: our_summaries(model, chat, prompt, covers, args, batches),
     }
     case, tokens = f"image summaries, {args.items} covers", args.items * args.new_tokens
     row, _ = compare(case, works, tokens, args.repeats)
-    return row | {
+    passes = vision_passes(model, chat, prompt, covers)
+    return with_limit(row, model, batches, args, speeds, passes) | {
         "parameters": count_parameters(model),
         "image_tokens": [chat.count_image_tokens(image) for image in covers],
     }
 
 
-def preference_row(args, dtype, device):
+def preference_row(args, dtype, device, speeds):
     """Row of the report for stage 3."""
     size = "8b" if args.size == "full" else args.size
     model, tokenizer = random_llama(size, dtype=dtype, device=device)
     model.generation_config.eos_token_id = -1
     chat, users = ChatProcessor(tokenizer), make_histories(args)
+    batches = []
     blocks = -(-args.history // STAGE_3.Options().block_size)
     works = {
         "published": lambda: published_preferences(model, chat, users, args.new_tokens),
-        "ours": lambda: our_preferences(model, chat, users, args),
+        "ours": lambda: our_preferences(model, chat, users, args, batches),
     }
     case = f"recurrent preferences, {args.users} users of {blocks} blocks"
     tokens = args.users * blocks * args.new_tokens
     row, results = compare(case, works, tokens, args.repeats)
-    equal = [a == b for a, b in zip(results["published"], results["ours"], strict=True)]
+    pairs = zip(results["published"], results["ours"], strict=True)
+    equal = [a["blocks"] == b["blocks"] for a, b in pairs]
     row |= {
         "first_prompt_tokens": next(preference_dialogue(users[0], chat)).length,
         "parameters": count_parameters(model),
         "share_of_users_with_equal_texts": float(np.mean(equal)),
     }
-    if args.size == "full":
-        length = chat.count(users[0].items[0].summary) * 3 + 2 * args.new_tokens
-        bandwidth = memory_bandwidth(device)
-        limit = decoding_limit(model, args.users, length, bandwidth)
-        row["bandwidth_gb_per_s"] = round(bandwidth / 1e9)
-        row["limit_tokens_per_s"] = round(limit)
-    return row
-
-
-def memory_bandwidth(device):
-    """Bytes per second that the memory reads and writes, measured by copying."""
-    n_bytes = 1 << 30 if device.type == "cuda" else 1 << 27
-    source = torch.empty(n_bytes, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    times = [timed(lambda: target.copy_(source))[0] for _ in range(6)][1:]
-    return 2 * n_bytes / min(times)
-
-
-def decoding_limit(model, rows, length, bandwidth):
-    """Tokens per second that decoding `rows` texts of `length` tokens cannot exceed; see above."""
-    layers = model.get_decoder().layers.parameters()
-    weights = sum(p.numel() * p.element_size() for p in layers) + model.lm_head.weight.nbytes
-    return rows * bandwidth / (weights + rows * length * kv_bytes_per_token(model))
+    return with_limit(row, model, batches, args, speeds)
 
 
 def parse_arguments(argv):
@@ -234,7 +254,8 @@ def parse_arguments(argv):
 def main(argv=None):
     args = parse_arguments(argv)
     device, dtype = pick_device(), DTYPES[args.dtype]
-    rows = [summary_row(args, dtype, device), preference_row(args, dtype, device)]
+    speeds = measure_speeds(device, dtype)
+    rows = [summary_row(args, dtype, device, speeds), preference_row(args, dtype, device, speeds)]
     write_report("inference", rows, options=vars(args))
 
 

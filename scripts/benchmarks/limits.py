@@ -1,0 +1,80 @@
+"""The least time that a machine needs for prefill and decoding, from speeds measured on it.
+
+Prefill computes: two operations for each weight and token, and attention over all pairs of tokens.
+Decoding reads: each step all weights once and the keys and values of all rows; with many rows the
+products of a step can take longer than the reading, and count instead. Speeds are those of the
+operations themselves: a large matrix product, and a product of a large matrix with a vector.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from tools import timed
+
+from mllmrec.generation.prefill import kv_bytes_per_token
+
+REPEATS = 7
+
+
+@dataclass(frozen=True)
+class Speeds:
+    """Of this machine: operations a second of matrix products, bytes a second that are read."""
+
+    flops: float
+    bandwidth: float
+
+
+def measure_speeds(device, dtype):
+    """Speeds with tensors of the size that models of 100 million to 8 billion weights have."""
+    rows, width = 1024, 4096 if device.type == "cuda" else 1024
+    left = torch.randn(rows, width, device=device, dtype=dtype)
+    right = torch.randn(4 * width, width, device=device, dtype=dtype)
+    product = best(lambda: torch.nn.functional.linear(left, right))
+    height = (1 << 31 if device.type == "cuda" else 1 << 28) // (width * left.element_size())
+    matrix = torch.randn(height, width, device=device, dtype=dtype)
+    vector = torch.randn(1, width, device=device, dtype=dtype)
+    read = best(lambda: torch.nn.functional.linear(vector, matrix))
+    return Speeds(2 * rows * width * 4 * width / product, matrix.nbytes / read)
+
+
+@torch.inference_mode()
+def best(work):
+    """Seconds of the fastest of REPEATS calls; the first one is not counted."""
+    return min([timed(work)[0] for _ in range(REPEATS + 1)][1:])
+
+
+def layer_weights(model):
+    """(number, bytes) of the weights that each token passes: layers and LM head."""
+    weights = [*model.get_decoder().layers.parameters(), model.lm_head.weight]
+    return sum(w.numel() for w in weights), sum(w.nbytes for w in weights)
+
+
+def prefill_seconds(model, lengths, speeds, vision_passes=()):
+    """Prefill of prompts of these lengths.
+
+    vision_passes: (weights, tokens) of each pass through parts that see the images only. The LM
+    head is needed at one position of each prompt.
+    """
+    text = model.config.get_text_config()
+    per_token = 2 * sum(w.numel() for w in model.get_decoder().layers.parameters())
+    head = 2 * model.lm_head.weight.numel()
+    attention = 2 * text.num_hidden_layers * text.hidden_size  # of a pair of tokens, causal
+    operations = sum(per_token * n + attention * n * n + head for n in lengths)
+    operations += sum(2 * weights * tokens for weights, tokens in vision_passes)
+    return operations / speeds.flops
+
+
+def decoding_seconds(model, batches, new_tokens, speeds):
+    """Decoding of `new_tokens` tokens for every prompt of these batches.
+
+    batches: of prompt lengths; each batch is decoded together.
+    """
+    number, nbytes = layer_weights(model)
+    kv = kv_bytes_per_token(model)
+    total = 0.0
+    for lengths in batches:
+        held = kv * sum(n + new_tokens / 2 for n in lengths)
+        reading = (nbytes + held) / speeds.bandwidth
+        computing = 2 * number * len(lengths) / speeds.flops
+        total += new_tokens * max(reading, computing)
+    return total

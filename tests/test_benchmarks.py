@@ -1,0 +1,75 @@
+"""Benchmarks run, and the limits that they compare with are those of the operations."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
+
+from mllmrec.models.chat import ChatProcessor
+from mllmrec.models.random_models import random_llama, random_llava
+from mllmrec.prompts.templates import user_turn
+from mllmrec.stage.scripts import load_script
+
+limits = load_script("scripts/benchmarks/limits.py")
+inference = load_script("scripts/benchmarks/inference.py")
+SPEEDS = limits.Speeds(flops=1e9, bandwidth=1e8)
+
+
+def counted(work):
+    """Operations of `work()` as torch counts them."""
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        work()
+    return counter.get_total_flops()
+
+
+def test_prefill_is_as_many_operations_as_torch_counts():
+    model, _ = random_llama("tiny")
+    model.set_attn_implementation("eager")  # of SDPA on a CPU torch counts nothing
+    ids = torch.ones(1, 300, dtype=torch.long)
+    operations = counted(lambda: model(input_ids=ids, logits_to_keep=1))
+    text = model.config
+    # torch counts attention over all pairs, not only those of earlier tokens
+    other_half = 2 * text.num_hidden_layers * text.hidden_size * 300**2
+    seconds = limits.prefill_seconds(model, [300], SPEEDS)
+    assert seconds * SPEEDS.flops + other_half == pytest.approx(operations, rel=0.01)
+    assert limits.prefill_seconds(model, [300] * 3, SPEEDS) == pytest.approx(3 * seconds)
+
+
+def test_the_vision_tower_is_as_many_operations_as_torch_counts():
+    model, processor = random_llava("tiny")
+    chat, image = ChatProcessor(processor), Image.fromarray(np.zeros((64, 64, 3), np.uint8))
+    prompt = chat.render([user_turn("What?", images=1)])
+    pixels = chat.encode([prompt], [image])
+    operations = counted(
+        lambda: model.get_image_features(
+            pixel_values=pixels["pixel_values"], image_sizes=pixels["image_sizes"]
+        )
+    )
+    passes = inference.vision_passes(model, chat, prompt, [image])
+    found = sum(2 * weights * tokens for weights, tokens in passes)
+    assert found == pytest.approx(operations, rel=0.1)  # without attention, with embeddings
+
+
+def test_decoding_is_bound_by_reading_or_by_products():
+    model, _ = random_llama("tiny")
+    number, nbytes = limits.layer_weights(model)
+    assert nbytes == 4 * number
+    one = limits.decoding_seconds(model, [[100]], 10, SPEEDS)
+    assert one == pytest.approx(10 * nbytes / SPEEDS.bandwidth, rel=0.2)
+    many = limits.decoding_seconds(model, [[100] * 1000], 10, limits.Speeds(1e9, 1e15))
+    assert many == pytest.approx(10 * 1000 * 2 * number / 1e9)
+    longer = limits.decoding_seconds(model, [[10_000]], 10, SPEEDS)
+    assert longer > 1.5 * one, "keys and values are read, too"
+
+
+def test_the_benchmark_of_stages_2_and_3_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = "--size tiny --items 2 --users 2 --history 3 --new_tokens 4 --repeats 1"
+    inference.main(words.split())
+    report = json.loads((tmp_path / "outputs/benchmark/inference.json").read_text())
+    assert [row["batches"] for row in report["rows"]] == [[2], [2]]
+    assert all(0 < row["share_of_limit"] < 1 for row in report["rows"])
+    assert report["rows"][1]["share_of_users_with_equal_texts"] == 1.0
