@@ -369,7 +369,7 @@ def server_options(port):
 
 @pytest.mark.slow
 def test_summaries_of_a_real_server_are_those_of_the_model_here(small_run, tmp_path):
-    port, model = free_port(), str(TINY / "llava")
+    port, model = free_port(), "Inference/tiny_models/llava"
     with transformers_serve(model, port):
         small_run.run(
             "Inference/image_summary.py", "--output_dir", str(tmp_path), *server_options(port)
@@ -384,7 +384,7 @@ def test_preferences_survive_the_death_of_a_real_server(small_run, tmp_path):
     system.mkdir()
     for name in ("image_summaries.jsonl", "image_summaries.run.json"):
         (system / name).write_bytes((small_run.system / name).read_bytes())
-    port, model = free_port(), str(TINY / "llama")
+    port, model = free_port(), "Inference/tiny_models/llama"
     stage = [
         *("Inference/preference_recurrent.py", "--config", str(small_run.config)),
         *("--output_dir", str(tmp_path), *server_options(port), "--concurrency", "4"),
@@ -393,7 +393,7 @@ def test_preferences_survive_the_death_of_a_real_server(small_run, tmp_path):
     with transformers_serve(model, port) as process:
         killed = subprocess.Popen([sys.executable, *stage, "--patience", "2"], cwd=ROOT, stderr=-1)
         while not (part.exists() and part.read_bytes().count(b"\n") >= 5):
-            assert killed.poll() is None
+            assert killed.poll() is None, killed.communicate()[1]
             time.sleep(0.02)
         process.kill()
         message = killed.communicate(timeout=120)[1].decode()
