@@ -237,18 +237,23 @@ def trained(seed=0):
     return model.requires_grad_(True), processor
 
 
-def train_and_save(trained, description, argv=None):
-    """The command line of both training scripts.
+def train_and_save(trained, description, argv=None, start=None):
+    """The command line of the training scripts.
 
-    trained: function (seed) -> (model, processor or tokenizer).
+    trained: function (seed) -> (model, processor or tokenizer); start: folder of the model that the
+    training starts from, which is then an option and the second argument of `trained`.
     """
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", required=True, help="folder for the model")
     parser.add_argument("--seed", type=int, default=0)
+    if start is not None:
+        parser.add_argument(
+            "--start", default=str(start), help="model that the training starts from"
+        )
     args = parser.parse_args(argv)
-    model, processor = trained(args.seed)
+    model, processor = trained(args.seed, *([args.start] if start is not None else []))
     model.half().save_pretrained(args.output)
     processor.save_pretrained(args.output)
     print(f"saved {args.output}")
