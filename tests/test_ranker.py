@@ -5,12 +5,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from conftest import ROOT, TINY
 
 from mllmrec.evaluation.metrics import evaluate
 from mllmrec.models.chat import ChatProcessor
-from mllmrec.models.loading import load_processor
+from mllmrec.models.loading import load_processor, load_text
 from mllmrec.ranking.lists import (
     ListFormat,
     cut_to_tokens,
@@ -244,3 +245,17 @@ def test_stage_4_takes_the_first_training_negatives_only(small_run, tmp_path):
     ]
     with pytest.raises(InputError, match="has 3 negatives in its training line, 4 are needed"):
         small_run.run(stage, *words, "--train_negatives", "4")
+
+
+def test_the_tiny_list_model_reads_lettered_lists():
+    """Questions that were not in its training."""
+    train = load_script("scripts/tiny_models/train_list_llama.py")
+    model, tokenizer = load_text(str(TINY / "list_llama"))
+    rng, right = np.random.default_rng(99), []
+    for most_lines, most_items in ((8, 4), (21, 14)):
+        turns = [train.random_turns(rng, most_lines, most_items) for _ in range(32)]
+        with torch.inference_mode():
+            logits, ids = train.answer_logits(model, ChatProcessor(tokenizer), turns, 2)
+        right.append((logits.argmax(-1) == ids).float().mean(0).tolist())
+    (short, end), (long, _) = right
+    assert short > 0.75 and long > 0.4 and end > 0.95

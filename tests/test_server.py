@@ -11,6 +11,7 @@ import threading
 import time
 import urllib.request
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,8 @@ from transformers import AutoProcessor, AutoTokenizer, LlavaNextImageProcessorPi
 
 from mllmrec.generation import server as server_module
 from mllmrec.generation.dialogues import Prompt
-from mllmrec.generation.engine import run_dialogues
+from mllmrec.generation.engine import load_engine, run_dialogues
+from mllmrec.generation.preferences import PreferenceOptions
 from mllmrec.generation.sampling import stream_id
 from mllmrec.generation.serve_command import IMAGE_PROMPT_TOKENS, serve_command
 from mllmrec.generation.server import ServerEngine
@@ -315,6 +317,18 @@ def test_the_stage_ends_when_no_server_answers_for_too_long(chat):
     message = r"no server has answered for 1 s \(http.*503: going down"
     with server, pytest.raises(InputError, match=message):
         ask(chat, [server.url], patience=1.0)
+
+
+def test_what_only_a_model_here_can_do_is_refused_or_a_warning(caplog):
+    options = PreferenceOptions(engine="server", quantization="nf4", dtype="bfloat16")
+    engine, limit = load_engine(str(TINY / "llama"), options, multimodal=False)
+    assert isinstance(engine, ServerEngine) and limit == 2048 - 1024
+    for words in ("--quantization nf4 has no effect", "--dtype bfloat16 has no effect"):
+        assert words in caplog.text
+    with pytest.raises(InputError, match="--prompt_format: a server renders prompts"):
+        load_engine(str(TINY / "llama"), replace(options, prompt_format="{text}"), False)
+    with pytest.raises(InputError, match="takes no images; name a multimodal"):
+        load_engine(str(TINY / "llama"), options, multimodal=True)
 
 
 def test_another_number_of_tokens_on_the_server_is_a_warning(chat, caplog):

@@ -49,10 +49,13 @@ def test_tiny_sft_teaches_the_task(tmp_path, seed):
 def test_trained_again_they_meet_the_same_limits(tmp_path):
     if "TINY_MODELS" in os.environ:
         pytest.skip("this is the inner run")
-    for name in ("llava", "llama"):
-        load_script(f"scripts/tiny_models/train_{name}.py").main(["--output", str(tmp_path / name)])
+    start = ["--start", str(tmp_path / "llama")]
+    for name, more in (("llava", []), ("llama", []), ("list_llama", start)):
+        script = load_script(f"scripts/tiny_models/train_{name}.py")
+        script.main(["--output", str(tmp_path / name), *more])
     tests = [
         "tests/test_engine.py",
+        "tests/test_ranker.py",
         "tests/test_tiny_models.py",
         "-k",
         "tiny",

@@ -218,6 +218,11 @@ def _server_engine(
         from mllmrec.generation.server import ServerEngine
     except ImportError as error:
         raise InputError(f"--engine server: {error}; pip install 'mllmrec[server]'") from None
+    for option, default in (("dtype", "auto"), ("attention", "auto"), ("quantization", "none")):
+        if getattr(options, option) != default:
+            logger.warning(
+                "--%s %s has no effect: the server decides", option, getattr(options, option)
+            )
     processor = load_processor(name, options, multimodal)
     limit = max_prompt_tokens(read_config(name), options.max_new_tokens)
     return ServerEngine(name, ChatProcessor(processor), options), limit

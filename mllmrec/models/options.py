@@ -57,7 +57,9 @@ class GenerationStageOptions(ModelOptions):
         "local", "who runs the model: this process, or a server with OpenAI's chat protocol"
     )
     base_url: list[str] = option(
-        ["http://localhost:8000/v1"], "servers, with /v1; requests are spread over them"
+        ["http://localhost:8000/v1"],
+        "servers, with /v1; requests are spread over them",
+        min_length=1,
     )
     served_model: str = option("", "what the servers call the model; default: as --model")
     concurrency: int = option(64, "requests to the servers at a time", ge=1, le=10000)
