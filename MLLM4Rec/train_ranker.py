@@ -182,7 +182,7 @@ def score_questions(options):
     with output, progress_bar(len(rows), "ranking", "user") as progress:
         for _ in score_output(model, reader, rows, output, scoring):
             progress.update()
-    print(output.summary())
+    output.log_summary()
     return path
 
 

@@ -108,7 +108,7 @@ def test_the_lists_of_users_jsonl_are_asked_about_without_a_retriever(tmp_path, 
     assert "1. title 0\n" in question_text(rows["test"][0])
     assert "title 0\n" not in question_text(short), "the oldest item is left out"
     assert "1. title 1\n" in question_text(short), "and no more than needed"
-    assert "3 shortened" in capfd.readouterr().err
+    assert "3 shortened" in capfd.readouterr().out
 
 
 def test_the_answer_is_the_letter_of_the_target_wherever_it_stands():

@@ -126,7 +126,7 @@ def main(argv=None):
                 for _ in score_output(model, reader, shown, output, scoring):
                     progress.update()
                 output.counts["shortened"] = reader.shortened
-            print(output.summary())
+            output.log_summary()
     print("next: python MLLM-MSR/test/compute_metrics.py")
 
 

@@ -179,7 +179,7 @@ class ResumableOutput:
                     self.write(row)
                 if progress is None:
                     shown.update()
-        logger.info(self.summary())
+        self.log_summary()
         done = self.rows_written + self.rows_rejected
         if done and len(self.wanted) < len(self.ids):
             per_second = done * self.world / self.seconds
@@ -205,8 +205,12 @@ class ResumableOutput:
         if kind is None:
             self._join_if_complete()
 
+    def log_summary(self) -> None:
+        """Say how many rows were written, and where."""
+        logger.info(self.summary())
+
     def summary(self) -> str:
-        """One line to print at the end: how many rows were written, and where."""
+        """One line: how many rows were written, and where."""
         if not self.is_complete:
             return (
                 f"this process wrote {self.rows_written:,} rows; {self.path} is joined when the "
