@@ -140,6 +140,12 @@ def gap(name, row, other, metric):
     return f"{100 * (rows[row]['metrics'][metric] - rows[other]['metrics'][metric]):.1f}"
 
 
+def requests(name, row):
+    """Prompts per user of a row of results/NAME.json."""
+    found = [costs["requests"] for costs in result(name)["rows"][row]["costs"]]
+    return f"{sum(found) / len(found):.0f}"
+
+
 def costs(name, row):
     """Minutes of the stage that wrote the row's scores and its peak memory, means of the seeds."""
     runs = result(name)["rows"][row]["last_stage"]
@@ -159,7 +165,7 @@ def render():
     environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True)
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     functions = (table, statistics, value, figures, published, choice, difference)
-    functions += (chosen_test, from_paper, over_seeds, per_seed, gap, costs, timed)
+    functions += (chosen_test, from_paper, over_seeds, per_seed, gap, requests, costs, timed)
     return template.render({function.__name__: function for function in functions})
 
 
