@@ -107,6 +107,7 @@ def test_the_released_prompts_have_the_released_places_in_the_released_order(mon
     assert datasets.max_title_characters == 0
 
 
+@pytest.mark.slow
 def test_the_released_settings_run_through_all_stages(small_run, tmp_path, monkeypatch):
     """On the sample with tiny models: as the config says, but for models, dtype and sizes."""
     monkeypatch.chdir(ROOT)

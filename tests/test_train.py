@@ -423,6 +423,7 @@ def world_items(folder):
     return {f"i{n:03d}": item for n, item in enumerate(items)}
 
 
+@pytest.mark.slow
 def test_training_teaches_the_task(learned):
     assert learned["sft"]["users"] == 160
     assert learned["zero_shot"]["auc"] <= 0.68
@@ -430,6 +431,7 @@ def test_training_teaches_the_task(learned):
     assert learned["sft"]["auc"] >= 0.75
 
 
+@pytest.mark.slow
 def test_shuffled_labels_give_no_gain(learned):
     """160 users: the standard error of an AUC is about .02."""
     gain = learned["sft"]["auc"] - learned["zero_shot"]["auc"]

@@ -127,6 +127,7 @@ def distributed(rank, world_size, port):
     return {"MASTER_ADDR": "127.0.0.1"} | {name: str(value) for name, value in names.items()}
 
 
+@pytest.mark.slow
 def test_two_processes_train_like_one_with_twice_the_accumulation(small_run, server, tmp_path):
     """Also when they are killed in the middle of the second epoch and resumed.
 
