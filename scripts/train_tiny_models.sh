@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Trains the sample's three tiny models from nothing -> Inference/tiny_models/llava, llama, list_llama
 # Usage: bash scripts/train_tiny_models.sh [FOLDER] [--seed N]
-# About 70 minutes on one CPU core; more cores are left alone, so that the result does not depend on their number. The shipped ones were made by this script with its defaults.
+# About 70 minutes on one CPU core; more cores are left alone, so that the result does not depend on their number. llava and llama were made by this script with its defaults, list_llama by the two phases of its own, one after the other.
 source "$(dirname "$0")/setup_env.sh"
 folder=Inference/tiny_models
 if [[ $# -gt 0 && $1 != --* ]]; then
