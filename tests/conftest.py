@@ -4,6 +4,7 @@ from mllmrec.stage.main import set_up_logging
 
 import json
 import os
+import socket
 import struct
 import subprocess
 import sys
@@ -74,6 +75,13 @@ def small_config(folder):
     path = Path(folder) / "small.yaml"
     path.write_text(text)
     return path
+
+
+def free_port():
+    """A port of this machine that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def call(*words, **environment):

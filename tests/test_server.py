@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 from aiohttp import web
-from conftest import ROOT, TINY, call
+from conftest import ROOT, TINY, call, free_port
 from transformers import AutoProcessor, AutoTokenizer, LlavaNextImageProcessorPil
 
 from mllmrec.generation import server as server_module
@@ -345,12 +345,6 @@ def test_another_number_of_tokens_on_the_server_is_a_warning(chat, caplog):
 
 
 # ------------------------------------------------------------------------ a real server
-
-
-def free_port():
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return taken.getsockname()[1]
 
 
 @contextmanager

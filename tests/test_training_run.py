@@ -1,12 +1,11 @@
 """Stage 5 as a command: resume, several processes, early stopping, logs, bad input, merging."""
 
 import shutil
-import socket
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, call, saved, write_unchecked
+from conftest import ROOT, TINY, call, free_port, saved, write_unchecked
 from fork_server import HEAVY, ForkServer
 from peft import PeftModel
 from peft.utils import load_peft_weights
@@ -113,12 +112,6 @@ def test_a_killed_training_resumes_to_the_same_losses_and_weights(
         read_record(tmp_path / name / "mllm_msr" / "adapter") for name in ("undisturbed", "killed")
     ]
     assert records[0]["loss"] == pytest.approx(records[1]["loss"], abs=1e-6)
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def distributed(rank, world_size, port):

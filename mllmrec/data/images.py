@@ -80,7 +80,7 @@ def padded_sizes(paths: Sequence[Path | None], n: int) -> list[tuple[int, int] |
     None: no image, or one whose header cannot be read. The released code pads the images of a batch
     to this size (`pad_black`), so that a score depends on the batch.
     """
-    known = [_size_or_none(path) for path in paths]
+    known = [size_or_none(path) for path in paths]
     sizes: list[tuple[int, int] | None] = []
     for start in range(0, len(known), n):
         batch = known[start : start + n]
@@ -94,7 +94,8 @@ def largest(sizes: Sequence[tuple[int, int] | None]) -> tuple[int, int] | None:
     return (max(w for w, _ in given), max(h for _, h in given)) if given else None
 
 
-def _size_or_none(path: Path | None) -> tuple[int, int] | None:
+def size_or_none(path: Path | None) -> tuple[int, int] | None:
+    """(width, height) of an image; None if there is none that can be opened."""
     try:
         return image_size(path) if path is not None else None
     except ImageError:

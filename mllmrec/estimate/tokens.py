@@ -11,18 +11,24 @@ from pathlib import Path
 from typing import Any
 
 from mllmrec.data.candidates import is_leave_one_out, read_users, user_key, users_of_split
-from mllmrec.data.images import ImageError, image_size
+from mllmrec.data.images import image_size, size_or_none
 from mllmrec.generation.dialogues import Dialogue, Prompt
-from mllmrec.generation.preferences import HistoryItem, UserHistory, read_histories
+from mllmrec.generation.engine import load_chat
+from mllmrec.generation.preferences import (
+    UserHistory,
+    read_histories,
+    read_summaries,
+    user_history,
+)
 from mllmrec.generation.prompt_writer import EncodedImage, PromptWriter
 from mllmrec.models.chat import ChatProcessor
-from mllmrec.models.loading import load_processor, max_prompt_tokens, read_config
+from mllmrec.models.loading import load_processor
 from mllmrec.prompts.templates import fill, user_turn
 from mllmrec.ranking.options import RankerOptions
 from mllmrec.ranking.reader import RowReader, chat_processor
 from mllmrec.ranking.rows import image_names
 from mllmrec.ranking.token_counts import TokenCounts, dialogue_tokens, scoring_tokens
-from mllmrec.stage.jsonl import PathLike, read_by_id, read_rejected, read_rows
+from mllmrec.stage.jsonl import PathLike, read_by_id, read_rows
 from mllmrec.stage.options import load_config, parse_options
 from mllmrec.stage.schema import Row
 from mllmrec.stage.scripts import load_script
@@ -80,13 +86,13 @@ def summary_tokens(options: Any) -> StageTokens:
     data, path = Path(options.data_dir), options.system_dir / "image_summaries.jsonl"
     items = read_by_id(data / "items.jsonl", "item_id")
     written = {row["item_id"]: [row["summary"]] for row in _rows(path)}
-    chat, limit = _chat_and_limit(options)
+    chat, limit = load_chat(options.model, options)
     turn = user_turn(fill(options.image_prompt, options.domain), images=1)
     text, longest, images = chat.render([turn]), _Longest(), 0
     before, filler = chat.count(text) - 1, stand_in(chat, options.max_new_tokens)
     todo: list[tuple[Dialogue, list[str]]] = []
     for item_id, item in items.items():
-        size = _size_or_none(data, item)
+        size = size_or_none(data / item["image"] if item["image"] else None)
         if size is None:
             continue
         tokens = chat.image_tokens_of_size(*size)
@@ -107,10 +113,13 @@ def preference_tokens(options: Any) -> StageTokens:
     """Tokens of stage 3, recurrent. options: its Options."""
     stage = load_script("Inference/preference_recurrent.py")
     path = options.system_dir / "user_preferences.jsonl"
-    chat, limit = _chat_and_limit(options)
+    chat, limit = load_chat(options.model, options)
     limit = min(options.max_prompt_tokens or limit, limit)
     histories, missing = _histories(options, chat)
-    written = {_row_key(row): [b["preference"] for b in row["blocks"]] for row in _rows(path)}
+    written = {
+        user_key(row, "split" in row): [block["preference"] for block in row["blocks"]]
+        for row in _rows(path)
+    }
     longest, filler = _Longest(), stand_in(chat, options.max_new_tokens)
 
     def dialogues() -> Iterator[tuple[Dialogue, Sequence[str]]]:
@@ -131,18 +140,15 @@ def _histories(options: Any, chat: ChatProcessor) -> tuple[dict[Any, UserHistory
     path = Path(options.summaries or options.system_dir / "image_summaries.jsonl")
     data = Path(options.data_dir)
     items, users = read_by_id(data / "items.jsonl", "item_id"), read_users(data / "users.jsonl")
-    summaries = {row["item_id"]: row["summary"] for row in _rows(path)}
-    summaries |= dict.fromkeys(read_rejected(path, "item_id"), "")
+    summaries = read_summaries(path) if path.exists() else {}
     if summaries.keys() >= items.keys():
         return read_histories(options), ()
     filler = stand_in(chat, stage_options("image_summary", options.config).max_new_tokens)
-    leave_one_out, histories = is_leave_one_out(users), {}
-    for user in users:
-        ids = {"user_id": user["user_id"]} | ({"split": user["split"]} if leave_one_out else {})
-        history = [
-            HistoryItem(i, items[i]["title"], summaries.get(i, filler)) for i in user["history"]
-        ]
-        histories[user_key(user, leave_one_out)] = UserHistory(ids, history)
+    texts, leave_one_out = dict.fromkeys(items, filler) | summaries, is_leave_one_out(users)
+    histories = {
+        user_key(user, leave_one_out): user_history(user, items, texts, leave_one_out)
+        for user in users
+    }
     return histories, (path.name,)
 
 
@@ -168,7 +174,8 @@ def _expected_ranking_tokens(
     """An upper bound before stage 4: every question as long as it may be."""
     data = Path(options.data_dir)
     items = read_by_id(data / "items.jsonl", "item_id").values()
-    sizes = [size for size in (_size_or_none(data, item) for item in items) if size]
+    paths = [data / item["image"] if item["image"] else None for item in items]
+    sizes = [size for size in map(size_or_none, paths) if size]
     images = [chat.image_tokens_of_size(*size) for size in sizes] if chat.takes_images else []
     negatives = load_config(Path(options.config)).get("data", {}).get("train_negatives", 1)
     users = users_of_split(read_users(data / "users.jsonl"), split)
@@ -185,23 +192,5 @@ def stage_options(section: str, config: PathLike, words: Sequence[str] = ()) -> 
     return parse_options(stage.Options, stage.SECTION, ["--config", str(config), *words])
 
 
-def _chat_and_limit(options: Any) -> tuple[ChatProcessor, int]:
-    processor = load_processor(options.model, options)
-    chat = ChatProcessor(processor, prompt_format=options.prompt_format)
-    return chat, max_prompt_tokens(read_config(options.model), options.max_new_tokens)
-
-
-def _size_or_none(folder: Path, item: Row) -> tuple[int, int] | None:
-    """Width and height of an item's image; None if stage 2 would reject it."""
-    try:
-        return image_size(folder / item["image"]) if item["image"] else None
-    except (ImageError, OSError):
-        return None
-
-
 def _rows(path: Path) -> Iterable[Row]:
     return read_rows(path) if path.exists() else ()
-
-
-def _row_key(row: Row) -> Any:
-    return (row["user_id"], row["split"]) if "split" in row else row["user_id"]

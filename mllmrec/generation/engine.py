@@ -223,9 +223,17 @@ def _server_engine(
             logger.warning(
                 "--%s %s has no effect: the server decides", option, getattr(options, option)
             )
+    chat, limit = load_chat(name, options, multimodal)
+    return ServerEngine(name, chat, options), limit
+
+
+def load_chat(
+    name: str, options: GenerationStageOptions, multimodal: bool = False
+) -> tuple[ChatProcessor, int]:
+    """(ChatProcessor, how many tokens a prompt may have) for the model `name`, without weights."""
     processor = load_processor(name, options, multimodal)
     limit = max_prompt_tokens(read_config(name), options.max_new_tokens)
-    return ServerEngine(name, ChatProcessor(processor), options), limit
+    return ChatProcessor(processor, prompt_format=options.prompt_format), limit
 
 
 def run_dialogues(

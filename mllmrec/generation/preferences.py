@@ -1,8 +1,9 @@
 """What stage 3 shares between its recurrent and its direct form: options, histories, the output."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from pydantic.dataclasses import dataclass as options_dataclass
 
@@ -77,9 +78,7 @@ def read_histories(options: PreferenceOptions) -> dict[RowId, UserHistory]:
     """
     users_path, items_path, summaries_path = _input_paths(options)
     users, items = read_users(users_path), read_by_id(items_path, "item_id")
-    rows = read_by_id(summaries_path, "item_id")
-    summaries = {item_id: row["summary"] for item_id, row in rows.items()}
-    summaries |= dict.fromkeys(read_rejected(summaries_path, "item_id"), "")
+    summaries = read_summaries(summaries_path)
     leave_one_out = is_leave_one_out(users)
     histories: dict[RowId, UserHistory] = {}
     for number, user in enumerate(users, start=1):
@@ -88,15 +87,27 @@ def read_histories(options: PreferenceOptions) -> dict[RowId, UserHistory]:
         key = user_key(user, leave_one_out)
         if wanted:
             _check_history(user, where, {items_path: items, summaries_path: summaries})
-        known = [i for i in user["history"] if i in items and i in summaries]
-        ids = {"user_id": user["user_id"]} | ({"split": user["split"]} if leave_one_out else {})
-        histories[key] = UserHistory(
-            ids, [HistoryItem(i, items[i]["title"], summaries[i]) for i in known]
-        )
+        histories[key] = user_history(user, items, summaries, leave_one_out)
     return histories
 
 
-def _check_history(user: Row, where: str, known: dict[Path, dict[str, Row]]) -> None:
+def read_summaries(path: Path) -> dict[str, str]:
+    """Item id -> its summary, empty for an item that stage 2 rejected."""
+    rows = read_by_id(path, "item_id")
+    summaries = {item_id: row["summary"] for item_id, row in rows.items()}
+    return summaries | dict.fromkeys(read_rejected(path, "item_id"), "")
+
+
+def user_history(
+    user: Row, items: Mapping[str, Row], summaries: Mapping[str, str], leave_one_out: bool
+) -> UserHistory:
+    """A line of users.jsonl with its items' titles and summaries; unknown items are left out."""
+    known = [i for i in user["history"] if i in items and i in summaries]
+    ids = {"user_id": user["user_id"]} | ({"split": user["split"]} if leave_one_out else {})
+    return UserHistory(ids, [HistoryItem(i, items[i]["title"], summaries[i]) for i in known])
+
+
+def _check_history(user: Row, where: str, known: Mapping[Path, Mapping[str, Any]]) -> None:
     (items_path, items), (summaries_path, summaries) = known.items()
     if not user["history"]:
         raise InputError(

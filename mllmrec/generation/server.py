@@ -321,7 +321,7 @@ def _retry_after(error: openai.APIStatusError) -> float:
 
 
 async def _model_names(client: Any) -> str:
-    """ ", it has: …" with the models that a server lists, "" if it lists none."""
+    """The models that a server lists, as the end of a sentence; empty if it lists none."""
     with contextlib.suppress(openai.OpenAIError):
         names = [model.id async for model in client.models.list()]
         return f", it has {', '.join(names[:5])}" if names else ""

@@ -33,6 +33,7 @@ from mllmrec.estimate.command import estimate_stage
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import read_rows, write_rows
 from mllmrec.stage.options import ROOT
+from mllmrec.stage.scripts import load_script
 
 COVER = (300, 640)  # pixels; LLaVA-NeXT cuts it into two tiles beside the whole image
 BASE_GB = "base_gb"
@@ -72,11 +73,10 @@ STEPS = (
 
 def titles(count):
     """Titles of MicroLens-50k if they are there, else of the sample."""
-    for ending, separator in (("csv", ","), ("tsv", "\t")):
-        path = ROOT / f"data/raw/microlens/MicroLens-50k_titles.{ending}"
-        if path.exists():
-            lines = path.read_text().splitlines()[1 : count + 1]
-            return [line.split(separator, 1)[1].strip('"') for line in lines]
+    path = ROOT / "data/raw/microlens/MicroLens-50k_titles.csv"
+    if path.exists():
+        found, _ = load_script("data_processing/microlens.py").read_titles(path)
+        return found.head(count).tolist()
     rng = np.random.default_rng(0)
     return [world.random_item(rng)["title"] for _ in range(count)]
 

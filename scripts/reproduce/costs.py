@@ -3,10 +3,10 @@
 from dataclasses import asdict, fields
 from functools import partial
 
+from mllmrec.generation.engine import load_chat
 from mllmrec.generation.preferences import read_histories
 from mllmrec.generation.prompt_writer import PromptWriter
-from mllmrec.models.chat import ChatProcessor
-from mllmrec.models.loading import load_processor, max_prompt_tokens, read_config
+from mllmrec.models.loading import load_processor
 from mllmrec.ranking.options import RankerOptions
 from mllmrec.ranking.reader import RowReader, chat_processor
 from mllmrec.ranking.token_counts import TokenCounts, dialogue_tokens, scoring_tokens
@@ -55,9 +55,7 @@ def preference_costs(path):
     """Costs of the recurrence that wrote user_preferences.jsonl."""
     stage, record = load_script("Inference/preference_recurrent.py"), read_record(path)
     options = options_of(stage.Options, record["arguments"])
-    processor = load_processor(options.model, options)
-    chat = ChatProcessor(processor, prompt_format=options.prompt_format)
-    limit = max_prompt_tokens(read_config(options.model), options.max_new_tokens)
+    chat, limit = load_chat(options.model, options)
     limit = min(options.max_prompt_tokens or limit, limit)
     new_writer = partial(PromptWriter, chat, limit, options.domain, block_line=options.block_line)
     rows, histories = read_rows(path), read_histories(options)
