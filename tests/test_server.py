@@ -34,6 +34,7 @@ from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import read_rows
 from mllmrec.stage.options import load_config
 from mllmrec.stage.record import read_record
+from mllmrec.stage.scripts import load_script
 
 FIRST = "One word."  # what the engine asks a server for before all rows
 
@@ -384,6 +385,19 @@ def test_summaries_of_a_real_server_are_those_of_the_model_here(small_run, tmp_p
         )
     found = tmp_path / "mllm_msr/image_summaries.jsonl"
     assert found.read_bytes() == (small_run.system / "image_summaries.jsonl").read_bytes()
+
+
+def test_a_pilot_on_a_server_prints_how_long_all_rows_would_take(small_run, tmp_path, caplog):
+    summaries = str(small_run.system / "image_summaries.jsonl")
+    with Server(echo) as server:
+        load_script("Inference/preference_recurrent.py").main(
+            [
+                *("--config", str(small_run.config), "--output_dir", str(tmp_path)),
+                *("--summaries", summaries, "--limit", "5"),
+                *("--engine", "server", "--base_url", server.url),
+            ]
+        )
+    assert "users a second all 30 would take" in caplog.text
 
 
 @pytest.mark.slow

@@ -7,6 +7,8 @@ import shutil
 import pytest
 import torch
 from conftest import TINY, saved, small_config
+from safetensors.torch import load_file
+from transformers import AutoConfig
 
 from mllmrec.models.chat import ChatProcessor
 from mllmrec.models.loading import load_multimodal
@@ -456,6 +458,25 @@ def test_an_empty_training_file_is_refused_before_the_model_is_loaded(
         InputError, match=r"train.jsonl is empty; make it again with scripts/04_datasets.sh"
     ):
         small_run.run("MLLM-MSR/train/train_llava_sft.py", "--output_dir", str(tmp_path))
+
+
+def test_vllm_finds_every_layer_of_the_adapter(small_run):
+    """By the rules of vLLM 0.32.0: how it renames a LoRA key for LLaVA-NeXT, and what it takes."""
+    adapter = small_run.system / "adapter"
+    served = set()
+    for key in load_file(adapter / "adapter_model.safetensors"):
+        name, _, part = key.removeprefix("base_model.model.").rpartition(".lora_")
+        assert name.startswith("model.language_model.")
+        assert part in ("A.weight", "B.weight")
+        served.add(name.replace("model.language_model.", "language_model.model.", 1))
+    layers = range(AutoConfig.from_pretrained(TINY / "llava").text_config.num_hidden_layers)
+    parts = {f"self_attn.{name}_proj" for name in "qkvo"}
+    parts |= {f"mlp.{name}_proj" for name in ("gate", "up", "down")}
+    assert served == {f"language_model.model.layers.{n}.{part}" for n in layers for part in parts}
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    assert not config["modules_to_save"] and not config["use_dora"] and config["bias"] == "none"
+    assert config["init_lora_weights"] in (True, "gaussian")
+    assert config["r"] in (1, 8, 16, 32, 64, 128, 256, 320, 512)  # values of --max-lora-rank
 
 
 def test_the_adapter_of_another_base_is_refused(small_run, tmp_path, monkeypatch):
