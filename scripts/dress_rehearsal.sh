@@ -3,4 +3,6 @@
 # Usage: bash scripts/dress_rehearsal.sh [--folder DIR] [--size full|tiny] [--delete]
 # Needs 24 GB of memory, 60 GB of disk; resumes.
 source "$(dirname "$0")/common.sh"
+# On a CPU glibc then gives every tensor of a megabyte or more back at once, so the peaks are what the stages need.
+export MALLOC_MMAP_THRESHOLD_=1048576 MALLOC_TRIM_THRESHOLD_=1048576
 "$PYTHON" scripts/rehearsal/rehearse.py "$@"

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 import torch
-from conftest import TINY
+import yaml
+from conftest import ROOT, TINY
 from fork_server import HEAVY, LIGHT
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -839,6 +840,7 @@ def option_cases():
     yield from (combination_case(*entry) for entry in COMBINATIONS)
 
 
+NO_SERVER = "--engine server --base_url http://127.0.0.1:9/v1"
 COMBINATIONS = [
     ("sample", "--train_fraction 0.7 --validation_fraction 0.4", "--train_fraction and --valid"),
     (
@@ -933,6 +935,16 @@ COMBINATIONS = [
     ("preference", "--temperature 1e-30", "wrote"),
     ("preference", "--temperature 1e-300 --top_p 1e-300", "wrote"),
     ("preference", "--model Inference/tiny_models/llava", "llava cannot be loaded.*; "),
+    ("preference", "--engine nonsense", "--engine: "),
+    ("preference", "--engine server", "--base_url"),
+    ("preference", "--engine server --base_url localhost:8000", "--base_url"),
+    ("preference", "--engine server --base_url http://", "--base_url"),
+    ("preference", "--engine server --base_url=", "--base_url"),
+    ("preference", "--base_url http://localhost:9/v1", "pass --engine server"),
+    ("preference", f"{NO_SERVER} --patience 1", "no server answers.*start one"),
+    ("summary", f"{NO_SERVER} --patience 1", "no server answers.*start one"),
+    ("preference", f"{NO_SERVER} --prompt_format {{text}}", "renders prompts.*or use --engine"),
+    ("preference", f"{NO_SERVER} --model nowhere", "the model folder nowhere is missing; "),
     ("train", "--lora_layers nonsense", "no linear layers called 'nonsense'; "),
     ("train", "--lora_layers", "wrote"),
     ("train", "--lora_r 2147483647", "--lora_r|out of memory"),
@@ -1934,6 +1946,25 @@ def shell_cases():
     yield case(
         "scripts/04_datasets.sh configs/sample.yaml --nonsense 1", "unknown option '--nonsense'"
     )
+    for script in ("estimate.sh", "serve.sh"):
+        stage = " preference" if script == "serve.sh" else ""
+        yield case(f"scripts/{script} nowhere.yaml{stage}", "there is no config nowhere.yaml; ")
+    for words, says in (
+        ("estimate.sh configs/sample.yaml --stages nonsense", "--stages nonsense: choose of"),
+        ("serve.sh configs/sample.yaml preference --port 99999999", "--port 99999999 is no port"),
+        ("serve.sh configs/sample.yaml preference --data_parallel 0", "--data_parallel 0 is no"),
+        ("dress_rehearsal.sh --folder README.md", "a file is where a folder belongs"),
+    ):
+        yield case(f"scripts/{words}", says)
+
+    def elsewhere(place, **config):
+        common = {"data_dir": f"{place.folder}", "output_dir": f"{place.folder}"} | config
+        text = yaml.safe_dump({"base": str(ROOT / "configs/sample.yaml"), "common": common})
+        (place.folder / "a.yaml").write_text(text)
+
+    words = "scripts/estimate.sh {folder}/a.yaml --stages train"
+    says = f"items.jsonl is missing; {PREPARE} makes it"
+    yield case(words, says, damage=partial(elsewhere, data_dir="/nowhere"))
     for name in ("nonsense", "tools", "", "../common"):
         says = f"there is no benchmark '.*{name[3:]}.*'; choose one of"
         yield case(f"scripts/benchmark.sh {name}", says)

@@ -20,7 +20,9 @@ from mllmrec.generation.engine import (
 )
 from mllmrec.generation.preferences import HistoryItem, UserHistory
 from mllmrec.generation.prompt_writer import EncodedImage, ImagePrompts, PromptWriter
+from mllmrec.models import compat
 from mllmrec.models.chat import ChatProcessor
+from mllmrec.models.compat import packed_linears
 from mllmrec.models.loading import load_multimodal, load_text
 from mllmrec.models.random_models import random_llama, random_llava, random_qwen3, random_qwen_vl
 from mllmrec.prompts import mllm_msr as prompts
@@ -441,3 +443,48 @@ def test_the_direct_form_leaves_the_oldest_items_out_and_counts_them(llama):
     assert 0 < left_out < len(history)
     assert row["blocks"][0]["items"] == [item.item_id for item in history[left_out:]]
     assert whole_length(history[left_out - 1 :]) > limit, "an item that would fit is not left out"
+
+
+def test_weights_are_packed_while_a_cpu_decodes(llama, monkeypatch):
+    """A packed layer has a forward method of its own."""
+    model, chat = llama
+    layers = [m for m in model.get_decoder().modules() if isinstance(m, torch.nn.Linear)]
+    seen, generate = [], model.generate
+
+    def watched(*args, **options):
+        seen.append(sum("forward" in vars(layer) for layer in layers))
+        return generate(*args, **options)
+
+    monkeypatch.setattr(model, "generate", watched)
+    preferences(model, chat, simulated_histories(2)[0], 4096)
+    assert set(seen) == {len(layers)}
+    assert not any("forward" in vars(layer) for layer in layers)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_packed_product_is_the_plain_one(bias):
+    layer = torch.nn.Linear(96, 40, bias=bias).eval()
+    inputs = {rows: torch.randn(rows, 1, 96) for rows in (1, 5, 7)}
+    with torch.inference_mode():
+        plain = {rows: layer(x) for rows, x in inputs.items()}
+        with packed_linears(layer, 5):
+            assert "forward" in vars(layer)
+            for rows, x in inputs.items():
+                torch.testing.assert_close(layer(x), plain[rows], rtol=1e-5, atol=1e-6)
+        with pytest.raises(ValueError, match="stop"), packed_linears(layer, 5):
+            raise ValueError("stop")
+    assert "forward" not in vars(layer)
+
+
+def test_what_cannot_be_packed_stays_as_it_is(monkeypatch):
+    layer = torch.nn.Linear(8, 8)
+    with packed_linears(layer.bfloat16(), 2):
+        assert "forward" not in vars(layer)
+    layer.float().forward = hook = lambda x: x  # accelerate replaces forward, too
+    with packed_linears(layer, 2):
+        assert layer.forward is hook
+    assert layer.forward is hook
+    del layer.forward
+    monkeypatch.setattr(compat, "MAX_PACKED_BYTES", layer.weight.nbytes - 1)
+    with packed_linears(layer, 2):
+        assert "forward" not in vars(layer)

@@ -21,12 +21,13 @@ from mllmrec.models.chat import ChatProcessor
 from mllmrec.models.loading import load_multimodal, load_processor, load_text, read_config
 from mllmrec.models.lora import add_lora
 from mllmrec.models.options import LoraOptions, ModelOptions
-from mllmrec.models.random_models import LLAMA_SIZES, LLAVA_SIZES
 from mllmrec.models.size import model_size
 from mllmrec.ranking.token_counts import TokenCounts
 from mllmrec.stage.errors import InputError
+from mllmrec.stage.scripts import load_script
 
 GB = 1e9
+CARDS_SCRIPT = load_script("scripts/rehearsal/cards.py")
 
 
 @pytest.fixture
@@ -156,21 +157,13 @@ def test_quantised_weights_take_what_bitsandbytes_takes(quantization):
 
 @pytest.fixture(scope="module")
 def full_size():
-    """LLaVA-v1.6-Mistral-7B and Llama-3-8B by their published shapes."""
-    from transformers import CLIPVisionConfig, LlamaConfig, LlavaNextConfig, MistralConfig
-
-    vision, text, tile, pinpoints = LLAVA_SIZES["7b"]
-    llava = LlavaNextConfig(
-        vision_config=CLIPVisionConfig(image_size=tile, projection_dim=768, **vision),
-        text_config=MistralConfig(**text),
-        image_grid_pinpoints=pinpoints,
-    )
-    return {"llava": model_size(llava), "llama": model_size(LlamaConfig(**LLAMA_SIZES["8b"]))}
+    """By the published shapes."""
+    return CARDS_SCRIPT.full_sizes()
 
 
 def test_full_size_takes_what_a_gpu_was_seen_to_take(full_size):
     """Peaks of one H200 with random weights, docs/benchmarks.md ("Full size"): within 15%."""
-    llava, llama = full_size["llava"], full_size["llama"]
+    llava, llama = full_size["llava"], full_size["llama3"]
     measured = json.loads((ROOT / "results/benchmarks/h200_train.json").read_text())
     assert llava.parameters == pytest.approx(measured["parameters"], rel=0.01)
     assert llama.parameters == 8_030_261_248
@@ -184,6 +177,12 @@ def test_full_size_takes_what_a_gpu_was_seen_to_take(full_size):
     assert (quantised + eight_rows) / GB == pytest.approx(11.0, rel=0.15)
     scoring = llava.weights() + llava.pass_through(16384) + llava.kv(16384)
     assert scoring / GB == pytest.approx(19.2, rel=0.15)
+
+
+def test_the_card_table_of_the_readme_is_what_its_script_prints(full_size):
+    lines = list(CARDS_SCRIPT.table(full_size))
+    assert len(lines) == 2 + len(CARDS_SCRIPT.CARD_ROWS)
+    assert "\n".join(lines) in (ROOT / "README.md").read_text()
 
 
 def test_the_command_shows_every_stage_with_its_arithmetic(small_run, tmp_path, capsys):
@@ -200,7 +199,7 @@ def test_the_command_shows_every_stage_with_its_arithmetic(small_run, tmp_path, 
 
 def test_a_card_without_room_for_one_row_is_named(full_size):
     tokens = StageTokens(10, TokenCounts(10, 30_000, 0, 30_000, 2_000), 3_200)
-    llama = full_size["llama"]
+    llama = full_size["llama3"]
 
     def estimate(quantization):
         fixed = {"weights": llama.weights(quantization), "activations": llama.pass_through(16384)}

@@ -24,7 +24,7 @@ from mllmrec.generation.dialogues import (
     first_request,
 )
 from mllmrec.models.chat import ChatProcessor, to_model
-from mllmrec.models.compat import empty_device_cache, is_out_of_memory
+from mllmrec.models.compat import empty_device_cache, is_out_of_memory, packed_linears
 from mllmrec.models.loading import (
     load_multimodal,
     load_processor,
@@ -32,7 +32,7 @@ from mllmrec.models.loading import (
     max_prompt_tokens,
     read_config,
 )
-from mllmrec.models.options import GenerationStageOptions
+from mllmrec.models.options import DEFAULT_URLS, GenerationStageOptions
 from mllmrec.models.trial import check_trial
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.progress import Progress
@@ -160,7 +160,8 @@ class GenerationEngine:
                 *sampling.warpers(self.options.temperature, self.options.top_p),
                 sampling.GumbelMaxSampler(streams, prompt_length),
             ]
-        ids = self.model.generate(**batch, logits_processor=LogitsProcessorList(processors))
+        with packed_linears(self.model.get_decoder(), len(requests)):
+            ids = self.model.generate(**batch, logits_processor=LogitsProcessorList(processors))
         if finite.broken is not None and finite.broken.any():
             row_id = requests[int(finite.broken.nonzero()[0])].row_id
             raise InputError(
@@ -192,6 +193,8 @@ def load_engine(
     """
     if options.engine == "server":
         return _server_engine(name, options, multimodal)
+    if options.base_url != DEFAULT_URLS:
+        raise InputError("--base_url names servers, but --engine is local; pass --engine server")
     model, processor = (load_multimodal if multimodal else load_text)(name, options)
     limit = max_prompt_tokens(model.config, options.max_new_tokens)
     chat = ChatProcessor(processor, prompt_format=options.prompt_format)

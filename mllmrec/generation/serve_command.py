@@ -38,8 +38,13 @@ def serve_command(
     """The words of the command that serves the model of a config's section.
 
     program: one of PROGRAMS; section: one of SECTIONS; data_parallel: copies of the model, one GPU
-    each. Raises InputError if the config names no model for the section.
+    each. Raises InputError if the config names no model for the section, or a number is out of
+    range.
     """
+    if not 1 <= port <= 65535:
+        raise InputError(f"--port {port} is no port; name one from 1 to 65535")
+    if data_parallel < 1:
+        raise InputError(f"--data_parallel {data_parallel} is no number of copies; name at least 1")
     options = config.get(section) or {}
     if "model" not in options:
         raise InputError(f"the config names no model in its section {section}")

@@ -38,6 +38,9 @@ GENERATION_SPEED_OPTIONS = (
 )
 
 
+DEFAULT_URLS = ["http://localhost:8000/v1"]
+
+
 @dataclass
 class GenerationStageOptions(ModelOptions):
     """Options of the stages that generate text; each stage sets its own defaults."""
@@ -57,7 +60,7 @@ class GenerationStageOptions(ModelOptions):
         "local", "who runs the model: this process, or a server with OpenAI's chat protocol"
     )
     base_url: list[str] = option(
-        ["http://localhost:8000/v1"],
+        DEFAULT_URLS,
         "servers, with /v1; requests are spread over them",
         min_length=1,
     )

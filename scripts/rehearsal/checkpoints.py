@@ -36,46 +36,59 @@ LLAMA2 = {
 }
 
 
-def llava_next(size, folder):
-    """(class, config, processor) of LLaVA-v1.6-Mistral-7B; size tiny: a tiny one of that kind."""
+def llava_config(size, **ids):
+    """Of LLaVA-v1.6-Mistral-7B; size tiny: of a tiny one of that kind. ids: of special tokens."""
     vision, text, tile, pinpoints = LLAVA_SIZES["7b" if size == "full" else "tiny"]
-    processor = llava_processor(folder)
-    processor.image_processor = LlavaNextImageProcessorPil(
-        size={"shortest_edge": tile},
-        crop_size={"height": tile, "width": tile},
-        image_grid_pinpoints=pinpoints,
-    )
-    processor.patch_size = vision["patch_size"]
-    config = LlavaNextConfig(
+    shape = {"vocab_size": 32064, "max_position_embeddings": 32768, "sliding_window": None} | text
+    return LlavaNextConfig(
         vision_config=CLIPVisionConfig(image_size=tile, projection_dim=768, **vision),
-        text_config=MistralConfig(
-            **{"vocab_size": 32064, "max_position_embeddings": 32768, "sliding_window": None}
-            | text
-            | special_ids(processor.tokenizer)
-        ),
+        text_config=MistralConfig(**shape | ids),
         image_grid_pinpoints=pinpoints,
-        image_token_index=processor.tokenizer.convert_tokens_to_ids("<image>"),
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
     )
+
+
+def llama3_config(size, **ids):
+    """Of Llama-3-8B-Instruct."""
+    shape = LLAMA_SIZES["8b" if size == "full" else "tiny"] | {"vocab_size": 128256}
+    return LlamaConfig(max_position_embeddings=8192, **shape | ids)
+
+
+def llama2_config(size, vocab_size=32000, **ids):
+    """Of Llama-2-7B."""
+    shape = LLAMA2 if size == "full" else LLAMA_SIZES["tiny"]
+    return LlamaConfig(max_position_embeddings=4096, **shape | ids | {"vocab_size": vocab_size})
+
+
+CONFIGS = {"llava": llava_config, "llama3": llama3_config, "llama2": llama2_config}
+
+
+def llava_next(size, folder):
+    """(class, config, processor) of LLaVA-v1.6-Mistral-7B."""
+    processor = llava_processor(folder)
+    config = llava_config(size, **special_ids(processor.tokenizer))
+    config.image_token_index = processor.tokenizer.convert_tokens_to_ids("<image>")
+    tile = config.vision_config.image_size
+    processor.image_processor = LlavaNextImageProcessorPil(
+        size={"shortest_edge": tile},
+        crop_size={"height": tile, "width": tile},
+        image_grid_pinpoints=config.image_grid_pinpoints,
+    )
+    processor.patch_size = config.vision_config.patch_size
     return LlavaNextForConditionalGeneration, config, processor
 
 
 def llama_3(size, folder):
     """(class, config, tokenizer) of Llama-3-8B-Instruct."""
     tokenizer = llama3_tokenizer(folder)
-    shape = LLAMA_SIZES["8b" if size == "full" else "tiny"] | {"vocab_size": 128256}
-    config = LlamaConfig(max_position_embeddings=8192, **shape, **special_ids(tokenizer))
-    return LlamaForCausalLM, config, tokenizer
+    return LlamaForCausalLM, llama3_config(size, **special_ids(tokenizer)), tokenizer
 
 
 def llama_2(size, folder):
     """(class, config, tokenizer) of Llama-2-7B; Mistral's 32,000 pieces stand in for its own."""
     tokenizer = mistral_tokenizer(folder)
-    shape = LLAMA2 if size == "full" else LLAMA_SIZES["tiny"]
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), max_position_embeddings=4096, **shape, **special_ids(tokenizer)
-    )
+    config = llama2_config(size, len(tokenizer), **special_ids(tokenizer))
     return LlamaForCausalLM, config, tokenizer
 
 

@@ -155,16 +155,26 @@ def measured(words):
 
 
 def arithmetic(section, config):
-    """Tokens of a stage and its memory in GB by part, from `mllmrec.estimate`, in float32."""
-    estimate = estimate_stage(section, config, itemsize=4, chunk_tokens=CPU_CHUNK_TOKENS)
-    counts, texts = estimate.tokens.counts, estimate.per_token * estimate.tokens.longest
-    parts = estimate.fixed | ({"keys and values": texts} if texts else {})
+    """Tokens of a stage and its memory in GB by part, from `mllmrec.estimate`, in float32.
+
+    All texts are decoded at once. A prompt's keys and values are there twice, when they are copied
+    beside the others; bitsandbytes makes the weights of one linear layer at a time.
+    """
+    estimate = estimate_stage(section, config, itemsize=4)
+    tokens, size = estimate.tokens, estimate.size
+    parts = dict(estimate.fixed)
+    if estimate.per_token:
+        batch = min(max(CPU_CHUNK_TOKENS, tokens.longest), tokens.rows * tokens.longest)
+        parts["activations"] = size.pass_through(batch, 4)
+        parts["keys and values"] = estimate.per_token * tokens.longest * (tokens.rows + 1)
+    parts["weights of a layer"] = 4 * size.hidden * size.intermediate
     return {
-        "rows": estimate.tokens.rows,
-        "prompt_tokens": counts.prompt,
-        "image_tokens": counts.image,
-        "generated_tokens": counts.generated,
-        "memory_gb": {name: round(size / 1e9, 3) for name, size in parts.items()},
+        "rows": tokens.rows,
+        "longest": tokens.longest,
+        "prompt_tokens": tokens.counts.prompt,
+        "image_tokens": tokens.counts.image,
+        "generated_tokens": tokens.counts.generated,
+        "memory_gb": {name: round(value / 1e9, 3) for name, value in parts.items()},
     }
 
 
