@@ -1,10 +1,13 @@
 """Benchmarks run, and the limits that they compare with are those of the operations."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -15,6 +18,7 @@ from mllmrec.stage.scripts import load_script
 
 limits = load_script("scripts/benchmarks/limits.py")
 inference = load_script("scripts/benchmarks/inference.py")
+scoring = load_script("scripts/benchmarks/scoring.py")
 SPEEDS = limits.Speeds(flops=1e9, bandwidth=1e8)
 
 
@@ -48,7 +52,7 @@ def test_the_vision_tower_is_as_many_operations_as_torch_counts():
             pixel_values=pixels["pixel_values"], image_sizes=pixels["image_sizes"]
         )
     )
-    passes = inference.vision_passes(model, chat, prompt, [image])
+    passes = limits.vision_passes(model, chat, [(prompt, image)])
     found = sum(2 * weights * tokens for weights, tokens in passes)
     assert found == pytest.approx(operations, rel=0.1)  # without attention, with embeddings
 
@@ -73,3 +77,24 @@ def test_the_benchmark_of_stages_2_and_3_runs(tmp_path, monkeypatch):
     assert [row["batches"] for row in report["rows"]] == [[2], [2]]
     assert all(0 < row["share_of_limit"] < 1 for row in report["rows"])
     assert report["rows"][1]["share_of_users_with_equal_texts"] == 1.0
+
+
+def test_the_benchmark_of_stage_6_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = "--size tiny --rows 4 --users 1 4 --published_at 4 --repeats 1 --batch_tokens 512"
+    scoring.main(words.split())
+    alone, *shared = json.loads((tmp_path / "outputs/benchmark/scoring.json").read_text())["rows"]
+    assert len(shared) == 2 and all(row["largest_logit_difference"] < 1e-4 for row in shared)
+    assert all(0 < row["share_of_limit"] < 1 for row in (alone, *shared))
+    # Four users of one item and four items of one user each: the image is needed once.
+    assert shared[0]["limit_s"] < 0.8 * alone["limit_s"]
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_stage_5_runs(tmp_path):
+    words = ["--size", "tiny", "--steps", "1", "--step", "2", "--batch", "2", "--repeats", "1"]
+    script = str(ROOT / "scripts/benchmarks/train.py")
+    done = subprocess.run([sys.executable, script, *words], cwd=tmp_path, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+    [row, *_] = json.loads((tmp_path / "outputs/benchmark/train.json").read_text())["rows"]
+    assert 0 < row["ours_mfu"] < 1 and 0 < row["baseline_mfu"] < 1

@@ -19,7 +19,7 @@ from mllmrec.stage.main import run_main
 
 import numpy as np
 import torch
-from limits import decoding_seconds, measure_speeds, prefill_seconds
+from limits import decoding_seconds, measure_speeds, prefill_seconds, vision_passes
 from tools import (
     count_parameters,
     cover,
@@ -158,10 +158,10 @@ def compare(case, works, tokens, repeats):
     return row, results
 
 
-def with_limit(row, model, batches, args, speeds, vision_passes=()):
+def with_limit(row, model, batches, args, speeds, passes=()):
     """The row with the least time of ours, and its share."""
     lengths = [length for batch in batches for length in batch]
-    prefill = prefill_seconds(model, lengths, speeds, vision_passes)
+    prefill = prefill_seconds(model, lengths, speeds, passes)
     decoding = decoding_seconds(model, batches, args.new_tokens, speeds)
     limit = prefill + decoding
     row |= {
@@ -174,17 +174,6 @@ def with_limit(row, model, batches, args, speeds, vision_passes=()):
     }
     print_row({key: row[key] for key in ("limit_s", "limit_prefill_s", "share_of_limit")})
     return row
-
-
-def vision_passes(model, chat, prompt, covers):
-    """[(weights, tokens)] of tower and projector, for all covers."""
-    tower, projector = model.model.vision_tower, model.model.multi_modal_projector
-    patches = (tower.config.image_size // tower.config.patch_size) ** 2
-    tiles = sum(chat.encode_arrays(prompt, image)["pixel_values"].shape[1] for image in covers)
-    return [
-        (count_parameters(tower), tiles * (patches + 1)),
-        (count_parameters(projector), tiles * patches),
-    ]
 
 
 def summary_row(args, dtype, device, speeds):
@@ -202,7 +191,7 @@ def summary_row(args, dtype, device, speeds):
     }
     case, tokens = f"image summaries, {args.items} covers", args.items * args.new_tokens
     row, _ = compare(case, works, tokens, args.repeats)
-    passes = vision_passes(model, chat, prompt, covers)
+    passes = vision_passes(model, chat, [(prompt, image) for image in covers])
     return with_limit(row, model, batches, args, speeds, passes) | {
         "parameters": count_parameters(model),
         "image_tokens": [chat.count_image_tokens(image) for image in covers],

@@ -9,7 +9,7 @@ operations themselves: a large matrix product, and a product of a large matrix w
 from dataclasses import dataclass
 
 import torch
-from tools import timed
+from tools import count_parameters, timed
 
 from mllmrec.generation.prefill import kv_bytes_per_token
 
@@ -49,18 +49,29 @@ def layer_weights(model):
     return sum(w.numel() for w in weights), sum(w.nbytes for w in weights)
 
 
-def prefill_seconds(model, lengths, speeds, vision_passes=()):
+def vision_passes(model, chat, prompts):
+    """[(weights, tokens)] of tower and projector. prompts: (text, image) each."""
+    tower, projector = model.model.vision_tower, model.model.multi_modal_projector
+    patches = (tower.config.image_size // tower.config.patch_size) ** 2
+    tiles = sum(chat.encode_arrays(*prompt)["pixel_values"].shape[1] for prompt in prompts)
+    return [
+        (count_parameters(tower), tiles * (patches + 1)),
+        (count_parameters(projector), tiles * patches),
+    ]
+
+
+def prefill_seconds(model, lengths, speeds, passes=()):
     """Prefill of prompts of these lengths.
 
-    vision_passes: (weights, tokens) of each pass through parts that see the images only. The LM
-    head is needed at one position of each prompt.
+    passes: (weights, tokens) of each pass through parts that see the images only, as from
+    `vision_passes`. The LM head is needed at one position of each prompt.
     """
     text = model.config.get_text_config()
     per_token = 2 * sum(w.numel() for w in model.get_decoder().layers.parameters())
     head = 2 * model.lm_head.weight.numel()
     attention = 2 * text.num_hidden_layers * text.hidden_size  # of a pair of tokens, causal
     operations = sum(per_token * n + attention * n * n + head for n in lengths)
-    operations += sum(2 * weights * tokens for weights, tokens in vision_passes)
+    operations += sum(2 * weights * tokens for weights, tokens in passes)
     return operations / speeds.flops
 
 

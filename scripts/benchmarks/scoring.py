@@ -9,7 +9,8 @@ training texts have no end token) writes all 30. Both are measured: `stop` and `
 one forward pass per row, one row at a time. Ours: `mllmrec/ranking/scoring.py`, which computes what
 the prompts of an item share once. All have the same random weights and rows, and run alternately in
 one process; medians. The logits of the plain procedure are compared with ours, so that no time is
-saved by wrong scores; those of the published one depend on the padding.
+saved by wrong scores; those of the published one depend on the padding. `share_of_limit`: the least
+time for the operations of ours (`limits.py`), divided by its time.
 
 Out: outputs/benchmark/scoring.json.
 """
@@ -21,6 +22,7 @@ from functools import partial
 
 import numpy as np
 import torch
+from limits import measure_speeds, prefill_seconds, vision_passes
 from PIL import Image
 from tools import (
     PREFERENCE,
@@ -42,7 +44,9 @@ from mllmrec.models.loading import DTYPES, pick_device
 from mllmrec.models.random_models import LLAVA_SIZES, random_llava
 from mllmrec.prompts import mllm_msr as prompts
 from mllmrec.ranking.reader import RowReader
+from mllmrec.ranking.rows import group_rows
 from mllmrec.ranking.scoring import ScoringOptions, score_rows
+from mllmrec.ranking.token_counts import scoring_tokens
 
 PUBLISHED_ROWS = 6  # in a batch
 PUBLISHED_TOKENS = {"stop": 2, "30 tokens": 30}  # generated per row
@@ -96,7 +100,22 @@ def score_ours(model, reader, rows, batch_tokens):
     return np.array([scored[index] for index in range(len(rows))])
 
 
-def compare(model, reader, n_users, args):
+def least_seconds(model, reader, rows, speeds):
+    """Each item's image and the beginning that its prompts share once, and the rest of each."""
+    lengths, prompts = [], []
+    for group in group_rows(rows):
+        members = [rows[n] for n in group]
+        first = scoring_tokens(members[:1], reader).prompt
+        others = len(members) - 1
+        lengths.append(first)
+        if others:
+            rest = scoring_tokens(members, reader).computed - first
+            lengths += [rest / others] * others
+        prompts.append((reader.prompt(members[0])[0], reader.image(members[0])))
+    return prefill_seconds(model, lengths, speeds, vision_passes(model, reader.chat, prompts))
+
+
+def compare(model, reader, n_users, args, speeds):
     """Rows of the report: `n_users` users per item, each published procedure."""
     n_items = max(1, args.rows // n_users)
     rows = make_rows(reader.folder, n_items, n_users)
@@ -109,8 +128,11 @@ def compare(model, reader, n_users, args):
         works[name] = partial(score_published, model, reader, rows, new_tokens)
     # Plain is timed once; it is there for its logits.
     seconds, logits = timed_interleaved(works, args.repeats, once=("plain",))
+    limit = least_seconds(model, reader, rows, speeds)
     common = {
         "ours_s": round(seconds["ours"], 3),
+        "limit_s": round(limit, 4),
+        "share_of_limit": round(limit / seconds["ours"], 2),
         "ours_ms_per_row": round(1000 * seconds["ours"] / len(rows), 1),
         "plain_s": round(seconds["plain"], 3),
         "ratio_to_plain": round(seconds["plain"] / seconds["ours"], 2),
@@ -148,15 +170,20 @@ def parse_arguments(argv):
 
 def main(argv=None):
     args = parse_arguments(argv)
-    model, processor = random_llava(args.size, dtype=DTYPES[args.dtype], device=pick_device())
+    device, dtype = pick_device(), DTYPES[args.dtype]
+    speeds = measure_speeds(device, dtype)
+    model, processor = random_llava(args.size, dtype=dtype, device=device)
     chat = ChatProcessor(processor)
     with tempfile.TemporaryDirectory() as folder:
         reader = RowReader(chat, folder)
-        rows = [row for n_users in args.users for row in compare(model, reader, n_users, args)]
+        rows = [
+            row for n_users in args.users for row in compare(model, reader, n_users, args, speeds)
+        ]
     millions = count_parameters(model) / 1e6
     write_report(
         "scoring",
         rows,
+        gflops=round(speeds.flops / 1e9),
         model=f"random LLaVA-NeXT, {millions:.0f}M parameters, {args.dtype}",
         image_tokens=[chat.count_image_tokens(Image.new("RGB", shape)) for shape in SHAPES],
         question_tokens=chat.count(prompts.RECOMMEND + PREFERENCE),

@@ -14,9 +14,9 @@ own, so that its peak memory is its own; medians.
 How many rows share an item follows the training rows of MicroLens-50k, 40,658 rows of 10,818 items:
 cut into groups of at most four, 22% of the groups have one row, 22% two, 17% three and 39% four.
 
-On a GPU the model-FLOPs utilisation is measured, too: 4 x parameters of the language model x tokens
-per second (forward, and backward through frozen weights), divided by what a large bf16 matrix
-product reaches in the same run.
+Ours and published state their share of the machine's limit, the model-FLOPs utilisation: 4 x
+parameters of the language model x tokens of all rows (forward, and backward through frozen weights)
+over the time, divided by what a large matrix product reaches in the same run.
 
 Out: outputs/benchmark/train.json.
 """
@@ -36,6 +36,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from limits import measure_speeds
 from tools import (
     count_parameters,
     new_parser,
@@ -45,7 +46,6 @@ from tools import (
     question_row,
     save_cover,
     synchronize,
-    timed,
     write_report,
 )
 
@@ -239,17 +239,11 @@ def measure(procedure, args):
     on_gpu = model.device.type == "cuda"
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     result["peak_gb"] = (torch.cuda.max_memory_allocated() if on_gpu else peak) / 1e9
-    if on_gpu and procedure != "trl":
+    if procedure != "trl":
         language_model = count_parameters(model.get_decoder().layers)
-        result["mfu"] = 4 * language_model * tokens / seconds / matmul_flops(model.device)
+        speed = measure_speeds(model.device, model.dtype).flops
+        result["mfu"] = 4 * language_model * tokens / seconds / speed
     return result
-
-
-def matmul_flops(device):
-    """Operations per second of a large product of bf16 matrices."""
-    a = torch.randn(8192, 8192, dtype=torch.bfloat16, device=device)
-    times = [timed(lambda: a @ a)[0] for _ in range(10)]
-    return 2 * 8192**3 / min(times)
 
 
 def measure_in_processes(args):
