@@ -105,7 +105,7 @@ def main(argv=None):
             sizes = dict(zip(items, padded_sizes(paths, options.pad_images), strict=True))
         as_url = options.engine == "server"
         prompts = ImagePrompts(todo, items_path.parent, chat, turn, sizes, as_url)
-        images = read_ahead(prompts, options.workers)
+        images = read_ahead(prompts, options.workers, options.engine == "server")
 
         def new_writer(item):
             return PromptWriter(chat, limit, domain, {"item_id": item["item_id"]})

@@ -1,29 +1,42 @@
 """scripts/estimate.sh: tokens are those of a run, memory is that of models that were measured."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT, TINY, call
+from PIL import Image
 
-from mllmrec.estimate.command import CARDS, StageEstimate, estimate_stage, lines, main
+from mllmrec.estimate.command import (
+    CARDS,
+    StageEstimate,
+    estimate_stage,
+    lines,
+    main,
+    training_bytes,
+)
 from mllmrec.estimate.tokens import (
     StageTokens,
     preference_tokens,
+    ranking_tokens,
     stage_options,
     stand_in,
     summary_tokens,
 )
+from mllmrec.generation.dialogues import Prompt, RejectedError
 from mllmrec.generation.engine import GenerationEngine
 from mllmrec.models.chat import ChatProcessor
 from mllmrec.models.loading import load_multimodal, load_processor, load_text, read_config
 from mllmrec.models.lora import add_lora
 from mllmrec.models.options import LoraOptions, ModelOptions
 from mllmrec.models.size import model_size
-from mllmrec.ranking.token_counts import TokenCounts
+from mllmrec.ranking.options import FineTuningOptions
+from mllmrec.ranking.token_counts import TokenCounts, dialogue_tokens
 from mllmrec.stage.errors import InputError
+from mllmrec.stage.jsonl import read_rows
 from mllmrec.stage.scripts import load_script
 
 GB = 1e9
@@ -80,6 +93,64 @@ def test_tokens_of_summaries_are_those_of_the_run(small_run, tmp_path, seen, sum
     else:  # the two texts that are not kept are counted as long as they may be
         assert found[0] > seen[0] and found[1] > seen[1] and after.missing
     assert before.counts.generated >= after.counts.generated
+
+
+def test_a_limit_and_padded_images_count_as_in_the_run(small_run, tmp_path, seen):
+    data, config = tmp_path / "data", config_of(small_run, tmp_path)
+    shutil.copytree(small_run.folder / "covers", data / "covers")
+    (data / "items.jsonl").write_bytes((small_run.folder / "items.jsonl").read_bytes())
+    for row in read_rows(data / "items.jsonl")[:20:3]:
+        cover = Image.open(data / row["image"])
+        cover.resize((150, 40)).save(data / row["image"])
+    words = ["--data_dir", str(data), "--output_dir", str(tmp_path), "--limit", "10"]
+    plain = summary_tokens(stage_options("image_summary", config, words))
+    padded = [*words, "--pad_images", "4"]
+    small_run.run("Inference/image_summary.py", *padded)
+    found = summary_tokens(stage_options("image_summary", config, padded))
+    assert found.rows == plain.rows == 10
+    assert (found.counts.prompt, found.counts.generated, found.counts.requests) == tuple(seen)
+    assert found.counts.image != plain.counts.image, "padded images have other shapes"
+
+
+def test_rows_that_share_nothing_are_computed_whole(small_run):
+    def tokens(section, *words):
+        split = "train" if section == "train" else "test"
+        return ranking_tokens(stage_options(section, small_run.config, words), split)
+
+    few = tokens("score", "--limit", "2")
+    assert few.rows == 2 * 21 < tokens("score").rows
+    plain = tokens("score", "--limit", "2", "--reuse_prefix", "false").counts
+    assert plain.computed == plain.prompt == few.counts.prompt > few.counts.computed
+    assert tokens("train", "--limit", "7").rows == 7
+    apart, together = tokens("train").counts, tokens("train", "--group_by", "item").counts
+    assert apart.computed == apart.prompt == together.prompt > together.computed
+
+
+def test_training_needs_what_its_largest_pass_needs(full_size):
+    llava = full_size["llava"]
+    tokens = StageTokens(100, TokenCounts(100, 100_000, 0, 100_000), 1_000)
+
+    def needed(**options):
+        return training_bytes(llava, FineTuningOptions(**options), tokens, 2)
+
+    micro_batch = llava.training(1_000, 8, checkpointing=True)
+    checkpointing = {"gradient_checkpointing": True, "batch_size": 1, "lora_r": 8}
+    assert needed(**checkpointing, score_batch_tokens=1) == micro_batch
+    validation = llava.pass_through(16_384) + llava.kv(16_384)
+    assert needed(**checkpointing) == llava.training(0, 8, checkpointing=True) + validation
+    logits = needed(**checkpointing, score_batch_tokens=1, loss="sequence") - micro_batch
+    assert logits >= 4 * 1_000 * 32_064
+
+
+def test_tokens_of_a_rejected_dialogue_are_those_until_then():
+    chat = ChatProcessor(load_processor(str(TINY / "llama"), ModelOptions()))
+
+    def dialogue():
+        yield Prompt("a", 7)
+        raise RejectedError("too long")
+
+    counts = dialogue_tokens([(dialogue(), ["yes", "no"])], chat, 5)
+    assert (counts.requests, counts.prompt) == (1, 7)
 
 
 def test_tokens_of_preferences_are_those_of_the_run(small_run, tmp_path, seen):
@@ -203,8 +274,10 @@ def test_a_card_without_room_for_one_row_is_named(full_size):
 
     def estimate(quantization):
         fixed = {"weights": llama.weights(quantization), "activations": llama.pass_through(16384)}
+        read = llama.weights(quantization)
         return StageEstimate(
-            "preference", "llama", llama, tokens, 1, fixed, llama.kv(1), Path("none.jsonl")
+            *("preference", "llama", llama, tokens, 1, fixed, llama.kv(1), read),
+            Path("none.jsonl"),
         )
 
     small, large = CARDS[0], CARDS[-1]
@@ -214,7 +287,7 @@ def test_a_card_without_room_for_one_row_is_named(full_size):
     tight = replace(whole, fixed=whole.fixed | {"weights": 24e9})
     assert f"{small.name}: does not fit; try --quantization nf4" in "\n".join(lines(tight))
     # Decoding reads the weights for every token of a text, and its keys and values.
-    alone = replace(whole, tokens=replace(tokens, longest=10**6))
+    alone = replace(whole, tokens=StageTokens(1, TokenCounts(1, 3_000, 0, 3_000, 2_000), 5_000))
     assert alone.least_seconds(small) > 2_000 * llama.weights() / small.bandwidth
 
 

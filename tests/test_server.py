@@ -170,6 +170,7 @@ def test_dialogues_get_their_texts_and_requests_say_what_is_asked(chat, caplog):
     assert server.most > 4, "many requests are in flight at once"
     first, *bodies = server.bodies
     assert first["messages"][0]["content"] == FIRST and len(bodies) == 24
+    assert (first["temperature"], first["top_p"]) == (0.6, 0.9), "a server may keep to its first"
     body = next(b for b in bodies if b["messages"][0]["content"] == "u3 asks 1")
     assert body == {
         "model": "tiny",
@@ -182,9 +183,7 @@ def test_dialogues_get_their_texts_and_requests_say_what_is_asked(chat, caplog):
     assert server.keys == {"Bearer a key"}
     assert engine.described == {
         "model": "tiny",
-        "answers_as": "tiny",
-        "fingerprint": "fp_1",
-        "version": "1.2.3",
+        "servers": {server.url: {"answers_as": "tiny", "fingerprint": "fp_1", "version": "1.2.3"}},
     }
     assert caplog.text == ""
 
@@ -280,6 +279,83 @@ def test_a_dead_server_is_left_out_with_a_warning(chat, caplog):
             found, _ = ask(chat, [dead, server.url])
     assert found == {f"u{n}": heard(f"u{n}") for n in range(6)}
     assert f"{dead} does not answer" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "answer_of_the_sick", [fault(500, "its worker has ended"), fault(404, "no such model"), None]
+)
+def test_a_server_that_only_fails_takes_no_rows_with_it(chat, caplog, answer_of_the_sick):
+    """It answers the first request, and then has the fewest requests in flight all the time."""
+
+    def respond(body, asked):
+        is_first = body["messages"][0]["content"] == FIRST and len(sick.bodies) == 1
+        return echo(body) if is_first else answer_of_the_sick
+
+    with Server(respond) as sick, Server(echo) as well:
+        urls = [sick.url, well.url]
+        found, _ = ask(chat, urls, users=40, texts=3, concurrency=8, timeout=0.3)
+    assert found == {f"u{n}": heard(f"u{n}", 3) for n in range(40)}
+    assert len(sick.bodies) < 40 < len(well.bodies)
+    assert f"{sick.url} does not answer" in caplog.text
+
+
+def test_a_prompt_is_rejected_when_every_server_refuses_it(chat):
+    def refuse(body, asked):
+        text = body["messages"][0]["content"]
+        long = text.startswith("u1") or (text.startswith("u2") and server_is_small)
+        return fault(400, "too long") if long else echo(body)
+
+    server_is_small = True
+    large = Server(lambda body, asked: fault(400, "too long") if "u1" in str(body) else echo(body))
+    with Server(refuse) as small, large:
+        found, _ = ask(chat, [small.url, large.url], users=8)
+    assert found.pop("u1") == (None, "server: 400: too long")
+    assert found == {f"u{n}": heard(f"u{n}") for n in (0, *range(2, 8))}
+
+
+def test_the_last_prompt_is_rejected_if_the_server_answers_others(chat):
+    def respond(body, asked):
+        bad = body["messages"][0]["content"].startswith("u0")
+        return fault(500, "out of luck") if bad else echo(body)
+
+    with Server(respond) as server:
+        found, _ = ask(chat, [server.url], users=1)
+    assert found == {"u0": (None, "server, asked 5 times: 500: out of luck")}
+
+
+def test_a_page_at_version_that_is_no_version_is_passed_over(chat, monkeypatch):
+    async def page(self, request):
+        return web.Response(text="<html>hello</html>", content_type="text/html")
+
+    monkeypatch.setattr(Server, "_version", page)
+    with Server(echo) as server:
+        found, engine = ask(chat, [server.url], users=1)
+    assert found == {"u0": heard("u0")}
+    assert engine.described["servers"][server.url]["version"] is None
+
+
+def test_answers_without_a_text_do_not_pass_for_texts(chat):
+    """As from a server that keeps what a model thinks apart, and got no further."""
+    with Server(lambda body, asked: answer(None, "length")) as server:
+        found, _ = ask(chat, [server.url], users=1)
+    assert found == {"u0": (None, "server, asked 5 times: an answer without a text")}
+    server = Server(lambda body, asked: (200, {"error": "not a chat completion"}))
+    message = "no server answers: http.*an answer without a text"
+    with server, pytest.raises(InputError, match=message):
+        ask(chat, [server.url])
+
+
+def test_a_model_that_can_think_first_is_asked_not_to(chat):
+    tokenizer = AutoTokenizer.from_pretrained(TINY / "llama")
+    tokenizer.chat_template += "{% if enable_thinking is false %}{% endif %}"
+    with Server(echo) as server:
+        ask(ChatProcessor(tokenizer), [server.url], users=1)
+        assert {str(body["chat_template_kwargs"]) for body in server.bodies} == {
+            "{'enable_thinking': False}"
+        }
+    with Server(echo) as server:
+        ask(chat, [server.url], users=1)
+        assert not any("chat_template_kwargs" in body for body in server.bodies)
 
 
 def test_requests_are_spread_over_the_servers(chat):

@@ -15,7 +15,8 @@ import argparse
 import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from mllmrec.estimate.tokens import (
 from mllmrec.models.loading import read_config
 from mllmrec.models.size import ModelSize, model_size
 from mllmrec.stage.errors import InputError
+from mllmrec.stage.jsonl import read_rows
 from mllmrec.stage.options import load_config
 from mllmrec.stage.output import duration
 from mllmrec.stage.record import read_record
@@ -67,7 +69,8 @@ class StageEstimate:
     """One stage of a config.
 
     section: of the config; passes: how often its rows go through the model; fixed: memory by part
-    in bytes, whatever the card; per_token: bytes that each token of a batch of texts adds.
+    in bytes, whatever the card; per_token: bytes that each token of a batch of texts adds;
+    read_bytes: of the weights that each step of decoding reads; steps: of the optimizer, in all.
     """
 
     section: str
@@ -77,7 +80,9 @@ class StageEstimate:
     passes: int
     fixed: dict[str, float]
     per_token: float
+    read_bytes: float
     output: Path
+    steps: int = 0
 
     @property
     def memory(self) -> float:
@@ -92,19 +97,22 @@ class StageEstimate:
     def least_seconds(self, card: Card) -> float:
         """No implementation is faster: every operation at the card's full speed.
 
-        Forward passes take 2 operations for each weight and token, training twice that for the
-        gradients of the activations. Each step of decoding reads the weights and all keys and
-        values.
+        A forward pass takes 2 operations for each token and weight of the language model's layers,
+        and the LM head once for each prompt and new token; training takes twice that for the
+        gradients of the activations. Each step of decoding reads these weights, and all keys and
+        values. Vision tower and attention come on top.
         """
-        counts = self.tokens.counts
-        operations = 2 * self.size.parameters * (counts.computed + counts.generated) * self.passes
-        if self.section in TRAINED:
-            operations *= 2
+        counts, size = self.tokens.counts, self.size
+        computed = size.linear * (counts.computed + counts.generated)
+        heads = size.head * (counts.requests + counts.generated)
+        operations = 2 * (computed + heads) * self.passes * (2 if self.section in TRAINED else 1)
         seconds = operations / card.flops
         if counts.generated:
-            steps = counts.generated / max(1, self.texts_at_once(card))
-            length = (counts.prompt + counts.generated / 2) / max(1, counts.requests)
-            read = steps * self.fixed["weights"] + counts.generated * length * self.per_token
+            length = (counts.prompt + counts.generated) / max(1, counts.requests)
+            free = card.memory - self.read_bytes
+            at_once = min(counts.requests, max(1.0, free / (self.per_token * length)))
+            held = (counts.prompt + counts.generated / 2) / max(1, counts.requests)
+            read = counts.generated * (self.read_bytes / at_once + held * self.per_token)
             seconds = max(seconds, read / card.bandwidth)
         return seconds
 
@@ -122,38 +130,74 @@ def estimate_stage(
     size = model_size(read_config(options.model))
     training = section in TRAINED
     fixed = {"weights": size.weights(options.quantization, itemsize, training)}
-    passes, per_token = 1, 0.0
+    passes, per_token, steps = 1, 0.0, 0
     if section in GENERATED:
         tokens = (summary_tokens if section == "image_summary" else preference_tokens)(options)
         fixed["activations"] = size.pass_through(chunk_tokens, itemsize)
         output, per_token = options.system_dir / GENERATED[section], size.kv(1, itemsize)
     elif training:
         tokens = ranking_tokens(options, "train", lists=section == "ranker")
-        batch = tokens.longest * options.batch_size
-        fixed["LoRA, optimizer, activations"] = size.training(
-            batch, options.lora_r, options.gradient_checkpointing, itemsize
-        )
+        fixed["LoRA, optimizer, activations"] = training_bytes(size, options, tokens, itemsize)
         output, passes = options.system_dir / "adapter", math.ceil(options.epochs)
+        steps = passes * math.ceil(tokens.rows / (options.batch_size * options.accumulation))
     else:
         tokens = ranking_tokens(options, "test")
         batch = min(max(options.batch_tokens, tokens.longest), tokens.counts.computed)
-        held = size.pass_through(batch, itemsize) + size.kv(batch, itemsize)
-        fixed["activations, keys and values"] = held
+        fixed["activations, keys and values"] = scoring_bytes(size, batch, itemsize)
         variants = sorted(options.system_dir.glob("*/scores.jsonl"))
         output = variants[0] if variants else options.system_dir / "sft" / "scores.jsonl"
-    return StageEstimate(section, options.model, size, tokens, passes, fixed, per_token, output)
+        passes = 2  # scripts/06_score.sh: without and with the adapter
+    read = replace(size, parameters=size.linear + size.head)
+    read_bytes = read.weights(options.quantization, itemsize)
+    return StageEstimate(
+        *(section, options.model, size, tokens, passes, fixed, per_token, read_bytes),
+        *(output, steps),
+    )
 
 
-def measured_seconds(estimate: StageEstimate) -> tuple[float, int] | None:
-    """(seconds for all rows, rows of the pilot) at the rate of the run record; None without one."""
+def scoring_bytes(size: ModelSize, batch: int, itemsize: int) -> float:
+    """What scoring holds beside the weights for a batch of so many tokens."""
+    return size.pass_through(batch, itemsize) + size.kv(batch, itemsize)
+
+
+def training_bytes(size: ModelSize, options: Any, tokens: StageTokens, itemsize: int) -> float:
+    """What training holds beside the weights: a micro-batch, or a batch of the validation.
+
+    options: RankerOptions. With `--loss sequence` there are logits at all positions of a row.
+    """
+    batch = tokens.longest * options.batch_size
+    checkpointing = options.gradient_checkpointing
+    micro_batch = size.training(batch, options.lora_r, checkpointing, itemsize)
+    if options.loss == "sequence":
+        micro_batch += size.logits(batch)
+    validation = min(max(options.score_batch_tokens, tokens.longest), tokens.counts.prompt)
+    adapter = size.training(0, options.lora_r, checkpointing, itemsize)
+    return max(micro_batch, adapter + scoring_bytes(size, validation, itemsize))
+
+
+def measured_seconds(estimate: StageEstimate) -> tuple[float, str] | None:
+    """(seconds for all rows, of what the rate is) of a run or a pilot; None if there was none."""
+    if estimate.section in TRAINED:
+        return _measured_training(estimate)
     record = read_record(estimate.output) if estimate.output.exists() else None
     if record is None:
         return None
-    rows = record["rows"]  # training has no rows that come out
-    done = rows.get("written_by_this_run", rows.get("out", rows.get("in", 0)))
+    rows = record["rows"]
+    done = rows.get("written_by_this_run", rows.get("out", 0))
     if not done:
         return None
-    return record["seconds"] / done * estimate.tokens.rows, done
+    seconds = record["seconds"] / done * estimate.tokens.rows * estimate.passes
+    return seconds, f"{done:,} rows"
+
+
+def _measured_training(estimate: StageEstimate) -> tuple[float, str] | None:
+    """By the steps before the first validation; validations are not counted."""
+    log = estimate.output.with_name("training_log.jsonl")
+    steps = takewhile(lambda line: "loss" in line, read_rows(log) if log.exists() else ())
+    last = max(steps, key=lambda line: line["step"], default=None)
+    if last is None or "train_runtime" not in last:
+        return None
+    return last["train_runtime"] / last["step"] * estimate.steps, f"{last['step']:,} steps"
 
 
 def lines(estimate: StageEstimate) -> Iterator[str]:
@@ -184,8 +228,8 @@ def lines(estimate: StageEstimate) -> Iterator[str]:
         yield f"  {card.name}: {at_once}at least {duration(estimate.least_seconds(card))}"
     found = measured_seconds(estimate)
     if found:
-        seconds, done = found
-        yield f"  measured on this machine: {duration(seconds)}, at the rate of {done:,} rows"
+        seconds, what = found
+        yield f"  measured on this machine: {duration(seconds)}, at the rate of {what}"
 
 
 def main(argv: Sequence[str] | None = None) -> None:

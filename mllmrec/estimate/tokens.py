@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mllmrec.data.candidates import is_leave_one_out, read_users, user_key, users_of_split
-from mllmrec.data.images import image_size, size_or_none
+from mllmrec.data.images import image_size, largest, padded_sizes, size_or_none
 from mllmrec.generation.dialogues import Dialogue, Prompt
 from mllmrec.generation.engine import load_chat
 from mllmrec.generation.preferences import (
@@ -26,7 +26,7 @@ from mllmrec.models.loading import load_processor
 from mllmrec.prompts.templates import fill, user_turn
 from mllmrec.ranking.options import RankerOptions
 from mllmrec.ranking.reader import RowReader, chat_processor
-from mllmrec.ranking.rows import image_names
+from mllmrec.ranking.rows import first_users, image_names
 from mllmrec.ranking.token_counts import TokenCounts, dialogue_tokens, scoring_tokens
 from mllmrec.stage.jsonl import PathLike, read_by_id, read_rows
 from mllmrec.stage.options import load_config, parse_options
@@ -91,8 +91,10 @@ def summary_tokens(options: Any) -> StageTokens:
     text, longest, images = chat.render([turn]), _Longest(), 0
     before, filler = chat.count(text) - 1, stand_in(chat, options.max_new_tokens)
     todo: list[tuple[Dialogue, list[str]]] = []
-    for item_id, item in items.items():
-        size = size_or_none(data / item["image"] if item["image"] else None)
+    paths = [data / item["image"] if item["image"] else None for item in items.values()]
+    sizes = padded_sizes(paths, max(1, options.pad_images))
+    listed = list(zip(items.items(), sizes, strict=True))
+    for (item_id, item), size in listed[: options.limit or None]:
         if size is None:
             continue
         tokens = chat.image_tokens_of_size(*size)
@@ -116,6 +118,7 @@ def preference_tokens(options: Any) -> StageTokens:
     chat, limit = load_chat(options.model, options)
     limit = min(options.max_prompt_tokens or limit, limit)
     histories, missing = _histories(options, chat)
+    histories = dict(list(histories.items())[: options.limit or None])
     written = {
         user_key(row, "split" in row): [block["preference"] for block in row["blocks"]]
         for row in _rows(path)
@@ -152,10 +155,11 @@ def _histories(options: Any, chat: ChatProcessor) -> tuple[dict[Any, UserHistory
     return histories, (path.name,)
 
 
-def ranking_tokens(options: RankerOptions, split: str, lists: bool = False) -> StageTokens:
+def ranking_tokens(options: Any, split: str, lists: bool = False) -> StageTokens:
     """Tokens of one pass over the rows of stage 5 (split train) or stage 6 (split test).
 
-    lists: a row asks about a user's whole list, as in MLLM4Rec's ranker.
+    options: FineTuningOptions for train, else those of stage 6; lists: a row asks about a user's
+    whole list, as in MLLM4Rec's ranker.
     """
     path = options.system_dir / f"{split}.jsonl"
     chat = chat_processor(load_processor(options.model, options), options)
@@ -163,8 +167,19 @@ def ranking_tokens(options: RankerOptions, split: str, lists: bool = False) -> S
         return _expected_ranking_tokens(options, split, chat, lists)
     rows = list(_rows(path))
     reader = RowReader(chat, path.parent, options.max_text_tokens)
-    counts = scoring_tokens(rows, reader)
+    if split == "train":  # a micro-batch shares at most what all rows of an item share
+        reuse, padded, rows = options.group_by == "item", 0, rows[: options.limit or None]
+    else:
+        reuse, padded = options.reuse_prefix, options.pad_images
+        rows = first_users(rows, options.limit)
+    reader.pad_images(rows, padded)
+    counts = scoring_tokens(rows, reader, reuse)
     sizes = {path.parent / name: image_size(path.parent / name) for name in image_names(rows)}
+    if padded:
+        paths = [path.parent / row["images"][0] if row["images"] else None for row in rows]
+        for image, size in zip(paths, padded_sizes(paths, padded), strict=True):
+            if image is not None:
+                sizes[image] = largest([sizes[image], size]) or sizes[image]
     return StageTokens(len(rows), counts, max(reader.lengths(rows, sizes), default=0))
 
 

@@ -297,16 +297,16 @@ def _next_batch(engine: GenerationEngine, waiting: list[Request]) -> list[Reques
     return batch
 
 
-def read_ahead(dataset: Any, workers: int) -> DataLoader[Any]:
+def read_ahead(dataset: Any, workers: int, is_remote: bool = False) -> DataLoader[Any]:
     """Iterate over a dataset (__len__, __getitem__) that `workers` processes read ahead of the
     model.
 
-    workers: -1 = up to 8 of this process's cores on a GPU machine, none if the model itself
-    computes on the CPU.
+    workers: -1 = up to 8 of this process's cores if a GPU or a server computes, none if the model
+    itself computes on the CPU. is_remote: the model is on a server.
     """
     if workers < 0:
         cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        workers = min(8, cores) if torch.cuda.is_available() else 0
+        workers = min(8, cores) if is_remote or torch.cuda.is_available() else 0
     return DataLoader(
         dataset,
         batch_size=None,

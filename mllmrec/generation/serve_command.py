@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,13 @@ IMAGE_SECTIONS = ("image_summary",)
 SECTIONS = (*IMAGE_SECTIONS, "preference")
 # LLaVA-NeXT: up to 2,928 tokens of an image (five tiles and their row ends), and the question.
 IMAGE_PROMPT_TOKENS = 3072
+PYTHON = "python"
+
+
+def program_path(name: str) -> str:
+    """A program of the environment that this Python belongs to, else as the shell finds it."""
+    beside = Path(sys.executable).with_name(name)
+    return sys.executable if name == PYTHON else str(beside) if beside.exists() else name
 
 
 def longest(section: str, options: dict[str, Any]) -> int:
@@ -56,10 +64,13 @@ def serve_command(
                 "--port, and name all of them with --base_url"
             )
         words = ["transformers", "serve", model, "--port", str(port), "--dtype", "bfloat16"]
-        # Continuous batching takes text models only.
-        return words + ([] if section in IMAGE_SECTIONS else ["--continuous-batching"])
+        # Continuous batching takes text models only; all texts are generated as the first request
+        # says, which samples only where the checkpoint's generation config does.
+        is_greedy = not float(options.get("temperature", 0.0))
+        batches = section not in IMAGE_SECTIONS and is_greedy
+        return words + (["--continuous-batching"] if batches else [])
     if program == "sglang":
-        words = ["python", "-m", "sglang.launch_server", "--model-path", model]
+        words = [PYTHON, "-m", "sglang.launch_server", "--model-path", model]
         words += ["--port", str(port), "--dtype", "bfloat16", "--sampling-defaults", "openai"]
         words += ["--context-length", str(length)] if length else []
         return words + (["--dp-size", str(data_parallel)] if data_parallel > 1 else [])
@@ -87,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(shlex.join(words), flush=True)
     if args.run:
         try:
-            os.execvp(words[0], words)
+            os.execvp(program_path(words[0]), words)
         except FileNotFoundError:
             raise InputError(f"{words[0]} is not installed in this environment") from None
 

@@ -1,9 +1,10 @@
 """Generating texts on servers with OpenAI's chat protocol: vLLM, SGLang, `transformers serve`.
 
 The servers batch; here many dialogues are in flight at once, each with one request. A server that
-fails is left alone for a while and its requests go to the others, so a run survives a restart of
-its servers. What a request asks for depends on its row alone; whether the same request gives the
-same text again is up to the server.
+fails is left alone for a while, longer each time, and its requests go to the others, so a run
+survives a restart of its servers, and a server that only fails takes no rows with it: a prompt is
+rejected only by a server that answers other prompts. What a request asks for depends on its row
+alone; whether the same request gives the same text again is up to the server.
 """
 
 import asyncio
@@ -37,28 +38,54 @@ logger = logging.getLogger(__name__)
 
 KEY = "OPENAI_API_KEY"  # environment variable
 TRIES = 5  # of a request that a server fails to answer while it answers others
+FAULTS = 3  # one after the other, until a warning says that a server does not answer
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # seconds between two tries
 NOT_ALLOWED = (openai.AuthenticationError, openai.PermissionDeniedError)
-WRONG = (openai.BadRequestError, openai.NotFoundError, openai.UnprocessableEntityError)
+REFUSED = (openai.BadRequestError, openai.UnprocessableEntityError)
+WRONG = (*REFUSED, openai.NotFoundError)
 
 
 class _NotAnsweredError(Exception):
-    """A request that may be asked again: its server cannot be reached, or is busy."""
+    """A request that may be asked again: its server cannot be reached, is busy, or has no such
+    model.
+    """
 
 
 class _FaultError(_NotAnsweredError):
     """The same, but the prompt itself may be the reason."""
 
 
+class _RefusedError(Exception):
+    """A server takes the prompt for wrong, as one that is too long."""
+
+
 @dataclass
 class _Server:
-    """One of the servers. until: when it may be asked again, in time.monotonic()'s seconds."""
+    """One of the servers.
+
+    until: when it may be asked again; answered: when it answered last, both in time.monotonic()'s
+    seconds; faults: since then, those during a pause not counted; reason: of the last fault.
+    """
 
     url: str
     client: Any
     in_flight: int = 0
     until: float = 0.0
+    answered: float = 0.0
+    faults: int = 0
     failed: bool = False
+    reason: str = ""
+
+    def fault(self, reason: str) -> None:
+        """Leave the server alone for a while, twice as long as the time before."""
+        now = time.monotonic()
+        if now < self.until:
+            return  # of a request that was in flight already
+        self.faults, self.reason = self.faults + 1, reason
+        pause = min(FIRST_PAUSE * 2**self.faults, LONGEST_PAUSE)
+        if self.faults >= FAULTS:
+            self.fail(reason, pause)
+        self.until = now + pause
 
     def fail(self, reason: str, pause: float) -> None:
         """Leave the server alone for `pause` seconds."""
@@ -66,12 +93,13 @@ class _Server:
             logger.warning(
                 "%s does not answer (%s); asked again every %.0f s", self.url, reason, pause
             )
-        self.failed, self.until = True, time.monotonic() + pause
+        self.failed, self.until, self.reason = True, time.monotonic() + pause, reason
 
     def succeed(self) -> None:
         if self.failed:
             logger.info("%s answers again", self.url)
-        self.failed, self.until = False, 0.0
+        self.failed, self.until, self.faults = False, 0.0, 0
+        self.answered = time.monotonic()
 
 
 class ServerEngine:
@@ -80,8 +108,12 @@ class ServerEngine:
     def __init__(self, name: str, chat: ChatProcessor, options: GenerationStageOptions) -> None:
         self.chat, self.options = chat, options
         self.model = options.served_model or name
-        # For the run record: texts depend on the server.
-        self.described: dict[str, Any] = {"model": self.model}
+        # For the run record, by URL: texts depend on the server.
+        self.described: dict[str, Any] = {"model": self.model, "servers": {}}
+        template = getattr(chat.processor, "chat_template", None) or chat.tokenizer.chat_template
+        # As in ChatProcessor; other servers than ours may refuse a field that they do not know.
+        thinks = "enable_thinking" in str(template)
+        self.extra = {"chat_template_kwargs": {"enable_thinking": False}} if thinks else None
         # Of prompts that the server counts in another way: (tokens here, tokens there).
         self.different_lengths: list[tuple[int, int]] = []
         self.last_answer = time.monotonic()
@@ -154,11 +186,8 @@ class ServerEngine:
 
     async def _try(self, server: _Server) -> str | None:
         """The reason why a server does not answer; None if it does."""
-        turn = {"role": "user", "content": "One word."}
         try:
-            answer = await server.client.chat.completions.create(
-                model=self.model, messages=[turn], max_tokens=1, temperature=0.0
-            )
+            await self._probe(server)
         except NOT_ALLOWED as error:
             raise InputError(
                 f"{server.url} does not accept the key in {KEY} ({_detail(error)}); export the one "
@@ -170,15 +199,44 @@ class ServerEngine:
                 f"{server.url} refuses a first request for the model {self.model!r} "
                 f"({_detail(error)}){known}; name the model as the server does, with --served_model"
             ) from None
-        except openai.OpenAIError as error:
+        except (openai.OpenAIError, _FaultError) as error:
             server.fail(_detail(error), LONGEST_PAUSE)
             return _detail(error)
-        self.described |= {
-            "answers_as": answer.model,
-            "fingerprint": answer.system_fingerprint,
-            "version": await _version(server.client),
-        }
         return None
+
+    async def _probe(self, server: _Server) -> None:
+        """Ask for one token. Sampled as the run's texts: a server may keep to its first request."""
+        answer = await server.client.chat.completions.create(
+            model=self.model,
+            messages=[{"role": "user", "content": "One word."}],
+            max_tokens=1,
+            temperature=self.options.temperature,
+            top_p=self.options.top_p,
+            extra_body=self.extra,
+        )
+        if not getattr(answer, "choices", None):
+            raise _FaultError("an answer without a text")
+        await self._has_answered(server, answer)
+
+    async def _has_answered(self, server: _Server, answer: Any) -> None:
+        server.succeed()
+        self.last_answer = time.monotonic()
+        if server.url not in self.described["servers"]:
+            self.described["servers"][server.url] = {
+                "answers_as": answer.model,
+                "fingerprint": answer.system_fingerprint,
+                "version": await _version(server.client),
+            }
+
+    async def _answers_others(self, server: _Server, since: float) -> bool:
+        """True if the server has answered since then, or answers now."""
+        if server.answered > since:
+            return True
+        try:
+            await self._probe(server)
+        except (openai.OpenAIError, _FaultError):
+            return False
+        return True
 
     async def _close(self, asked: Iterable["asyncio.Task[GeneratedText]"]) -> None:
         await asyncio.gather(*asked, return_exceptions=True)
@@ -188,39 +246,48 @@ class ServerEngine:
     async def _ask(self, request: Request) -> GeneratedText:
         """The text for a request; asks again until there is one.
 
-        Raises RejectedError for a prompt that a server refuses, or fails to answer while it
-        answers others; InputError if no server has answered for too long.
+        Raises RejectedError for a prompt that all servers refuse, or that one fails to answer while
+        it answers others; InputError if no server has answered for too long.
         """
-        faults, first_fault, pause = 0, 0.0, FIRST_PAUSE
+        faults, pause = 0, FIRST_PAUSE
+        first_faults: dict[str, float] = {}  # by URL
+        refused: set[str] = set()
+        tried = ""
         while True:
-            server = await self._next_server()
+            server = await self._next_server(refused | {tried})
             server.in_flight += 1
             try:
-                text = await self._answer(server, request)
-                server.succeed()
-                self.last_answer = time.monotonic()
-                return text
+                return await self._answer(server, request)
+            except _RefusedError as error:
+                refused.add(server.url)
+                if all(s.url in refused or s.failed for s in self.servers):
+                    raise RejectedError(f"server: {error}") from None
+                continue
             except _NotAnsweredError as error:
                 self._check_patience(str(error))
+                tried = server.url
                 if isinstance(error, _FaultError):
-                    first_fault = first_fault or time.monotonic()
                     faults += 1
-                    if faults >= TRIES and self.last_answer > first_fault:
+                    since = first_faults.setdefault(server.url, time.monotonic())
+                    if faults >= TRIES and await self._answers_others(server, since):
                         raise RejectedError(f"server, asked {faults} times: {error}") from None
             finally:
                 server.in_flight -= 1
             await asyncio.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE)
 
-    async def _next_server(self) -> _Server:
-        """The server with the fewest requests; waits until there is one."""
+    async def _next_server(self, avoided: set[str]) -> _Server:
+        """The server with the fewest requests, another than these if there is one; waits until one
+        is ready.
+        """
         while True:
             now = time.monotonic()
             ready = [server for server in self.servers if server.until <= now]
+            ready = [server for server in ready if server.url not in avoided] or ready
             if ready:
                 return min(ready, key=lambda server: server.in_flight)
-            self._check_patience("none can be reached")
-            await asyncio.sleep(0.2)
+            self._check_patience("; ".join(server.reason for server in self.servers))
+            await asyncio.sleep(min(FIRST_PAUSE, 0.2))
 
     def _check_patience(self, reason: str) -> None:
         silent = time.monotonic() - self.last_answer
@@ -241,28 +308,37 @@ class ServerEngine:
                 temperature=options.temperature,
                 top_p=options.top_p,
                 seed=stream_id(options.seed, request.row_id, request.number),
+                extra_body=self.extra,
             )
-        except WRONG as error:
-            raise RejectedError(f"server: {_detail(error)}") from None
+        except REFUSED as error:
+            raise _RefusedError(_detail(error)) from None
+        except openai.NotFoundError as error:  # as a server that was started with another model
+            server.fail(_detail(error), LONGEST_PAUSE)
+            raise _NotAnsweredError(_detail(error)) from None
         except NOT_ALLOWED as error:
             raise InputError(f"{server.url}: {_detail(error)}; check {KEY}") from None
         except openai.RateLimitError as error:  # alive, but busy
             server.until = time.monotonic() + _retry_after(error)
             raise _NotAnsweredError(_detail(error)) from None
         except openai.APITimeoutError:
+            server.fault(f"no answer within {options.timeout:.0f} s")
             raise _FaultError(f"no answer within {options.timeout:.0f} s") from None
         except openai.APIConnectionError as error:
             server.fail(_detail(error), min(LONGEST_PAUSE, options.patience / 10))
             raise _NotAnsweredError(_detail(error)) from None
         except openai.APIError as error:  # 5xx, or an answer that is no JSON
+            server.fault(_detail(error))
             raise _FaultError(_detail(error)) from None
-        return self._text(answer, request)
+        text = self._text(server, answer, request)
+        await self._has_answered(server, answer)
+        return text
 
-    def _text(self, answer: Any, request: Request) -> GeneratedText:
-        if not getattr(answer, "choices", None) or answer.choices[0].message is None:
+    def _text(self, server: _Server, answer: Any, request: Request) -> GeneratedText:
+        choice = next(iter(getattr(answer, "choices", None) or ()), None)
+        if choice is None or choice.message is None or choice.message.content is None:
+            server.fault("an answer without a text")
             raise _FaultError("an answer without a text")
-        choice = answer.choices[0]
-        text = GeneratedText(" ".join((choice.message.content or "").split()))
+        text = GeneratedText(" ".join(choice.message.content.split()))
         text.cut = choice.finish_reason == "length"
         usage = answer.usage
         if usage is not None and usage.prompt_tokens not in (0, request.prompt.length):
@@ -301,7 +377,7 @@ def messages(request: Request) -> list[dict[str, Any]]:
     ]
 
 
-def _detail(error: openai.OpenAIError) -> str:
+def _detail(error: Exception) -> str:
     """What a server said, in one short line."""
     body = getattr(error, "body", None)
     if isinstance(body, dict):
@@ -333,5 +409,6 @@ async def _version(client: Any) -> str | None:
     root = str(client.base_url).removesuffix("/").removesuffix("/v1")
     with contextlib.suppress(openai.OpenAIError, ValueError):
         found = await client.get(f"{root}/version", cast_to=dict[str, Any])
-        return str(found.get("version", found))
+        if isinstance(found, dict):  # any other page has the status 200, too
+            return str(found.get("version", found))[:200]
     return None

@@ -68,6 +68,11 @@ class ModelSize:
         """Logits at so many positions, in float32, with the probabilities made of them."""
         return 2 * 4 * self.vocabulary * positions
 
+    @property
+    def head(self) -> int:
+        """Weights of the LM head."""
+        return self.vocabulary * self.hidden
+
     def adapter(self, rank: int) -> int:
         """Parameters of LoRA of this rank on all linear layers of the language model."""
         return rank * self.widths * self.layers

@@ -6,9 +6,10 @@ they were written.
 """
 
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
-from mllmrec.generation.dialogues import Dialogue
+from mllmrec.generation.dialogues import Dialogue, RejectedError
 from mllmrec.models.chat import ChatProcessor
 from mllmrec.ranking.reader import RowReader
 from mllmrec.ranking.rows import group_rows
@@ -46,7 +47,7 @@ def scoring_tokens(
 ) -> TokenCounts:
     """The tokens of scoring these rows, see `mllmrec.ranking.scoring.score_rows`."""
     chat, total = reader.chat, TokenCounts()
-    for group in group_rows(rows):
+    for group in [[n] for n in range(len(rows))] if reader.pads_images else group_rows(rows):
         n_image = chat.count_image_tokens(reader.image(rows[group[0]]))
         prompts = [chat.expand_image_token(reader.prompt(rows[n])[1], n_image) for n in group]
         lengths = [len(ids) for ids in prompts]
@@ -70,11 +71,12 @@ def dialogue_tokens(
     """
     total = TokenCounts()
     for dialogue, texts in dialogues:
-        prompt = next(dialogue)
-        for number, text in enumerate(texts, start=1):
-            own = len(chat.tokenizer(text, add_special_tokens=False)["input_ids"]) + 1
-            length = prompt.length
-            total += TokenCounts(1, length, 0, length, min(own, max_new_tokens))
-            if number < len(texts):
-                prompt = dialogue.send(text)
+        with suppress(RejectedError):  # from here on the stage asks nothing more
+            prompt = next(dialogue)
+            for number, text in enumerate(texts, start=1):
+                own = len(chat.tokenizer(text, add_special_tokens=False)["input_ids"]) + 1
+                length = prompt.length
+                total += TokenCounts(1, length, 0, length, min(own, max_new_tokens))
+                if number < len(texts):
+                    prompt = dialogue.send(text)
     return total

@@ -91,9 +91,10 @@ class NotingEngine(GenerationEngine):
         self.batches = batches
         batches.clear()
 
-    def generate(self, requests):
+    def _generate(self, requests):
+        texts = super()._generate(requests)  # without those that did not fit into the memory
         self.batches.append([request.prompt.length for request in requests])
-        return super().generate(requests)
+        return texts
 
 
 def published_summaries(model, chat, prompt, covers, new_tokens):

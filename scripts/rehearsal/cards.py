@@ -10,6 +10,7 @@ from mllmrec.stage.main import run_main
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 from checkpoints import CONFIGS
 
@@ -45,25 +46,29 @@ class CardRow:
     stage: str
     model: str
     tokens: int
-    trained: bool = False
+    how: Literal["generates", "scores", "trains"] = "generates"
 
     def need(self, size: ModelSize, quantization: str) -> Need:
         """With the weights in bfloat16 or quantised."""
-        weights = size.weights(quantization, training=self.trained)
-        if self.trained:
+        trains = self.how == "trains"
+        weights = size.weights(quantization, training=trains) / GB
+        if trains:
             adapter = size.training(0, RANK, checkpointing=True)
             row = size.training(self.tokens, RANK, checkpointing=True) - adapter
-            return Need((weights / GB, adapter / GB), row / GB)
-        return Need((weights / GB, size.pass_through(CHUNK_TOKENS) / GB), size.kv(self.tokens) / GB)
+            return Need((weights, adapter / GB), row / GB)
+        held = size.kv(self.tokens) / GB
+        if self.how == "scores":  # a batch is one pass, and what a prefix holds is copied
+            return Need((weights,), size.pass_through(self.tokens) / GB + 2 * held)
+        return Need((weights, size.pass_through(CHUNK_TOKENS) / GB), held)
 
 
 CARD_ROWS = (
     CardRow("image summaries, 3,072", "llava", 3072),
     CardRow("preferences, 3,072", "llama3", 3072),
-    CardRow("training, 3,072", "llava", 3072, trained=True),
-    CardRow("training, one tile, 1,024", "llava", 1024, trained=True),
-    CardRow("scoring, 3,072", "llava", 3072),
-    CardRow("MLLM4Rec's ranker, training, 1,536", "llama2", 1536, trained=True),
+    CardRow("training, 3,072", "llava", 3072, "trains"),
+    CardRow("training, one tile, 1,024", "llava", 1024, "trains"),
+    CardRow("scoring, 3,072", "llava", 3072, "scores"),
+    CardRow("MLLM4Rec's ranker, training, 1,536", "llama2", 1536, "trains"),
 )
 
 

@@ -8,7 +8,7 @@ Out: {folder}/rehearsal.json: per stage peak memory, tokens, seconds, beside wha
 
 Weights are random, so texts and scores mean nothing; shapes, tokens, memory and every line of code
 on the way are those of the real checkpoints. A stage that is done is not run again. At most two
-checkpoints (31 GB) are on disk at a time with --delete true.
+checkpoints (31 GB) are on disk at a time with --delete.
 """
 
 from mllmrec.stage.main import run_main
@@ -181,7 +181,11 @@ def arithmetic(section, config):
 def rehearse(folder, size, delete):
     """Run all steps that are not in rehearsal.json yet."""
     path = folder / "rehearsal.json"
-    found = json.loads(path.read_text()) if path.exists() else {}
+    found = json.loads(path.read_text()) if path.exists() else {"size": size}
+    if found["size"] != size:
+        raise InputError(
+            f"{path} is of size {found['size']}; name another --folder for size {size}"
+        )
     if not (folder / "data/users.jsonl").exists():
         write_data(folder / "data")
     config, later = write_config(folder), [step.model for step in STEPS]
@@ -195,7 +199,10 @@ def rehearse(folder, size, delete):
         words = list(step.words)
         if step.words:
             words.append(str(folder / "outputs/mllm_msr/image_summaries.jsonl"))
-        gb, seconds = measured([step.script, "--config", str(config), *words])
+        # All of the stage, also what an interrupted rehearsal has done of it.
+        gb, seconds = measured(
+            [step.script, "--config", str(config), "--overwrite", "true", *words]
+        )
         found[step.name] = {"peak_gb": gb, "seconds": seconds}
         if step.section:
             found[step.name] |= arithmetic(step.section, config)
