@@ -1,6 +1,8 @@
 """MLLM4Rec's ranker: questions about lists, and the whole second system on a small sample."""
 
+import gc
 import json
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,6 +14,7 @@ from conftest import ROOT, TINY
 from mllmrec.evaluation.metrics import evaluate
 from mllmrec.models.chat import ChatProcessor
 from mllmrec.models.loading import load_processor, load_text
+from mllmrec.ranking import reader
 from mllmrec.ranking.lists import (
     ListFormat,
     cut_to_tokens,
@@ -259,3 +262,30 @@ def test_the_tiny_list_model_reads_lettered_lists():
         right.append((logits.argmax(-1) == ids).float().mean(0).tolist())
     (short, end), (long, _) = right
     assert short > 0.75 and long > 0.4 and end > 0.95
+
+
+def test_one_model_is_in_memory_at_a_time(small_run, tmp_path, monkeypatch):
+    """The ranker trains and then scores in one process: twice 7B need not fit."""
+    loaded, load = [], reader.load_ranker
+
+    def noted(options):
+        assert all(part() is None for part in loaded), "the trained model is still there"
+        model, chat = load(options)
+        loaded.extend(weakref.ref(part) for part in (model, *model.parameters()))
+        return model, chat
+
+    monkeypatch.setattr(reader, "load_ranker", noted)
+    gc.disable()  # else chance decides
+    try:
+        load_script("MLLM4Rec/train_ranker.py").main(
+            [
+                *("--config", str(small_run.config), "--output_dir", str(tmp_path)),
+                *("--summaries", str(small_run.system / "image_summaries.jsonl")),
+                *("--lists", "users", "--candidates", "2", "--dataset_code", "sample"),
+                *("--epochs", "1", "--limit", "4", "--quantization", "nf4"),
+                *("--gradient_checkpointing", "true"),
+            ]
+        )
+    finally:
+        gc.enable()
+    assert len(loaded) > 2

@@ -362,3 +362,7 @@ def fine_tune(options: FineTuningOptions, task: Task = Task()) -> None:
         if validation and task.answers == "yes_no":  # lists that cannot be ranked are refused here
             CandidateLists.of([{**row, "score": 0.0} for row in validation], paths[1])
         train(rows, validation, sizes, job, task)
+    # The trainer's objects refer to each other; a script that scores next loads a model again.
+    from mllmrec.models.compat import empty_device_cache
+
+    empty_device_cache(collect_garbage=True)
