@@ -299,6 +299,22 @@ def test_a_server_that_only_fails_takes_no_rows_with_it(chat, caplog, answer_of_
     assert f"{sick.url} does not answer" in caplog.text
 
 
+def test_pauses_grow_until_the_server_answers(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(server_module.time, "monotonic", lambda: now[0])
+    server, pauses = server_module._Server("http://a/v1", None), []
+    for _ in range(5):
+        server.fault("500")
+        server.fault("500, of a request that was in flight already")
+        pauses.append(round(server.until - now[0], 3))
+        now[0] = server.until
+    assert pauses == [0.02, 0.04, 0.08, 0.1, 0.1] and server.failed
+    server.succeed()
+    assert server.until <= now[0] and not server.failed
+    server.fault("500")
+    assert round(server.until - now[0], 3) == 0.02
+
+
 def test_a_prompt_is_rejected_when_every_server_refuses_it(chat):
     def refuse(body, asked):
         text = body["messages"][0]["content"]
