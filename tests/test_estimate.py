@@ -16,6 +16,7 @@ from mllmrec.estimate.command import (
     estimate_stage,
     lines,
     main,
+    scoring_bytes,
     training_bytes,
 )
 from mllmrec.estimate.tokens import (
@@ -41,6 +42,7 @@ from mllmrec.stage.scripts import load_script
 
 GB = 1e9
 CARDS_SCRIPT = load_script("scripts/rehearsal/cards.py")
+REHEARSE = load_script("scripts/rehearsal/rehearse.py")
 
 
 @pytest.fixture
@@ -251,6 +253,34 @@ def test_full_size_takes_what_a_gpu_was_seen_to_take(full_size):
     assert (quantised + rest) / GB == pytest.approx(11.0, rel=0.15)
     scoring = llava.weights() + llava.pass_through(16384) + llava.kv(16384)
     assert scoring / GB == pytest.approx(19.2, rel=0.15)
+
+
+def needed_in_rehearsal(step, found, size):
+    """Bytes by the arithmetic of the estimate, in float32, from the recorded tokens."""
+    rows, longest, prompt = found["rows"], found["longest"], found["prompt_tokens"]
+    tokens = StageTokens(rows, TokenCounts(rows, prompt, 0, prompt), longest)
+    trained = step.section in ("train", "ranker")
+    if trained:
+        options = FineTuningOptions(gradient_checkpointing=True, batch_size=1)
+        rest = training_bytes(size, options, tokens, 4)
+    elif step.section == "score":
+        rest = scoring_bytes(size, prompt, 4)
+    else:
+        rest = size.pass_through(min(max(1024, longest), rows * longest), 4)
+        rest += size.kv(longest * (rows + 1), 4)
+    layer = 4 * size.hidden * size.intermediate
+    return size.weights("nf4", 4, training=trained) + rest + layer
+
+
+@pytest.mark.parametrize("step", [s for s in REHEARSE.STEPS if s.section], ids=lambda s: s.name)
+def test_full_size_takes_what_the_dress_rehearsal_was_seen_to_take(step, full_size):
+    """Peaks of processes on a CPU, nf4 and float32, docs/benchmarks.md: within 15%."""
+    recorded = json.loads((ROOT / "results/benchmarks/cpu_rehearsal.json").read_text())
+    found = recorded[step.name]
+    assert recorded["size"] == "full"
+    needed = needed_in_rehearsal(step, found, full_size[step.model]) / GB
+    assert sum(found["memory_gb"].values()) == pytest.approx(needed, rel=0.05)
+    assert needed + recorded["base_gb"] == pytest.approx(found["peak_gb"], rel=0.15)
 
 
 def test_the_card_table_of_the_readme_is_what_its_script_prints(full_size):
