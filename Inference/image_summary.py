@@ -103,9 +103,9 @@ def main(argv=None):
             names = [item["image"] for item in items.values()]
             paths = [items_path.parent / name if name else None for name in names]
             sizes = dict(zip(items, padded_sizes(paths, options.pad_images), strict=True))
-        as_url = options.engine == "server"
-        prompts = ImagePrompts(todo, items_path.parent, chat, turn, sizes, as_url)
-        images = read_ahead(prompts, options.workers, options.engine == "server")
+        is_remote = options.engine == "server"
+        prompts = ImagePrompts(todo, items_path.parent, chat, turn, sizes, as_url=is_remote)
+        images = read_ahead(prompts, options.workers, is_remote)
 
         def new_writer(item):
             return PromptWriter(chat, limit, domain, {"item_id": item["item_id"]})

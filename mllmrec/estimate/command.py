@@ -15,7 +15,7 @@ import argparse
 import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -147,11 +147,17 @@ def estimate_stage(
         variants = sorted(options.system_dir.glob("*/scores.jsonl"))
         output = variants[0] if variants else options.system_dir / "sft" / "scores.jsonl"
         passes = 2  # scripts/06_score.sh: without and with the adapter
-    read = replace(size, parameters=size.linear + size.head)
-    read_bytes = read.weights(options.quantization, itemsize)
     return StageEstimate(
-        *(section, options.model, size, tokens, passes, fixed, per_token, read_bytes),
-        *(output, steps),
+        section=section,
+        model=options.model,
+        size=size,
+        tokens=tokens,
+        passes=passes,
+        fixed=fixed,
+        per_token=per_token,
+        read_bytes=size.read_per_step(options.quantization, itemsize),
+        output=output,
+        steps=steps,
     )
 
 
@@ -163,7 +169,7 @@ def scoring_bytes(size: ModelSize, batch: int, itemsize: int) -> float:
 def training_bytes(size: ModelSize, options: Any, tokens: StageTokens, itemsize: int) -> float:
     """What training holds beside the weights: a micro-batch, or a batch of the validation.
 
-    options: RankerOptions. With `--loss sequence` there are logits at all positions of a row.
+    options: FineTuningOptions. With `--loss sequence` there are logits at all positions of a row.
     """
     batch = tokens.longest * options.batch_size
     checkpointing = options.gradient_checkpointing

@@ -262,11 +262,11 @@ class ServerEngine:
                 refused.add(server.url)
                 if all(s.url in refused or s.failed for s in self.servers):
                     raise RejectedError(f"server: {error}") from None
-                continue
             except _NotAnsweredError as error:
                 self._check_patience(str(error))
                 tried = server.url
                 if isinstance(error, _FaultError):
+                    server.fault(str(error))
                     faults += 1
                     since = first_faults.setdefault(server.url, time.monotonic())
                     if faults >= TRIES and await self._answers_others(server, since):
@@ -321,22 +321,19 @@ class ServerEngine:
             server.until = time.monotonic() + _retry_after(error)
             raise _NotAnsweredError(_detail(error)) from None
         except openai.APITimeoutError:
-            server.fault(f"no answer within {options.timeout:.0f} s")
             raise _FaultError(f"no answer within {options.timeout:.0f} s") from None
         except openai.APIConnectionError as error:
             server.fail(_detail(error), min(LONGEST_PAUSE, options.patience / 10))
             raise _NotAnsweredError(_detail(error)) from None
         except openai.APIError as error:  # 5xx, or an answer that is no JSON
-            server.fault(_detail(error))
             raise _FaultError(_detail(error)) from None
-        text = self._text(server, answer, request)
+        text = self._text(answer, request)
         await self._has_answered(server, answer)
         return text
 
-    def _text(self, server: _Server, answer: Any, request: Request) -> GeneratedText:
+    def _text(self, answer: Any, request: Request) -> GeneratedText:
         choice = next(iter(getattr(answer, "choices", None) or ()), None)
         if choice is None or choice.message is None or choice.message.content is None:
-            server.fault("an answer without a text")
             raise _FaultError("an answer without a text")
         text = GeneratedText(" ".join(choice.message.content.split()))
         text.cut = choice.finish_reason == "length"

@@ -51,6 +51,10 @@ class ModelSize:
         rest = (self.parameters - self.linear) * (4 if training else itemsize)
         return rest + self.linear * QUANTIZED[quantization]
 
+    def read_per_step(self, quantization: str = "none", itemsize: int = 2) -> float:
+        """The weights that a step of decoding reads: linear layers and LM head."""
+        return self.linear * QUANTIZED.get(quantization, itemsize) + self.head * itemsize
+
     def kv(self, tokens: int, itemsize: int = 2) -> float:
         """Keys and values of so many tokens."""
         return self.kv_numbers * itemsize * tokens

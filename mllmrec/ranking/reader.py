@@ -16,6 +16,7 @@ from mllmrec.ranking.answers import YES_NO, AnswerSet, AnswerTokens, answer_toke
 from mllmrec.ranking.options import RankerOptions
 from mllmrec.ranking.rows import (
     MAKE_AGAIN,
+    group_rows,
     item_ids,
     question_text,
     replace_preference,
@@ -107,6 +108,10 @@ class RowReader:
             paths = [self.folder / row["images"][0] if row["images"] else None for row in rows]
             sizes = padded_sizes(paths, n)
             self._padded = {_key(row): size for row, size in zip(rows, sizes, strict=True)}
+
+    def groups(self, rows: Sequence[Row]) -> list[list[int]]:
+        """Indices of `rows`, those together whose prompts start alike, with the same image."""
+        return [[n] for n in range(len(rows))] if self.pads_images else group_rows(rows)
 
     @cached_property
     def answer_tokens(self) -> AnswerTokens:

@@ -20,7 +20,7 @@ from mllmrec.models.compat import has_plain_positions, select_cache_rows
 from mllmrec.models.padding import common_prefix_length, pad_with_mask
 from mllmrec.ranking.answers import AnswerSet
 from mllmrec.ranking.reader import RowReader
-from mllmrec.ranking.rows import group_rows, item_ids, row_name
+from mllmrec.ranking.rows import item_ids, row_name
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.schema import Row
 
@@ -96,7 +96,7 @@ def score_rows(
     decoded and a prompt rendered only for chunks that hold a wanted row of this process.
     """
     options = options or ScoringOptions()
-    groups = [[n] for n in range(len(rows))] if reader.pads_images else group_rows(rows)
+    groups = reader.groups(rows)
     shard, n_shards = options.shard
     reuse = options.reuse_prefix and has_plain_positions(model)
     for number, first in enumerate(range(0, len(groups), GROUPS_PER_CHUNK)):

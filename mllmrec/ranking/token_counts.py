@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from mllmrec.generation.dialogues import Dialogue, RejectedError
 from mllmrec.models.chat import ChatProcessor
 from mllmrec.ranking.reader import RowReader
-from mllmrec.ranking.rows import group_rows
 from mllmrec.ranking.scoring import shared_prefix_length
 from mllmrec.stage.schema import Row
 
@@ -47,7 +46,7 @@ def scoring_tokens(
 ) -> TokenCounts:
     """The tokens of scoring these rows, see `mllmrec.ranking.scoring.score_rows`."""
     chat, total = reader.chat, TokenCounts()
-    for group in [[n] for n in range(len(rows))] if reader.pads_images else group_rows(rows):
+    for group in reader.groups(rows):
         n_image = chat.count_image_tokens(reader.image(rows[group[0]]))
         prompts = [chat.expand_image_token(reader.prompt(rows[n])[1], n_image) for n in group]
         lengths = [len(ids) for ids in prompts]
