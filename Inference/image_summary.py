@@ -26,7 +26,7 @@ from mllmrec.prompts import mllm_msr
 from mllmrec.prompts.templates import fill, user_turn
 from mllmrec.stage.jsonl import read_by_id
 from mllmrec.stage.options import option, parse_options, print_options
-from mllmrec.stage.output import SHORTENED, ResumableOutput
+from mllmrec.stage.output import SHORTENED, RowOutput
 from mllmrec.stage.record import Job, file_digests
 
 SECTION = "image_summary"
@@ -80,7 +80,7 @@ def main(argv=None):
     items_path = Path(options.data_dir) / "items.jsonl"
     items = read_by_id(items_path, "item_id")
     check_item_images(items, items_path, options.data_dir, options.image_roots)
-    output = ResumableOutput(
+    output = RowOutput(
         options.system_dir / "image_summaries.jsonl",
         "item_id",
         items,

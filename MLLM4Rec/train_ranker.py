@@ -38,10 +38,10 @@ from mllmrec.ranking.rows import LETTER_ANSWERS
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import read_by_id, read_rows, require, write_json, write_rows
 from mllmrec.stage.options import DatasetCode, option, parse_options, print_options
-from mllmrec.stage.output import ResumableOutput
+from mllmrec.stage.output import RowOutput
 from mllmrec.stage.progress import progress_bar
 from mllmrec.stage.record import Job, file_digests
-from mllmrec.stage.transaction import writing
+from mllmrec.stage.output import WholeOutput
 
 SECTION = "ranker"
 SCORE_OPTIONS = ("ranked", "variant", "reuse_prefix", "retrieved", "summaries")  # no new adapter
@@ -133,7 +133,7 @@ def write_questions(options):
     outputs = [options.system_dir / f"{split}.jsonl" for split in ("train", "validation", "test")]
     others = set(asdict(options)) - set(ROW_OPTIONS)
     job = Job.of(options, file_digests(*paths.values()), ignore=others)
-    with writing(job, outputs) as output:
+    with WholeOutput(job, outputs) as output:
         if not output.is_needed:
             return
         users, form = read_users(paths["users"]), list_format(paths, options)
@@ -166,7 +166,7 @@ def score_questions(options):
     inputs = file_digests(folder / "test.jsonl", options.model, folder / "adapter")
     keys = [(row["user_id"], item) for row in rows for item in row["item_ids"]]
     job = Job.of(options, inputs, (*TRAINING_SPEED_OPTIONS, *SCORE_OPTIONS))
-    output = ResumableOutput(path, ("user_id", "item_id"), keys, job)
+    output = RowOutput(path, ("user_id", "item_id"), keys, job)
     if output.is_up_to_date():
         return path
     from mllmrec.models.lora import load_adapter
@@ -194,7 +194,7 @@ def combine(ranked_path, options):
     outputs = [folder / options.variant / name for name in ("scores.jsonl", "metrics.json")]
     orders = [folder / f"{name}_order" / "scores.jsonl" for name in ("retriever", "random")]
     job = Job.of(options, file_digests(ranked_path, retrieved_path), TRAINING_SPEED_OPTIONS)
-    with writing(job, [*outputs, *orders]) as output:
+    with WholeOutput(job, [*outputs, *orders]) as output:
         if not output.is_needed:
             return
         ranked, retrieved = read_rows(ranked_path), read_rows(retrieved_path)

@@ -29,7 +29,7 @@ from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import read_by_id, require, write_json, write_rows
 from mllmrec.stage.options import DatasetCode, option, parse_options, print_options
 from mllmrec.stage.record import Job, file_digests
-from mllmrec.stage.transaction import writing
+from mllmrec.stage.output import WholeOutput
 
 SECTION = "retriever"
 
@@ -133,7 +133,7 @@ def main(argv=None):
     job = Job.of(options, file_digests(*paths), ignore=("threads", "device"))
     folder = options.system_dir / (options.variant or "retriever")
     outputs = [folder / name for name in ("candidates.jsonl", "scores.jsonl", "metrics.json")]
-    with writing(job, outputs) as output:
+    with WholeOutput(job, outputs) as output:
         if output.is_needed:
             from mllmrec.sequential.data import SequenceData
             from mllmrec.sequential.run import peak_gb

@@ -28,7 +28,7 @@ from mllmrec.data.candidates import (
 from mllmrec.stage.jsonl import require, write_rows
 from mllmrec.stage.options import NAME, CommonOptions, option, parse_options, print_options
 from mllmrec.stage.record import Job, file_digests
-from mllmrec.stage.transaction import writing
+from mllmrec.stage.output import WholeOutput
 
 SECTION = "popularity"
 # variant -> how the negatives of its lists are drawn, "" for those of users.jsonl.
@@ -60,7 +60,7 @@ def main(argv=None):
     lists = functools.cache(lambda: read_lists(users_path))  # read if a variant needs it
     for variant, sampling in VARIANTS.items():
         path = options.system_dir / variant / "scores.jsonl"
-        with writing(job, [path]) as output:
+        with WholeOutput(job, [path]) as output:
             if output.is_needed:
                 users = lists()
                 if sampling:

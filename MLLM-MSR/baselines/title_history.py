@@ -26,7 +26,7 @@ from mllmrec.prompts.templates import cut
 from mllmrec.stage.jsonl import read_by_id, require, write_rows
 from mllmrec.stage.options import CommonOptions, option, parse_options, print_options
 from mllmrec.stage.record import Job, file_digests
-from mllmrec.stage.transaction import writing
+from mllmrec.stage.output import WholeOutput
 
 SECTION = "title_history"
 
@@ -64,7 +64,7 @@ def main(argv=None):
     items_path = Path(options.data_dir) / "items.jsonl"
     job = Job.of(options, file_digests(require(users_path), require(items_path)))
     path = options.system_dir / "user_preferences.jsonl"
-    with writing(job, [path]) as output:
+    with WholeOutput(job, [path]) as output:
         if output.is_needed:
             rows = list(history_rows(users_path, items_path, options))
             write_rows(path, rows)

@@ -24,7 +24,7 @@ from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import read_rows, write_json
 from mllmrec.stage.options import CommonOptions, option, parse_options, print_options
 from mllmrec.stage.record import Job, check_described, named_digests, read_record
-from mllmrec.stage.transaction import writing
+from mllmrec.stage.output import WholeOutput
 
 SECTION = "metrics"
 
@@ -81,7 +81,7 @@ def main(argv=None):
         }
     )
     job = Job.of(options, inputs)
-    with writing(job, [path]) as output:
+    with WholeOutput(job, [path]) as output:
         if output.is_needed:
             metrics = measure(files, options)
             write_json(path, metrics)

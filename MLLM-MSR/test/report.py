@@ -33,7 +33,7 @@ from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import atomic_file, require
 from mllmrec.stage.options import CommonOptions, option, parse_options, print_options
 from mllmrec.stage.record import Job, file_digests
-from mllmrec.stage.transaction import writing
+from mllmrec.stage.output import WholeOutput
 
 SECTION = "report"
 PLOTTED = ("sft", "zero_shot", "popularity")  # variants with curves; the first one has the examples
@@ -118,7 +118,7 @@ def main(argv=None):
         options.system_dir / "user_preferences.jsonl",
     )
     job = Job.of(options, inputs)
-    with writing(job, outputs) as output:
+    with WholeOutput(job, outputs) as output:
         if output.is_needed:
             n_variants = write_report(metrics_path, outputs, published, options)
             output.finish({"variants": n_variants})

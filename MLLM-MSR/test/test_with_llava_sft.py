@@ -31,7 +31,7 @@ from mllmrec.ranking.rows import first_users, image_names, replace_preference
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import read_rows
 from mllmrec.stage.options import CommonOptions, option, parse_options, print_options
-from mllmrec.stage.output import ResumableOutput
+from mllmrec.stage.output import RowOutput
 from mllmrec.stage.progress import progress_bar
 from mllmrec.stage.record import Job, file_digests
 
@@ -70,14 +70,14 @@ def variant_name(options, hidden):
 
 
 def open_outputs(rows, inputs, options):
-    """dict what is hidden -> ResumableOutput, of the variants that are not up to date."""
+    """dict what is hidden -> RowOutput, of the variants that are not up to date."""
     keys = [(row["user_id"], row["item_id"]) for row in rows]
     limit = len(first_users(rows, options.limit))  # --limit counts users
     outputs = {}
     for hidden in dict.fromkeys(options.hide):
         path = options.system_dir / variant_name(options, hidden) / "scores.jsonl"
         job = Job.of(options, inputs, SPEED_OPTIONS, hidden=hidden)
-        output = ResumableOutput(path, ("user_id", "item_id"), keys, replace(job, limit=limit))
+        output = RowOutput(path, ("user_id", "item_id"), keys, replace(job, limit=limit))
         if not output.is_up_to_date():
             outputs[hidden] = output
     return outputs

@@ -23,7 +23,7 @@ from mllmrec.ranking.rows import image_names
 from mllmrec.stage.jsonl import read_rows, require, write_json, write_rows
 from mllmrec.stage.options import option, parse_options, print_options
 from mllmrec.stage.record import Job, file_digests
-from mllmrec.stage.transaction import writing
+from mllmrec.stage.output import WholeOutput
 
 SECTION = "train"
 ROW_OPTIONS = ("format", "model", "max_text_tokens", "image_tiles", "prompt_format")
@@ -103,7 +103,7 @@ def main(argv=None):
     extra = [out / "dataset_info.json"] if options.format == "llamafactory" else []
     others = [name for name in vars(options) if name not in ROW_OPTIONS]
     job = Job.of(options, file_digests(*paths, options.model), others)
-    with writing(job, [*outputs, *extra]) as output:
+    with WholeOutput(job, [*outputs, *extra]) as output:
         if not output.is_needed:
             return
         counts = {}

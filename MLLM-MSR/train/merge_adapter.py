@@ -20,7 +20,7 @@ from mllmrec.models.options import ModelOptions
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.options import option, parse_options, print_options
 from mllmrec.stage.record import Job, file_digests, read_record
-from mllmrec.stage.transaction import new_folder, writing
+from mllmrec.stage.output import new_folder, WholeOutput
 
 SECTION = "merge"
 
@@ -66,7 +66,7 @@ def main(argv=None):
     check_adapter(adapter, name)
     job = Job.of(options, file_digests(adapter, name), ("adapter", "merged", "model"))
     record = read_record(adapter) or {}
-    with writing(job, [merged]) as output:
+    with WholeOutput(job, [merged]) as output:
         if not output.is_needed:
             return
         if options.dtype == "auto":

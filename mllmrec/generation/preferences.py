@@ -19,7 +19,7 @@ from mllmrec.prompts import mllm_msr as prompts
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import read_by_id, read_rejected
 from mllmrec.stage.options import option
-from mllmrec.stage.output import SHORTENED, ResumableOutput, RowId
+from mllmrec.stage.output import SHORTENED, RowOutput, RowId
 from mllmrec.stage.record import Job, file_digests
 from mllmrec.stage.schema import Row
 
@@ -127,14 +127,14 @@ def _check_history(user: Row, where: str, known: Mapping[Path, Mapping[str, Any]
 
 def open_preferences(
     histories: dict[RowId, UserHistory], options: PreferenceOptions
-) -> ResumableOutput:
+) -> RowOutput:
     """The output user_preferences.jsonl of these users."""
     first = next(iter(histories.values()), None)
     key: str | tuple[str, ...] = "user_id"
     if first is not None and "split" in first.ids:
         key = ("user_id", "split")
     inputs = file_digests(*_input_paths(options), options.model)
-    return ResumableOutput(
+    return RowOutput(
         options.system_dir / "user_preferences.jsonl",
         key,
         histories,

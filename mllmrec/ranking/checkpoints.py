@@ -19,7 +19,7 @@ from mllmrec.stage.record import (
     report_up_to_date,
     world_size,
 )
-from mllmrec.stage.transaction import (
+from mllmrec.stage.output import (
     delete_output,
     finish_deletion,
     output_lock,

@@ -40,7 +40,7 @@ from mllmrec.stage.output import RowId
 from mllmrec.stage.progress import progress_bar
 from mllmrec.stage.record import Job, file_digests
 from mllmrec.stage.schema import Row
-from mllmrec.stage.transaction import writing
+from mllmrec.stage.output import WholeOutput
 
 logger = logging.getLogger(__name__)
 
@@ -187,7 +187,7 @@ def write_splits(splits: Sequence[str], options: DatasetOptions, with_answer: bo
     sources = None
     for split in splits:
         path = options.system_dir / f"{split}.jsonl"
-        with writing(job, [path], [rejected_path(path)]) as output:
+        with WholeOutput(job, [path], [rejected_path(path)]) as output:
             if output.is_needed:
                 if sources is None:
                     sources = Sources(*paths)

@@ -33,7 +33,7 @@ from mllmrec.stage.record import (
     write_state,
 )
 from mllmrec.stage.schema import Row
-from mllmrec.stage.transaction import new_folder
+from mllmrec.stage.output import new_folder
 
 logger = logging.getLogger(__name__)
 

@@ -127,7 +127,7 @@ def score_output(
 ) -> Iterator[int]:
     """Score the rows that `output` lacks (paper, equation 1); yield the index of each.
 
-    output: an open ResumableOutput of scores.jsonl, keyed by user and item; its processes share
+    output: an open RowOutput of scores.jsonl, keyed by user and item; its processes share
     the rows. Users with a question that is too long are rejected whole: an incomplete list would be
     ranked wrongly.
     """

@@ -25,7 +25,7 @@ from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import read_by_id, require, write_rows
 from mllmrec.stage.record import Job, file_digests
 from mllmrec.stage.schema import Row
-from mllmrec.stage.transaction import writing
+from mllmrec.stage.output import WholeOutput
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ def run_baseline(name: str, new_model: NewModel, options: Any) -> None:
     inputs += [require(summaries)] if "summary" in options.features else []
     job = Job.of(options, file_digests(*inputs), ignore=("threads",))
     path = options.system_dir / (options.variant or name) / "scores.jsonl"
-    with writing(job, [path]) as output:
+    with WholeOutput(job, [path]) as output:
         if not output.is_needed:
             return
         if options.threads:

@@ -74,14 +74,7 @@ def parse_line(
             raise InputError(
                 f"{where}: byte {undecodable} is not UTF-8; save the file as UTF-8 or {remedy}"
             ) from None
-        if b"\\ud" not in raw.lower():
-            raise InputError(f"{where}: {problem(error)}; {remedy}") from None
-        try:  # half a surrogate pair, from broken scrapers
-            row = schema.row.validate_python(whole_characters(json.loads(raw)))
-        except ValidationError as second:
-            raise InputError(f"{where}: {problem(second)}; {remedy}") from None
-        except (ValueError, RecursionError):
-            raise InputError(f"{where}: {problem(error)}; {remedy}") from None
+        raise InputError(f"{where}: {problem(error)}; {remedy}") from None
     for key in keys:
         if key not in row:
             raise InputError(f"{where}: key {key!r} is missing; {remedy}")
@@ -94,17 +87,6 @@ def _undecodable_byte(raw: bytes) -> int | None:
     except UnicodeDecodeError as error:
         return error.start + 1
     return None
-
-
-def whole_characters(value: Any) -> Any:
-    """`value` with U+FFFD for each half of a surrogate pair, which UTF-8 cannot express."""
-    if isinstance(value, str):
-        return value.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-    if isinstance(value, list):
-        return [whole_characters(v) for v in value]
-    if isinstance(value, dict):
-        return {whole_characters(k): whole_characters(v) for k, v in value.items()}
-    return value
 
 
 def read_rows(path: PathLike, keys: Sequence[str] | None = None) -> list[Row]:
@@ -135,9 +117,7 @@ def read_by_id(path: PathLike, key: str, keys: Sequence[str] | None = None) -> d
 
 
 def read_rejected(path: PathLike, key: str) -> dict[str, Row]:
-    """The rejected rows of the output `path` (X.rejected.jsonl) by id; empty where there are
-    none.
-    """
+    """The rejected rows of the output `path` (X.rejected.jsonl) by id, none without that file."""
     rejected = rejected_path(path)
     return read_by_id(rejected, key) if rejected.exists() else {}
 
@@ -158,10 +138,7 @@ def rejected_path(path: PathLike) -> Path:
 
 def encode(row: Row) -> bytes:
     """One row as one line of bytes, with its line break. Text stays readable in any language."""
-    try:
-        return _ENCODER.encode(row).encode() + b"\n"
-    except UnicodeEncodeError:
-        return _ENCODER.encode(whole_characters(row)).encode() + b"\n"
+    return _ENCODER.encode(row).encode() + b"\n"
 
 
 def encode_checked(path: PathLike, row: Row) -> bytes:
@@ -171,9 +148,6 @@ def encode_checked(path: PathLike, row: Row) -> bytes:
         try:
             schema.row.validate_python(row)
         except ValidationError as error:
-            first = error.errors()[0]
-            if first["type"] == "string_unicode":
-                return encode_checked(path, whole_characters(row))
             ids = " ".join(str(row[k]) for k in ("user_id", "item_id") if k in row)
             raise InputError(
                 f"{path}: the row {ids} is wrong and cannot be written: {problem(error)}"
@@ -192,9 +166,7 @@ def write_rows(path: PathLike, rows: Iterable[Row]) -> None:
 
 
 def write_rejected(path: PathLike, rows: Sequence[Row]) -> None:
-    """Write the rejected rows to `path`, if there are any; else remove the file of an earlier
-    run.
-    """
+    """Write rejected rows to `path`; without rows, remove the file of an earlier run."""
     if rows:
         write_rows(path, rows)
     else:
@@ -211,8 +183,8 @@ def write_json(path: PathLike, value: Any) -> None:
 def atomic_file(path: PathLike) -> Iterator[BinaryIO]:
     """A binary file to write to, which replaces `path` only when everything has been written.
 
-    The file is on the disk before it gets its name, and the name before this returns, so that
-    after a power loss `path` is the old or the new file, whole.
+    The file is on the disk before it gets its name, so that after a power loss `path` is the old or
+    the new file, whole.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -224,7 +196,6 @@ def atomic_file(path: PathLike) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
-        sync_folder(path.parent)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
@@ -241,23 +212,11 @@ def naming(path: PathLike) -> Iterator[None]:
         raise
 
 
-def sync_folder(folder: PathLike) -> None:
-    """Bring the names in a folder to the disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def relative_path(target: PathLike, of_file: PathLike) -> str:
-    """`target` as the JSONL file `of_file` holds it: relative to its folder, with forward
-    slashes.
-    """
+    """`target` as the file `of_file` names it: relative to its folder, with forward slashes."""
     folder, name = os.path.split(target)
-    return (
-        _relative_folder(os.path.abspath(folder), os.path.dirname(os.path.abspath(of_file))) + name
-    )
+    start = os.path.dirname(os.path.abspath(of_file))
+    return _relative_folder(os.path.abspath(folder), start) + name
 
 
 @cache  # thousands of images lie in one folder

@@ -1,7 +1,7 @@
 """X.run.json beside an output X: options, input digests, code, machine, seconds and counts.
 
-A `Job` says what decides the content of an output. Stages compare the job of today with the record
-of the output that is there: equal jobs have nothing to do, other jobs are not mixed.
+A `Job` says what decides the content of an output; `mllmrec/stage/output.py` compares the job of
+today with the record of the output that is there.
 """
 
 import hashlib
@@ -102,39 +102,30 @@ class Job:
         chosen = {k: v for k, v in asdict(options).items() if k not in left_out}
         return cls(options, json.loads(json.dumps(chosen | more)), inputs, options.limit)
 
-    def check_same(self, output: PathLike, earlier: Iterable[Mapping[str, Any] | None]) -> None:
-        """Raise InputError if one of the `earlier` records or states (None: none) is of another
-        job.
+    def difference(self, earlier: Mapping[str, Any]) -> str | None:
+        """How this job differs from that of a record or state, None: not at all.
+
+        "settings (temperature was 0.6, is 0.0)".
         """
-        for record in filter(None, earlier):
-            for what, new in (("settings", self.settings), ("inputs", self.inputs)):
-                difference = first_difference(record[what], new)
-                if difference:
-                    raise InputError(
-                        f"{output} was made with other {what} ({difference}); choose another "
-                        "--output_dir, or delete it with --overwrite true"
-                    )
-
-
-def report_up_to_date(output: PathLike) -> None:
-    """Print that there is nothing to do."""
-    logger.info(f"{output} is up to date, nothing to do")
+        for what, new in (("settings", self.settings), ("inputs", self.inputs)):
+            difference = first_difference(earlier[what], new)
+            if difference:
+                return f"{what} ({difference})"
+        return None
 
 
 def record_path(output: PathLike) -> Path:
-    """outputs/x/scores.jsonl -> outputs/x/scores.run.json; a folder adapter/ ->
-    adapter/run.json.
-    """
+    """x/scores.jsonl -> x/scores.run.json; a folder adapter/ -> adapter/run.json."""
     output = Path(output)
     is_folder = output.is_dir() or output.suffix == ""
     return output / "run.json" if is_folder else output.with_suffix(".run.json")
 
 
 def file_digests(*paths: PathLike) -> Digests:
-    """dict name -> digest of the files that a stage reads; of a model folder, its config and
-    weights.
+    """dict name -> digest of the files that a stage reads.
 
-    A model that is named but is not a local folder (a hub id) is left to the settings.
+    Of a model folder: its config and weights. A model that is no folder (a hub id) is left to the
+    settings.
     """
     digests = {}
     for path in map(Path, paths):
@@ -183,9 +174,7 @@ def output_digests(output: PathLike, outputs: Iterable[PathLike]) -> Digests:
 
 
 def check_described(output: PathLike, record: Mapping[str, Any]) -> None:
-    """Raise InputError if a file that the record of `output` describes is missing or another
-    one.
-    """
+    """Raise InputError if a file that the record describes is missing or was changed."""
     folder = record_path(output).parent
     for name, digest in record["outputs"].items():
         path = folder / name
@@ -205,15 +194,8 @@ def first_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | No
     return None
 
 
-def write_state(path: PathLike, job: Job, **more: Any) -> None:
-    """Write what an unfinished job is, so that a resumed run can compare; more: further
-    settings.
-    """
-    write_json(path, {"settings": job.settings | more, "inputs": job.inputs})
-
-
 def read_state(path: Path) -> dict[str, Any] | None:
-    """What `write_state` wrote, or None. Raises InputError if the file is damaged."""
+    """The job of unfinished work, or None. Raises InputError if the file is damaged."""
     if not path.exists():
         return None
     try:
@@ -324,9 +306,7 @@ def _versions() -> dict[str, str]:
 
 
 def _device() -> str:
-    """Name of the accelerator, else of the processor; torch is asked only if a stage imported
-    it.
-    """
+    """The accelerator, else the processor; torch is asked only where a stage imported it."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
         return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}"
