@@ -21,7 +21,7 @@ from typing import Literal
 from pydantic.dataclasses import dataclass
 
 from mllmrec.data.images import check_item_images, padded_sizes
-from mllmrec.models.options import GENERATION_SPEED_OPTIONS, GenerationStageOptions
+from mllmrec.models.model_options import GENERATION_SPEED_OPTIONS, GenerationStageOptions
 from mllmrec.prompts import mllm_msr
 from mllmrec.prompts.templates import fill, user_turn
 from mllmrec.stage.jsonl import read_by_id

@@ -29,19 +29,18 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+from mllmrec.ranking.fine_tuning import Task, fine_tune
 from pydantic.dataclasses import dataclass
 
 from mllmrec.data.candidates import read_users, users_of_split
-from mllmrec.ranking.fine_tuning import Task, fine_tune
-from mllmrec.ranking.options import TRAINING_SPEED_OPTIONS, FineTuningOptions
 from mllmrec.ranking.rows import LETTER_ANSWERS
+from mllmrec.ranking.training_options import TRAINING_SPEED_OPTIONS, FineTuningOptions
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import read_by_id, read_rows, require, write_json, write_rows
 from mllmrec.stage.options import DatasetCode, option, parse_options, print_options
-from mllmrec.stage.output import RowOutput
+from mllmrec.stage.output import RowOutput, WholeOutput
 from mllmrec.stage.progress import progress_bar
 from mllmrec.stage.record import Job, file_digests
-from mllmrec.stage.output import WholeOutput
 
 SECTION = "ranker"
 SCORE_OPTIONS = ("ranked", "variant", "reuse_prefix", "retrieved", "summaries")  # no new adapter
@@ -169,7 +168,7 @@ def score_questions(options):
     output = RowOutput(path, ("user_id", "item_id"), keys, job)
     if output.is_up_to_date():
         return path
-    from mllmrec.models.lora import load_adapter
+    from mllmrec.models.adapters import load_adapter
     from mllmrec.ranking.answers import answer_set
     from mllmrec.ranking.reader import RowReader, load_ranker
     from mllmrec.ranking.scoring import ScoringOptions, score_output

@@ -24,12 +24,12 @@ from typing import Literal
 from pydantic.dataclasses import dataclass
 
 from mllmrec.data.candidates import check_known, is_leave_one_out, read_users, score_row
-from mllmrec.sequential.options import SequentialOptions
+from mllmrec.sequential.sequential_options import SequentialOptions
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import read_by_id, require, write_json, write_rows
 from mllmrec.stage.options import DatasetCode, option, parse_options, print_options
-from mllmrec.stage.record import Job, file_digests
 from mllmrec.stage.output import WholeOutput
+from mllmrec.stage.record import Job, file_digests
 
 SECTION = "retriever"
 
@@ -57,7 +57,7 @@ def train(users, data, options):
     """(scorer of all items, log of the epochs, best epoch): the retriever, trained."""
     import torch
 
-    from mllmrec.sequential.gru4rec import GRU4Rec
+    from mllmrec.sequential.gru4rec_model import GRU4Rec
     from mllmrec.sequential.lrurec import LRURec
     from mllmrec.sequential.retrieval import (
         RankedUsers,
@@ -66,7 +66,7 @@ def train(users, data, options):
         retrieval_metrics,
     )
     from mllmrec.sequential.run import chosen_device, print_epoch
-    from mllmrec.sequential.sasrec import SASRec
+    from mllmrec.sequential.sasrec_model import SASRec
     from mllmrec.sequential.training import fit
 
     if options.retriever == "popularity":

@@ -40,8 +40,8 @@ from mllmrec.data.timestamps import Times, read_times
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import read_rejected, rejected_path
 from mllmrec.stage.options import parse_options, print_options
-from mllmrec.stage.record import Job, file_digests
 from mllmrec.stage.output import WholeOutput
+from mllmrec.stage.record import Job, file_digests
 
 SECTION = "data"
 REVIEW = {"user_id": pa.string(), "parent_asin": pa.string(), "timestamp": pa.int64()}

@@ -30,8 +30,8 @@ from mllmrec.data.split import (
 )
 from mllmrec.stage.jsonl import read_rejected, rejected_path
 from mllmrec.stage.options import NAME, option, parse_options, print_options
-from mllmrec.stage.record import Job, file_digests
 from mllmrec.stage.output import WholeOutput
+from mllmrec.stage.record import Job, file_digests
 
 SECTION = "data"
 

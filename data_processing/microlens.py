@@ -37,8 +37,8 @@ from mllmrec.data.tables import first_fields, read_table, read_text_table
 from mllmrec.data.timestamps import parse_timestamps
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.options import option, parse_options, print_options
-from mllmrec.stage.record import Job, file_digests
 from mllmrec.stage.output import WholeOutput
+from mllmrec.stage.record import Job, file_digests
 
 SECTION = "data"
 

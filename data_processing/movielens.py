@@ -23,8 +23,8 @@ from mllmrec.data.split import (
 )
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.options import parse_options, print_options
-from mllmrec.stage.record import Job, file_digests
 from mllmrec.stage.output import WholeOutput
+from mllmrec.stage.record import Job, file_digests
 
 SECTION = "data"
 

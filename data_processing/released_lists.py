@@ -40,8 +40,8 @@ from mllmrec.stage.jsonl import (
     write_rows,
 )
 from mllmrec.stage.options import option, parse_options, print_options
-from mllmrec.stage.record import Job, file_digests
 from mllmrec.stage.output import WholeOutput
+from mllmrec.stage.record import Job, file_digests
 
 SECTION = "data"
 SPLITS = {"train": "train", "val": "validation", "test": "test"}  # ending of the file -> split

@@ -35,8 +35,8 @@ from mllmrec.evaluation.metrics import evaluate
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import atomic_file, write_rows
 from mllmrec.stage.options import option, parse_options, print_options
-from mllmrec.stage.record import Job
 from mllmrec.stage.output import WholeOutput
+from mllmrec.stage.record import Job
 
 SECTION = "data"
 RULES = ("ceiling", "title_only", "no_recency")

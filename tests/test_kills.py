@@ -34,9 +34,8 @@ from mllmrec.stage import record
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import rejected_path, write_json, write_rejected, write_rows
 from mllmrec.stage.options import CommonOptions
-from mllmrec.stage.output import RowOutput
+from mllmrec.stage.output import RowOutput, WholeOutput, delete_output, finish_deletion, new_folder
 from mllmrec.stage.record import Job, write_record, write_state
-from mllmrec.stage.output import delete_output, finish_deletion, new_folder, WholeOutput
 
 REFUSAL = "was made with other "
 IDS = [f"i{n}" for n in range(6)]

@@ -16,9 +16,9 @@ from safetensors.numpy import load_file, save_file
 
 from mllmrec.generation.dialogues import Prompt
 from mllmrec.generation.engine import GenerationEngine, GenerationOptions, run_dialogues
+from mllmrec.models.adapters import adapter_base, check_adapter, load_adapter
 from mllmrec.models.chat import ChatProcessor
 from mllmrec.models.loading import load_multimodal, load_text
-from mllmrec.models.lora import adapter_base, check_adapter, load_adapter
 from mllmrec.prompts.templates import user_turn
 from mllmrec.ranking import fine_tuning
 from mllmrec.ranking.reader import RowReader

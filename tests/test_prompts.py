@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from mllmrec.prompts import mllm_msr as prompts
 from mllmrec.prompts.mllm_msr import block_text
 from mllmrec.prompts.templates import DOMAINS, break_markers, fill, marker_pattern, plain_text
-from mllmrec.ranking.rows import Candidate, QuestionFormat, candidate_row, question_text
+from mllmrec.ranking.questions import Candidate, QuestionFormat, candidate_row
+from mllmrec.ranking.rows import question_text
 from mllmrec.stage.errors import InputError
 
 MARKERS = [

@@ -14,7 +14,7 @@ from mllmrec.models.loading import load_multimodal, load_text
 from mllmrec.models.lora import add_lora
 from mllmrec.ranking import fine_tuning
 from mllmrec.ranking.answers import AnswerSet, answer_tokens, yes_no
-from mllmrec.ranking.collator import Collator
+from mllmrec.ranking.batches import Collator
 from mllmrec.ranking.reader import RowReader
 from mllmrec.ranking.scoring import score_rows
 from mllmrec.stage.errors import InputError

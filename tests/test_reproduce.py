@@ -13,7 +13,7 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from mllmrec.evaluation.tables import difference_cell
+from mllmrec.evaluation.result_tables import difference_cell
 from mllmrec.stage.options import load_config, parse_options
 from mllmrec.stage.scripts import load_script
 

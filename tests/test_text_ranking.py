@@ -16,9 +16,10 @@ from mllmrec.models.random_models import random_llama
 from mllmrec.prompts.templates import user_turn
 from mllmrec.ranking import fine_tuning
 from mllmrec.ranking.answers import LETTERS, YES_NO, AnswerSet, answer_tokens
-from mllmrec.ranking.collator import Collator
+from mllmrec.ranking.batches import Collator
+from mllmrec.ranking.questions import list_row
 from mllmrec.ranking.reader import RowReader
-from mllmrec.ranking.rows import check_training_rows, list_row
+from mllmrec.ranking.rows import check_training_rows
 from mllmrec.ranking.scoring import ScoringOptions, candidate_scores, score_rows
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import read_by_id, read_rows

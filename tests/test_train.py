@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 from conftest import TINY, saved, small_config
+from mllmrec.ranking.callbacks import CheckpointCallback, mean_loss
 from safetensors.torch import load_file
 from transformers import AutoConfig
 
@@ -16,12 +17,10 @@ from mllmrec.models.lora import add_lora, check_adapter, decoder_layer_class
 from mllmrec.models.random_models import random_llava, random_qwen_vl
 from mllmrec.ranking import fine_tuning
 from mllmrec.ranking.answers import answer_tokens
-from mllmrec.ranking.callbacks import CheckpointCallback, mean_loss
-from mllmrec.ranking.collator import Collator
-from mllmrec.ranking.options import RankerOptions
+from mllmrec.ranking.batches import Collator, EpochSampler, EpochSettings, pack_into_batches
 from mllmrec.ranking.reader import RowReader, load_ranker
-from mllmrec.ranking.sampler import EpochSampler, EpochSettings, pack_into_batches
 from mllmrec.ranking.trainer import check_plain_positions, check_shared_prefix
+from mllmrec.ranking.training_options import RankerOptions
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import read_rows, write_rows
 from mllmrec.stage.record import file_digests

@@ -27,8 +27,8 @@ from mllmrec.data.candidates import (
 )
 from mllmrec.stage.jsonl import require, write_rows
 from mllmrec.stage.options import NAME, CommonOptions, option, parse_options, print_options
-from mllmrec.stage.record import Job, file_digests
 from mllmrec.stage.output import WholeOutput
+from mllmrec.stage.record import Job, file_digests
 
 SECTION = "popularity"
 # variant -> how the negatives of its lists are drawn, "" for those of users.jsonl.

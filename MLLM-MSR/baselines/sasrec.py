@@ -20,7 +20,7 @@ from mllmrec.stage.main import run_main
 
 from pydantic.dataclasses import dataclass
 
-from mllmrec.sequential.options import SequentialOptions
+from mllmrec.sequential.sequential_options import SequentialOptions
 from mllmrec.stage.options import option, parse_options, print_options
 
 SECTION = "sasrec"
@@ -37,7 +37,7 @@ def main(argv=None):
     print_options(options, "baseline: SASRec")
     # Imported here, so that --help and a wrong option are answered at once.
     from mllmrec.sequential.run import run_baseline
-    from mllmrec.sequential.sasrec import SASRec
+    from mllmrec.sequential.sasrec_model import SASRec
 
     run_baseline("sasrec", SASRec, options)
 

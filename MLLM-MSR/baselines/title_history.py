@@ -25,8 +25,8 @@ from mllmrec.data.candidates import check_known, is_leave_one_out, read_users
 from mllmrec.prompts.templates import cut
 from mllmrec.stage.jsonl import read_by_id, require, write_rows
 from mllmrec.stage.options import CommonOptions, option, parse_options, print_options
-from mllmrec.stage.record import Job, file_digests
 from mllmrec.stage.output import WholeOutput
+from mllmrec.stage.record import Job, file_digests
 
 SECTION = "title_history"
 

@@ -19,12 +19,12 @@ from pathlib import Path
 from pydantic.dataclasses import dataclass
 
 from mllmrec.evaluation.metrics import aggregate, evaluate
-from mllmrec.evaluation.tables import print_metrics, read_metrics, score_files
+from mllmrec.evaluation.result_tables import print_metrics, read_metrics, score_files
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import read_rows, write_json
 from mllmrec.stage.options import CommonOptions, option, parse_options, print_options
-from mllmrec.stage.record import Job, check_described, named_digests, read_record
 from mllmrec.stage.output import WholeOutput
+from mllmrec.stage.record import Job, check_described, named_digests, read_record
 
 SECTION = "metrics"
 

@@ -20,7 +20,7 @@ from pathlib import Path
 import yaml
 from pydantic.dataclasses import dataclass
 
-from mllmrec.evaluation.tables import (
+from mllmrec.evaluation.result_tables import (
     DIFFERENCES,
     GROUPS,
     as_markdown,
@@ -32,8 +32,8 @@ from mllmrec.evaluation.tables import (
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import atomic_file, require
 from mllmrec.stage.options import CommonOptions, option, parse_options, print_options
-from mllmrec.stage.record import Job, file_digests
 from mllmrec.stage.output import WholeOutput
+from mllmrec.stage.record import Job, file_digests
 
 SECTION = "report"
 PLOTTED = ("sft", "zero_shot", "popularity")  # variants with curves; the first one has the examples
@@ -73,7 +73,7 @@ def read_published(name):
 
 def write_report(metrics_path, outputs, published, options):
     """Write report.html and report.md; return the number of variants. published: rows to show."""
-    from mllmrec.evaluation import report
+    from mllmrec.evaluation import report_page as report
 
     folder, data_dir = Path(options.output_dir), Path(options.data_dir)
     metrics, scores = read_metrics(metrics_path), score_files(folder)

@@ -26,8 +26,8 @@ from typing import Literal
 from pydantic.dataclasses import dataclass
 
 from mllmrec.data.images import check_image_paths
-from mllmrec.ranking.options import RankerOptions
 from mllmrec.ranking.rows import first_users, image_names, replace_preference
+from mllmrec.ranking.training_options import RankerOptions
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import read_rows
 from mllmrec.stage.options import CommonOptions, option, parse_options, print_options
@@ -95,7 +95,7 @@ def main(argv=None):
     check_image_paths(names, test_path, options.data_dir, options.image_roots)
     adapter = None if options.adapter == "none" else Path(options.adapter or folder / "adapter")
     if adapter is not None:
-        from mllmrec.models.lora import check_adapter
+        from mllmrec.models.adapters import check_adapter
 
         check_adapter(adapter, options.model, options.image_tiles)
     inputs = file_digests(test_path, options.model, *([adapter] if adapter else []))
@@ -103,7 +103,7 @@ def main(argv=None):
     if outputs:
         # Imported here, so that --help and a missing input are answered at once.
         from mllmrec.evaluation.metrics import CandidateLists
-        from mllmrec.models.lora import load_adapter
+        from mllmrec.models.adapters import load_adapter
         from mllmrec.ranking.answers import yes_no
         from mllmrec.ranking.reader import RowReader, load_ranker
         from mllmrec.ranking.scoring import ScoringOptions, score_output

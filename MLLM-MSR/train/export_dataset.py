@@ -18,12 +18,12 @@ from typing import Literal
 from pydantic.dataclasses import dataclass
 
 from mllmrec.data.images import check_image_paths
-from mllmrec.ranking.options import FineTuningOptions
 from mllmrec.ranking.rows import image_names
+from mllmrec.ranking.training_options import FineTuningOptions
 from mllmrec.stage.jsonl import read_rows, require, write_json, write_rows
 from mllmrec.stage.options import option, parse_options, print_options
-from mllmrec.stage.record import Job, file_digests
 from mllmrec.stage.output import WholeOutput
+from mllmrec.stage.record import Job, file_digests
 
 SECTION = "train"
 ROW_OPTIONS = ("format", "model", "max_text_tokens", "image_tiles", "prompt_format")
@@ -75,8 +75,9 @@ def exported(path, options):
 
     As in stage 5, users with a question that is too long are rejected.
     """
-    from mllmrec.models.loading import load_processor
     from mllmrec.ranking.fine_tuning import without_too_long
+
+    from mllmrec.models.loading import load_processor
     from mllmrec.ranking.reader import RowReader, chat_processor
 
     rows = read_rows(path)

@@ -16,11 +16,11 @@ from pathlib import Path
 
 from pydantic.dataclasses import dataclass
 
-from mllmrec.models.options import ModelOptions
+from mllmrec.models.model_options import ModelOptions
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.options import option, parse_options, print_options
+from mllmrec.stage.output import WholeOutput, new_folder
 from mllmrec.stage.record import Job, file_digests, read_record
-from mllmrec.stage.output import new_folder, WholeOutput
 
 SECTION = "merge"
 
@@ -34,8 +34,8 @@ class Options(ModelOptions):
 
 def merge(name, adapter, merged, options):
     """W + (alpha / r) B A for every adapted layer, saved as a plain model."""
+    from mllmrec.models.adapters import load_adapter
     from mllmrec.models.loading import load_multimodal
-    from mllmrec.models.lora import load_adapter
 
     model, processor = load_multimodal(name, options)
     model = load_adapter(model, adapter, name).merge_and_unload(safe_merge=True)
@@ -59,7 +59,7 @@ def main(argv=None):
             f"{merged} is there and is no merged model of this script; move it away or name "
             "another --merged"
         )
-    from mllmrec.models.lora import adapter_base, check_adapter
+    from mllmrec.models.adapters import adapter_base, check_adapter
     from mllmrec.models.model_card import model_card, write_model_card
 
     name = options.model or adapter_base(adapter)

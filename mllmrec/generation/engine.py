@@ -32,7 +32,7 @@ from mllmrec.models.loading import (
     max_prompt_tokens,
     read_config,
 )
-from mllmrec.models.options import DEFAULT_URLS, GenerationStageOptions
+from mllmrec.models.model_options import DEFAULT_URLS, GenerationStageOptions
 from mllmrec.models.trial import check_trial
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.progress import Progress

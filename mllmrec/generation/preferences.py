@@ -14,12 +14,12 @@ from mllmrec.data.candidates import (
     read_users,
     user_key,
 )
-from mllmrec.models.options import GENERATION_SPEED_OPTIONS, GenerationStageOptions
+from mllmrec.models.model_options import GENERATION_SPEED_OPTIONS, GenerationStageOptions
 from mllmrec.prompts import mllm_msr as prompts
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import read_by_id, read_rejected
 from mllmrec.stage.options import option
-from mllmrec.stage.output import SHORTENED, RowOutput, RowId
+from mllmrec.stage.output import SHORTENED, RowId, RowOutput
 from mllmrec.stage.record import Job, file_digests
 from mllmrec.stage.schema import Row
 

@@ -9,7 +9,7 @@ from typing import Any
 from mllmrec.generation.preferences import PreferenceOptions
 from mllmrec.models.chat import ChatProcessor
 from mllmrec.prompts.mllm_msr import RECOMMEND
-from mllmrec.ranking.options import RankerOptions
+from mllmrec.ranking.training_options import RankerOptions
 from mllmrec.stage.options import load_config
 from mllmrec.stage.output import RowOutput
 from mllmrec.stage.schema import Row

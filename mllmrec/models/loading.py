@@ -23,7 +23,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from mllmrec.models.compat import processor_without_video
-from mllmrec.models.options import ModelOptions
+from mllmrec.models.model_options import ModelOptions
 from mllmrec.stage.errors import InputError, machine_fault
 
 # Without an optional kernel for processors with bfloat16 instructions bitsandbytes warns at import;

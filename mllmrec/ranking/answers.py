@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from mllmrec.models.chat import ChatProcessor
 from mllmrec.models.padding import common_prefix_length
 from mllmrec.prompts.templates import Turn, assistant_turn, user_turn
-from mllmrec.ranking.options import RankerOptions
 from mllmrec.ranking.rows import ANSWERS
+from mllmrec.ranking.training_options import RankerOptions
 from mllmrec.stage.errors import InputError
 
 

@@ -24,7 +24,7 @@ from mllmrec.data.candidates import (
 )
 from mllmrec.data.images import ImageError, check_item_images, open_image
 from mllmrec.prompts import mllm_msr as prompts
-from mllmrec.ranking.rows import Candidate, QuestionFormat, candidate_row
+from mllmrec.ranking.questions import Candidate, QuestionFormat, candidate_row
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import (
     read_by_id,
@@ -36,11 +36,10 @@ from mllmrec.stage.jsonl import (
     write_rows,
 )
 from mllmrec.stage.options import CommonOptions, option
-from mllmrec.stage.output import RowId
+from mllmrec.stage.output import RowId, WholeOutput
 from mllmrec.stage.progress import progress_bar
 from mllmrec.stage.record import Job, file_digests
 from mllmrec.stage.schema import Row
-from mllmrec.stage.output import WholeOutput
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ import numpy as np
 from mllmrec.data.candidates import training_negatives
 from mllmrec.prompts import mllm4rec as prompts
 from mllmrec.prompts.templates import assistant_turn, plain_text
-from mllmrec.ranking.rows import list_row
+from mllmrec.ranking.questions import list_row
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.schema import Row
 

@@ -13,7 +13,6 @@ from mllmrec.models.loading import load_multimodal, load_text, read_config, take
 from mllmrec.models.trial import check_trial
 from mllmrec.prompts.templates import valid_text
 from mllmrec.ranking.answers import YES_NO, AnswerSet, AnswerTokens, answer_tokens
-from mllmrec.ranking.options import RankerOptions
 from mllmrec.ranking.rows import (
     MAKE_AGAIN,
     group_rows,
@@ -22,6 +21,7 @@ from mllmrec.ranking.rows import (
     replace_preference,
     row_name,
 )
+from mllmrec.ranking.training_options import RankerOptions
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import PathLike
 from mllmrec.stage.schema import Row
@@ -171,6 +171,20 @@ class RowReader:
                 except PromptTooLongError as reason:
                     too_long.setdefault(row["user_id"], str(reason))
         return too_long, shortened
+
+    def fitting_rows(
+        self, rows: Sequence[Row], path: PathLike
+    ) -> tuple[list[Row], dict[str, str], int]:
+        """(rows of the users whose questions fit, user_id -> reason of the others, shortened rows).
+
+        Raises InputError if nothing is left of the file `path`.
+        """
+        too_long, shortened = self.find_too_long(rows)
+        kept = [row for row in rows if row["user_id"] not in too_long]
+        if rows and not kept:
+            reason = too_long[rows[0]["user_id"]]
+            raise InputError(f"{path}: no question fits, the first: {reason}")
+        return kept, too_long, sum(user_id not in too_long for user_id in shortened)
 
     def lengths(self, rows: Sequence[Row], sizes: Mapping[Path, tuple[int, int]]) -> list[int]:
         """Each row's length in tokens, its image's included.

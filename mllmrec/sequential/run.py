@@ -23,9 +23,9 @@ from mllmrec.sequential.items import read_features
 from mllmrec.sequential.training import CHOSEN_BY, fit, score_candidates, validation_metrics
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import read_by_id, require, write_rows
+from mllmrec.stage.output import WholeOutput
 from mllmrec.stage.record import Job, file_digests
 from mllmrec.stage.schema import Row
-from mllmrec.stage.output import WholeOutput
 
 logger = logging.getLogger(__name__)
 

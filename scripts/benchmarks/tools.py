@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from mllmrec.ranking.rows import Candidate, QuestionFormat, candidate_row
+from mllmrec.ranking.questions import Candidate, QuestionFormat, candidate_row
 from mllmrec.stage.jsonl import write_json
 from mllmrec.stage.record import machine
 

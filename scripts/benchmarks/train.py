@@ -52,11 +52,10 @@ from tools import (
 from mllmrec.models.chat import ChatProcessor, to_model
 from mllmrec.models.loading import DTYPES, pick_device, pick_dtype
 from mllmrec.models.lora import add_lora
-from mllmrec.models.options import LoraOptions
+from mllmrec.models.model_options import LoraOptions
 from mllmrec.models.random_models import LLAVA_SIZES, random_llava
-from mllmrec.ranking.collator import Collator
+from mllmrec.ranking.batches import Collator, EpochSampler, EpochSettings
 from mllmrec.ranking.reader import RowReader
-from mllmrec.ranking.sampler import EpochSampler, EpochSettings
 
 GROUP_FRACTIONS = (0.22, 0.22, 0.17, 0.39)  # of groups of one to four rows, MicroLens-50k
 GROUP_BY = {"published": "none", "length": "length", "item": "item"}

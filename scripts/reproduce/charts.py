@@ -8,7 +8,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from mllmrec.evaluation.plots import COLOURS
-from mllmrec.evaluation.tables import half_width
+from mllmrec.evaluation.result_tables import half_width
 
 
 def dot_chart(report):
