@@ -99,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "train.rejected.jsonl"
         )
     inputs = file_digests(train_path, validation_path, options.model)
-    job = Job.of(options, inputs, TRAINING_SPEED_OPTIONS)
+    job = Job.of(options, inputs, TRAINING_SPEED_OPTIONS, limit=options.limit)
     adapter, checkpoints = options.system_dir / "adapter", options.system_dir / "checkpoints"
     with WholeOutput(job, [adapter], training_files(options), checkpoints) as output:
         if output.is_needed:

@@ -125,9 +125,7 @@ def _check_history(user: Row, where: str, known: Mapping[Path, Mapping[str, Any]
             )
 
 
-def open_preferences(
-    histories: dict[RowId, UserHistory], options: PreferenceOptions
-) -> RowOutput:
+def open_preferences(histories: dict[RowId, UserHistory], options: PreferenceOptions) -> RowOutput:
     """The output user_preferences.jsonl of these users."""
     first = next(iter(histories.values()), None)
     key: str | tuple[str, ...] = "user_id"

@@ -73,7 +73,7 @@ def first_users(rows: Sequence[Row], n: int) -> list[Row]:
     return [row for row in rows if row["user_id"] in users]
 
 
-def check_row_images(rows: Sequence[Row], path: PathLike, options: CommonOptions) -> None:
+def check_row_images(rows: Sequence[Row], path: Path, options: CommonOptions) -> None:
     """Raise InputError if an image of the rows of the file `path` lies outside its folders."""
     names = [name for row in rows for name in row["images"]]
     check_image_paths(names, path, options.data_dir, options.image_roots)

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -212,7 +212,8 @@ class RankingTrainer(Trainer):
         is_first = self.is_world_process_zero()
         if is_first:
             output.begin()
-        last = last_complete_checkpoint(Path(self.args.output_dir), may_delete=is_first)
+        assert output.checkpoints is not None
+        last = last_complete_checkpoint(output.checkpoints, may_delete=is_first)
         if last:  # a run that stopped early goes no further
             self.args.num_train_epochs = stopped_after(last) or self.args.num_train_epochs
         self.train(resume_from_checkpoint=last)
@@ -314,20 +315,21 @@ def save_adapter(
     weights = trainer.accelerator.get_state_dict(trainer.model_wrapped) if sharded else None
     if not trainer.is_world_process_zero():
         return
-    adapter, state, model = output.path, trainer.state, output.job.options.model  # type: ignore[attr-defined]
+    adapter, state, model = output.path, trainer.state, cast(Any, trainer.model)
+    base = cast(FineTuningOptions, output.job.options).model
     rejected_path = adapter.with_name("training.rejected.jsonl")
     lines = [{"user_id": user_id, "reason": reason} for user_id, reason in rejected.items()]
     write_rejected(rejected_path, lines)
-    check_finite("the trained adapter", trainer.model, only="lora_")
+    check_finite("the trained adapter", model, only="lora_")
     dtype = "bfloat16" if trainer.args.bf16 else "float16" if trainer.args.fp16 else "float32"
     with new_folder(adapter) as folder:
-        trainer.model.save_pretrained(folder, state_dict=weights)
-        make_portable(folder, base_name(model))
+        model.save_pretrained(folder, state_dict=weights)
+        make_portable(folder, base_name(base))
         chat.processor.save_pretrained(folder)
         record = output.finish(
             counts | {"rejected_users": len(rejected)},
             folder,
-            base=model_identity(model),
+            base=model_identity(base),
             dtype=dtype,
             loss=mean_loss(state.log_history),
             **{f"best_validation_{trainer.best_by}": state.best_metric},

@@ -32,7 +32,7 @@ from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, M
 from contextlib import closing, contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 from filelock import FileLock, Timeout
 
@@ -251,10 +251,10 @@ class RowOutput:
 
     def reject(self, row_id: RowId, reason: str) -> None:
         """Append one rejected row with its reason."""
-        keys, values = (self.key, row_id) if isinstance(self.key, tuple) else ((self.key,), (row_id,))
+        names, values = self.key, cast(Any, row_id)
+        pairs = [(names, values)] if isinstance(names, str) else zip(names, values, strict=True)
         with naming(self.rejected_path):
-            line = dict(zip(keys, values, strict=True)) | {"reason": reason}  # type: ignore[arg-type]
-            self._rejected.write(encode(line))
+            self._rejected.write(encode(dict(pairs) | {"reason": reason}))
             self._rejected.flush()
         self.rows_rejected += 1
 
