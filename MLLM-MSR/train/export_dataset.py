@@ -17,8 +17,7 @@ from typing import Literal
 
 from pydantic.dataclasses import dataclass
 
-from mllmrec.data.images import check_image_paths
-from mllmrec.ranking.rows import image_names
+from mllmrec.ranking.rows import check_row_images
 from mllmrec.ranking.training_options import FineTuningOptions
 from mllmrec.stage.jsonl import read_rows, require, write_json, write_rows
 from mllmrec.stage.options import option, parse_options, print_options
@@ -75,17 +74,16 @@ def exported(path, options):
 
     As in stage 5, users with a question that is too long are rejected.
     """
-    from mllmrec.ranking.fine_tuning import without_too_long
 
     from mllmrec.models.loading import load_processor
     from mllmrec.ranking.reader import RowReader, chat_processor
 
     rows = read_rows(path)
-    check_image_paths(image_names(rows), path, options.data_dir, options.image_roots)
+    check_row_images(rows, path, options)
     chat = chat_processor(load_processor(options.model, options), options)
     reader = RowReader(chat, path.parent, options.max_text_tokens)
     new_row = trl_row if options.format == "trl" else messages_row
-    kept, too_long, _ = without_too_long(rows, reader, path)
+    kept, too_long, _ = reader.fitting_rows(rows, path)
 
     def images(row):
         return [str((path.parent / name).resolve()) for name in row["images"]]
