@@ -8,8 +8,8 @@ from typing import Any
 
 from mllmrec.generation.preferences import PreferenceOptions
 from mllmrec.models.chat import ChatProcessor
+from mllmrec.models.model_options import MAX_TEXT_TOKENS
 from mllmrec.prompts.mllm_msr import RECOMMEND
-from mllmrec.ranking.training_options import RankerOptions
 from mllmrec.stage.options import load_config
 from mllmrec.stage.output import RowOutput
 from mllmrec.stage.schema import Row
@@ -76,7 +76,7 @@ def measure_texts(output: RowOutput, key: str, template: str, engine: Any = None
 def warn_of_long_texts(chat: ChatProcessor, options: PreferenceOptions) -> None:
     """Warn if a preference may be longer than the part of it that stage 5 keeps."""
     train = load_config(Path(options.config)).get("train", {})
-    longest = int(train.get("max_text_tokens", RankerOptions().max_text_tokens))
+    longest = int(train.get("max_text_tokens", MAX_TEXT_TOKENS))
     kept = longest - chat.count(RECOMMEND)
     if longest and options.max_new_tokens > kept:
         logger.warning(

@@ -6,6 +6,8 @@ from pydantic.dataclasses import dataclass
 
 from mllmrec.stage.options import CommonOptions, option
 
+MAX_TEXT_TOKENS = 512  # of a question in training and scoring, unless the config says otherwise
+
 
 @dataclass
 class ModelOptions(CommonOptions):

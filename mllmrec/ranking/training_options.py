@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic.dataclasses import dataclass
 
-from mllmrec.models.model_options import LoraOptions, ModelOptions
+from mllmrec.models.model_options import MAX_TEXT_TOKENS, LoraOptions, ModelOptions
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.options import option
 
@@ -32,7 +32,9 @@ class RankerOptions(ModelOptions):
         "(paper: LLaVA-v1.6-Mistral-7B)",
     )
     max_text_tokens: int = option(
-        512, "of one row, the image counted as one token (paper: 512, released code: 1024)", ge=0
+        MAX_TEXT_TOKENS,
+        "of one row, the image counted as one token (paper: 512, released code: 1024)",
+        ge=0,
     )
     answer_token: Literal["rendered", "bare"] = option(
         "rendered",
