@@ -18,8 +18,9 @@ ml-latest-small: see docs/results.md.
 
 from mllmrec.stage.main import run_main
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic.dataclasses import dataclass
 
@@ -30,6 +31,11 @@ from mllmrec.stage.jsonl import read_by_id, require, write_json, write_rows
 from mllmrec.stage.options import DatasetCode, option, parse_options, print_options
 from mllmrec.stage.output import WholeOutput
 from mllmrec.stage.record import Job, file_digests
+from mllmrec.stage.schema import Row
+
+if TYPE_CHECKING:
+    from mllmrec.sequential.data import SequenceData
+    from mllmrec.sequential.retrieval import Scorer
 
 SECTION = "retriever"
 
@@ -53,7 +59,9 @@ class Options(SequentialOptions, DatasetCode):
     retrieved: int = option(20, "items that go to the ranker (published: 20)", ge=2, le=1000)
 
 
-def train(users, data, options):
+def train(
+    users: list[Row], data: "SequenceData", options: Options
+) -> tuple["Scorer", list[Any], int]:
     """(scorer of all items, log of the epochs, best epoch): the retriever, trained."""
     import torch
 
@@ -79,7 +87,7 @@ def train(users, data, options):
     score = model_scorer(model, options.max_length)
     validation = RankedUsers.of(users, data, "validation")
 
-    def validate():
+    def validate() -> dict[str, float]:
         model.eval()
         return retrieval_metrics(score, validation)
 
@@ -88,7 +96,9 @@ def train(users, data, options):
     return score, found.log, int(found.best["epoch"])
 
 
-def write_candidates(score, users, data, folder, options):
+def write_candidates(
+    score: "Scorer", users: list[Row], data: "SequenceData", folder: Path, options: Options
+) -> dict[str, dict[str, float]]:
     """Write candidates.jsonl, scores.jsonl and metrics.json; return the metrics."""
     from mllmrec.sequential.retrieval import RankedUsers, retrieval_metrics, retrieve
 
@@ -110,7 +120,7 @@ def write_candidates(score, users, data, folder, options):
     return metrics
 
 
-def read_data(users_path, items_path):
+def read_data(users_path: Path, items_path: Path) -> tuple[list[Row], list[str]]:
     """(lines of users.jsonl, item ids), checked: leave-one-out, and no item that is unknown."""
     users, items = read_users(users_path), read_by_id(items_path, "item_id")
     if not is_leave_one_out(users):
@@ -124,7 +134,7 @@ def read_data(users_path, items_path):
     return users, list(items)
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
     options = parse_options(Options, SECTION, argv, __doc__)
     print_options(options, "MLLM4Rec, retriever")
     maker = f"MLLM4Rec/process_item.py --config {options.config}"

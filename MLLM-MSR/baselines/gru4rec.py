@@ -18,6 +18,8 @@ training users only; the epoch is chosen on validation users. MicroLens-50k: see
 
 from mllmrec.stage.main import run_main
 
+from collections.abc import Sequence
+
 from pydantic.dataclasses import dataclass
 
 from mllmrec.sequential.sequential_options import SequentialOptions
@@ -34,7 +36,7 @@ class Options(SequentialOptions):
     )
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
     options = parse_options(Options, SECTION, argv, __doc__)
     print_options(options, "baseline: GRU4Rec")
     # Imported here, so that --help and a wrong option are answered at once.

@@ -15,6 +15,7 @@ Every learned row should be compared with this one. CPU, seconds.
 from mllmrec.stage.main import run_main
 
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 
 from pydantic.dataclasses import dataclass
@@ -29,6 +30,7 @@ from mllmrec.stage.jsonl import require, write_rows
 from mllmrec.stage.options import NAME, CommonOptions, option, parse_options, print_options
 from mllmrec.stage.output import WholeOutput
 from mllmrec.stage.record import Job, file_digests
+from mllmrec.stage.schema import Row
 
 SECTION = "popularity"
 # variant -> how the negatives of its lists are drawn, "" for those of users.jsonl.
@@ -44,7 +46,7 @@ class Options(CommonOptions):
     system: str = option("baselines", "subfolder of output_dir for the scores", pattern=NAME)
 
 
-def read_lists(users_path):
+def read_lists(users_path: Path) -> list[Row]:
     """Lines of users.jsonl, each of which must have negatives."""
     users = read_users(users_path)
     for number, user in enumerate(users, start=1):
@@ -52,7 +54,7 @@ def read_lists(users_path):
     return users
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
     options = parse_options(Options, SECTION, argv, __doc__)
     print_options(options, "baseline: popularity")
     users_path = Path(options.data_dir) / "users.jsonl"

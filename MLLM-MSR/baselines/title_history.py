@@ -17,6 +17,7 @@ what stages 2 and 3 are worth. CPU, seconds.
 
 from mllmrec.stage.main import run_main
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from pydantic.dataclasses import dataclass
@@ -27,6 +28,7 @@ from mllmrec.stage.jsonl import read_by_id, require, write_rows
 from mllmrec.stage.options import CommonOptions, option, parse_options, print_options
 from mllmrec.stage.output import WholeOutput
 from mllmrec.stage.record import Job, file_digests
+from mllmrec.stage.schema import Row
 
 SECTION = "title_history"
 
@@ -37,7 +39,7 @@ class Options(CommonOptions):
     max_title_characters: int = option(100, "longer titles are cut, 0 = no limit", ge=0)
 
 
-def title_history(titles, options):
+def title_history(titles: Sequence[str], options: Options) -> str:
     """One text with the titles of a history, oldest first."""
     shown = titles[-options.max_titles :] if options.max_titles else titles
     if options.max_title_characters:
@@ -45,7 +47,7 @@ def title_history(titles, options):
     return "; ".join(f"{number}. {title}" for number, title in enumerate(shown, start=1))
 
 
-def history_rows(users_path, items_path, options):
+def history_rows(users_path: Path, items_path: Path, options: Options) -> Iterator[Row]:
     """Lines of user_preferences.jsonl, from users.jsonl and items.jsonl."""
     users, items = read_users(users_path), read_by_id(items_path, "item_id")
     leave_one_out = is_leave_one_out(users)
@@ -57,7 +59,7 @@ def history_rows(users_path, items_path, options):
         yield row | ({"split": user["split"]} if leave_one_out else {})
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
     options = parse_options(Options, SECTION, argv, __doc__)
     print_options(options, "baseline: titles of the history")
     users_path = Path(options.data_dir) / "users.jsonl"

@@ -14,7 +14,9 @@ users; over several runs (folds or seeds) Student's t over the runs. CPU, second
 
 from mllmrec.stage.main import run_main
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from pydantic.dataclasses import dataclass
 
@@ -37,12 +39,12 @@ class Options(CommonOptions):
     resamples: int = option(1000, "bootstrap samples of the users", ge=1)
 
 
-def measure(files, options):
+def measure(files: Mapping[str, Mapping[str, Path]], options: Options) -> dict[str, Any]:
     """dict variant -> its metrics, of several runs their means.
 
     files: dict folder of a run -> dict variant -> scores.jsonl.
     """
-    runs = {}  # variant -> its metrics in each run
+    runs: dict[str, list[dict[str, Any]]] = {}  # variant -> its metrics in each run
     for variants in files.values():
         for name, path in variants.items():
             metrics = evaluate(
@@ -54,7 +56,7 @@ def measure(files, options):
     }
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
     options = parse_options(Options, SECTION, argv, __doc__)
     print_options(options, "stage 7, metrics")
     folders = options.runs or [options.output_dir]

@@ -109,7 +109,7 @@ def open_outputs(rows: list[Row], inputs: Digests, options: Options) -> dict[str
     """What is hidden -> its scores.jsonl, of the variants that are not up to date."""
     keys = [(row["user_id"], row["item_id"]) for row in rows]
     limit = len(first_users(rows, options.limit))  # --limit counts users
-    outputs = {}
+    outputs: dict[str, RowOutput] = {}
     for hidden in dict.fromkeys(options.hide):
         path = options.system_dir / variant_name(options, hidden) / "scores.jsonl"
         job = Job.of(options, inputs, SPEED_OPTIONS, hidden=hidden)

@@ -12,6 +12,7 @@ unless --dtype is set.
 
 from mllmrec.stage.main import run_main
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from pydantic.dataclasses import dataclass
@@ -32,7 +33,7 @@ class Options(ModelOptions):
     merged: str = option("", "default: {output_dir}/{system}/merged")
 
 
-def merge(name, adapter, merged, options):
+def merge(name: str, adapter: Path, merged: Path, options: Options) -> None:
     """W + (alpha / r) B A for every adapted layer, saved as a plain model."""
     from mllmrec.models.adapters import load_adapter
     from mllmrec.models.loading import load_multimodal
@@ -43,7 +44,7 @@ def merge(name, adapter, merged, options):
     processor.save_pretrained(merged)
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
     options = parse_options(Options, SECTION, argv, __doc__)
     print_options(options, "merging the adapter into its base model")
     adapter = Path(options.adapter or options.system_dir / "adapter")

@@ -4,7 +4,6 @@ checkpoints.
 
 import importlib.util
 import json
-import logging
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,10 +24,6 @@ from transformers.utils import logging as transformers_logging
 from mllmrec.models.compat import processor_without_video
 from mllmrec.models.model_options import ModelOptions
 from mllmrec.stage.errors import InputError, machine_fault
-
-# Without an optional kernel for processors with bfloat16 instructions bitsandbytes warns at import;
-# nothing here needs it.
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 # Buffers that models compute themselves; old checkpoints hold them beside the weights.
 COMPUTED = re.compile(r"(position_ids|rotary_emb\.inv_freq)$")

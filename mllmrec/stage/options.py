@@ -20,6 +20,7 @@ import difflib
 import importlib.metadata
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
@@ -105,7 +106,7 @@ class DatasetCode:
 def parse_options(
     options_class: type[T],
     section: str,
-    argv: list[str] | None = None,
+    argv: Sequence[str] | None = None,
     description: str | None = None,
 ) -> T:
     """Options of one stage, checked.
@@ -144,7 +145,7 @@ def parse_options(
         raise (UsageError if message.startswith("--") else InputError)(message) from None
 
 
-def config_of_dataset(argv: list[str], description: str | None) -> tuple[str, list[str]]:
+def config_of_dataset(argv: Sequence[str], description: str | None) -> tuple[str, list[str]]:
     """(config, the other words) of a command line with --dataset_code or --config.
 
     For scripts that run another one. Raises InputError for an unknown data set.
