@@ -102,7 +102,8 @@ def write_candidates(
     """Write candidates.jsonl, scores.jsonl and metrics.json; return the metrics."""
     from mllmrec.sequential.retrieval import RankedUsers, retrieval_metrics, retrieve
 
-    metrics, lines = {}, []
+    metrics: dict[str, dict[str, float]] = {}
+    lines: list[Row] = []
     for split in ("validation", "test"):
         ranked = RankedUsers.of(users, data, split)
         metrics[split] = retrieval_metrics(score, ranked)

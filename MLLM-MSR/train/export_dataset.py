@@ -111,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with WholeOutput(job, [*outputs, *extra]) as output:
         if not output.is_needed:
             return
-        counts = {}
+        counts: dict[str, int] = {}
         for split, path, exported_path in zip(splits, paths, outputs, strict=True):
             rows, rejected = exported(path, options)
             counts |= {split: len(rows), f"{split}_rejected_users": rejected}

@@ -37,11 +37,6 @@ YES_NO = AnswerSet(ANSWERS["yes_no"])
 LETTERS = AnswerSet(ANSWERS["letters"])
 
 
-def yes_no(options: RankerOptions) -> AnswerSet:
-    """No and Yes, as the options of a stage say."""
-    return answer_set("yes_no", options)
-
-
 def answer_set(name: str, options: RankerOptions) -> AnswerSet:
     """yes_no: No and Yes; letters: A to Z; as the options of a stage say."""
     bare = options.answer_token == "bare"
