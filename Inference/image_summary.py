@@ -55,8 +55,8 @@ class Options(GenerationStageOptions):
     )
     pad_images: int = option(
         0,
-        "pad the images of N consecutive items with black to the largest (released code: 8); 0 = "
-        "none",
+        "pad the images of N consecutive items with black to the largest (released code: 8); "
+        "0 = none",
         ge=0,
     )
     image_prompt: str = option(mllm_msr.IMAGE, "template of the image prompt")

@@ -66,8 +66,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for folder, variants in files.items():
         if not variants:
             raise InputError(
-                f"the output folder {folder!r} has no */*/scores.jsonl; scripts/06_score.sh makes "
-                "them"
+                f"the output folder {folder!r} has no */*/scores.jsonl; "
+                "scripts/06_score.sh makes them"
             )
     for variants in files.values():
         for scores in variants.values():
@@ -90,8 +90,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             output.finish({"variants": len(metrics)})
     print_metrics(read_metrics(path))
     print(
-        f"next: python MLLM-MSR/test/report.py --config {options.config} "
-        f"--output_dir {options.output_dir}"
+        "next: python MLLM-MSR/test/report.py --config "
+        f"{options.config} --output_dir {options.output_dir}"
     )
 
 

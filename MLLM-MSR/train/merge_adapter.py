@@ -52,13 +52,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.quantization != "none":
         raise InputError(
             "an adapter cannot be merged exactly into a quantised model; merge without "
-            "--quantization, "
-            "then load the result with it"
+            "--quantization, then load the result with it"
         )
     if merged.exists() and read_record(merged) is None:  # it would be deleted
         raise InputError(
-            f"{merged} is there and is no merged model of this script; move it away or name "
-            "another --merged"
+            f"{merged} is there and is no merged model of this script; move it away or "
+            "name another --merged"
         )
     from mllmrec.models.adapters import adapter_base, check_adapter
     from mllmrec.models.model_card import model_card, write_model_card

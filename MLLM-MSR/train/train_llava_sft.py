@@ -95,8 +95,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows, validation = read_rows(train_path), read_rows(validation_path)
     if not rows:
         raise InputError(
-            f"{train_path} is empty; make it again with scripts/04_datasets.sh and see "
-            "train.rejected.jsonl"
+            f"{train_path} is empty; make it again with scripts/04_datasets.sh "
+            "and see train.rejected.jsonl"
         )
     inputs = file_digests(train_path, validation_path, options.model)
     job = Job.of(options, inputs, TRAINING_SPEED_OPTIONS, limit=options.limit)

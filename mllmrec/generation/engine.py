@@ -97,9 +97,7 @@ class GenerationEngine:
         )
 
     def _tokens_that_fit(self) -> int:
-        """Tokens whose keys and values take two thirds of a GPU's free memory; the rest:
-        activations.
-        """
+        """Tokens whose keys and values take two thirds of a GPU's free memory."""
         if self.model.device.type != "cuda" or not self.chunked:
             return CPU_BATCH_TOKENS
         empty_device_cache()
@@ -111,9 +109,7 @@ class GenerationEngine:
         return max(1, self.batch_tokens // (longest + self.max_new_tokens))
 
     def generate(self, requests: list[Request]) -> list[GeneratedText]:
-        """The texts of one batch; if memory does not suffice, in halves, and later batches are
-        smaller.
-        """
+        """The texts of one batch; if memory does not suffice, of its halves, and of later ones."""
         try:
             return self._generate(requests)
         except RuntimeError as error:
@@ -123,15 +119,14 @@ class GenerationEngine:
         if len(requests) == 1:
             raise InputError(
                 f"a single prompt with its answer ({longest:,} tokens) does not fit into the "
-                f"memory of "
-                f"{self.model.device}; free some, load the model with --quantization nf4, or lower "
-                "--max_new_tokens; finished rows are kept"
+                f"memory of {self.model.device}; free some, load the model with --quantization "
+                "nf4, or lower --max_new_tokens; finished rows are kept"
             )
         empty_device_cache(collect_garbage=True)
         self.batch_tokens = min(self.batch_tokens, len(requests) // 2 * longest)
         logger.info(
-            f"out of memory with a batch of {len(requests)}; continuing with --batch_tokens "
-            f"{self.batch_tokens}",
+            f"out of memory with a batch of {len(requests)}; continuing "
+            f"with --batch_tokens {self.batch_tokens}",
         )
         middle = (len(requests) + 1) // 2
         return self.generate(requests[:middle]) + self.generate(requests[middle:])
@@ -273,9 +268,7 @@ def run_dialogues(
 
 
 def _enough(engine: Any, waiting: list[Request]) -> bool:
-    """True if two batches wait, enough to sort by length, or as many images as memory should
-    hold.
-    """
+    """True if two batches wait, to sort them by length, or as many images as memory should hold."""
     tokens = sum(request.prompt.length + engine.max_new_tokens for request in waiting)
     nbytes = sum(request.prompt.nbytes for request in waiting)
     return tokens >= 2 * engine.batch_tokens or nbytes >= MAX_WAITING_BYTES
@@ -298,8 +291,7 @@ def _next_batch(engine: GenerationEngine, waiting: list[Request]) -> list[Reques
 
 
 def read_ahead(dataset: Any, workers: int, is_remote: bool = False) -> DataLoader[Any]:
-    """Iterate over a dataset (__len__, __getitem__) that `workers` processes read ahead of the
-    model.
+    """Iterate over a dataset that `workers` processes read ahead of the model.
 
     workers: -1 = up to 8 of this process's cores if a GPU or a server computes, none if the model
     itself computes on the CPU. is_remote: the model is on a server.

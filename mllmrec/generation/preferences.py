@@ -112,16 +112,15 @@ def _check_history(user: Row, where: str, known: Mapping[Path, Mapping[str, Any]
     if not user["history"]:
         raise InputError(
             f"{where}: user {user['user_id']!r} has an empty history; scripts/01_prepare_data.sh "
-            f"makes "
-            "the file again"
+            "makes the file again"
         )
     check_negatives(user, where)
     for item_id in user["history"]:
         check_known([item_id], items, items_path, where)
         if item_id not in summaries:
             raise InputError(
-                f"{where}: item {item_id!r} has no line in {summaries_path}; finish "
-                "scripts/02_image_summary.sh"
+                f"{where}: item {item_id!r} has no line in "
+                f"{summaries_path}; finish scripts/02_image_summary.sh"
             )
 
 

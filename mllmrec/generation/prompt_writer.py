@@ -104,8 +104,7 @@ class PromptWriter:
         return image.prompt
 
     def text_prompt(self, template: str, **texts: str) -> Prompt:
-        """The filled template as a prompt; the longest of `texts` are cut first if it is too
-        long.
+        """The filled template as a prompt; if it is too long, the longest of `texts` are cut.
 
         Raises RejectedError if a text adds a control token.
         """
@@ -134,9 +133,8 @@ class PromptWriter:
             content, _ = shorten_to_fit(lambda kept: write(kept, no_summaries), titles, self._fits)
             if not self._fits(content):
                 raise RejectedError(
-                    f"a prompt for {len(items)} items is longer than {self.limit} tokens even "
-                    f"without "
-                    "titles"
+                    f"a prompt for {len(items)} items is longer than {self.limit} tokens "
+                    "even without titles"
                 )
         self.counts["shortened"] += shortened
         return self._checked(content)

@@ -48,8 +48,8 @@ def adapter_base(folder: PathLike) -> str:
     for name in ("adapter_config.json", WEIGHTS):
         if not (Path(folder) / name).is_file():
             raise InputError(
-                f"{folder} is missing or has no {name}; scripts/05_train.sh makes it, or pass "
-                "--adapter none"
+                f"{folder} is missing or has no {name}; scripts/05_train.sh makes it, or "
+                "pass --adapter none"
             )
     config = f"{folder}/adapter_config.json cannot be read"
     try:
@@ -81,15 +81,14 @@ def check_adapter(folder: PathLike, name: str, image_tiles: str | None = None) -
     )
     if difference:
         raise InputError(
-            f"the adapter {folder} was trained on {base}, which is another model than {name} "
-            f"({difference}); {remedy}"
+            f"the adapter {folder} was trained on {base}, which is another model than "
+            f"{name} ({difference}); {remedy}"
         )
     tiles = record["settings"].get("image_tiles", image_tiles)
     if image_tiles is not None and tiles != image_tiles:
         raise InputError(
             f"the adapter {folder} was trained with --image_tiles {tiles}, not {image_tiles}; "
-            f"score "
-            "with the same"
+            "score with the same"
         )
 
 

@@ -31,8 +31,8 @@ def language_model_linear_layers(model: Any, names: Sequence[str] = ()) -> list[
     unknown = sorted(set(names) - set(kinds))
     if unknown:
         raise InputError(
-            f"the language model has no linear layers called {unknown[0]!r}; it has "
-            f"{', '.join(kinds)}"
+            f"the language model has no linear layers called {unknown[0]!r}; it "
+            f"has {', '.join(kinds)}"
         )
     return [name for name in layers if name.rsplit(".", 1)[1] in (names or kinds)]
 
@@ -91,12 +91,12 @@ def add_lora(model: Any, options: LoraOptions) -> Any:
     outside = [name for name in trainable if not any(f".{layer}." in name for layer in chosen)]
     if outside:
         raise InputError(
-            f"LoRA would also train {outside[0]}, which is not part of the language model; set "
-            "--lora_layers"
+            f"LoRA would also train {outside[0]}, which is not part of the language "
+            "model; set --lora_layers"
         )
     logger.info(
-        f"LoRA on {len(chosen)} linear layers, {', '.join(names)}: {sum(trainable.values()):,} "
-        "trainable parameters"
+        f"LoRA on {len(chosen)} linear layers, {', '.join(names)}: "
+        f"{sum(trainable.values()):,} trainable parameters"
     )
     return adapted
 

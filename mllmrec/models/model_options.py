@@ -52,9 +52,8 @@ class GenerationStageOptions(ModelOptions):
     top_p: float = option(1.0, "nucleus sampling, if temperature > 0", gt=0, le=1)
     batch_tokens: int = option(
         0,
-        "tokens in a batch, images and answers included; 0: what a GPU's free memory holds, "
-        "32,768 on "
-        "a CPU",
+        "tokens in a batch, images and answers included; 0: what a GPU's free memory holds, 32,768 "
+        "on a CPU",
         ge=0,
     )
     retry_rejected: bool = option(False, "try rows again that were rejected earlier")

@@ -116,8 +116,8 @@ class Collator:
             prefix_length = common_prefix_length(whole)
             if self.chat.image_token_id in whole[0][prefix_length:]:
                 raise InputError(
-                    "--group_by item needs a chat template that starts with the image; use "
-                    "--group_by length"
+                    "--group_by item needs a chat template that starts with the image; "
+                    "use --group_by length"
                 )
             pack = PackedSequence(whole[0][:prefix_length])
             group_positions: list[int] = []

@@ -1,5 +1,4 @@
-"""Users, items and preferences become the rows that a model is trained on and scored with (stage
-4).
+"""Stage 4: users, items and preferences become rows to train on and to score.
 
 A user's rows are written whole or not at all, so every scored list has all its candidates.
 """
@@ -119,8 +118,8 @@ class Sources:
             return "", f"no preference: {self.rejected[key]['reason']}"
         if key not in self.preferences:
             raise InputError(
-                f"user {key!r} has no line in {self.preferences_path}; finish stage 3 with "
-                "scripts/03_preference.sh"
+                f"user {key!r} has no line in {self.preferences_path}; finish stage "
+                "3 with scripts/03_preference.sh"
             )
         return self.preferences[key]["preference"], None
 

@@ -49,8 +49,8 @@ class ListFormat:
         """
         if len(candidates) > len(self.letters):
             raise InputError(
-                f"{len(candidates)} candidates are more than the {len(self.letters)} letters; "
-                f"list at most {len(self.letters)} (--retrieved of the retriever, or --negatives)"
+                f"{len(candidates)} candidates are more than the {len(self.letters)} letters; list "
+                f"at most {len(self.letters)} (--retrieved of the retriever, or --negatives)"
             )
         shown = list(history[-self.max_history :])
         text = self._text(shown, candidates)

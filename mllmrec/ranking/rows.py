@@ -103,8 +103,8 @@ def check_training_rows(
         answer = "".join(turn_text(turn) for turn in row["messages"][1:])
         if answer != answers[label]:
             raise InputError(
-                f"{where}: the answer is {answer[:40]!r}, for the label {label} it must be "
-                f"{answers[label]!r}; {MAKE_AGAIN}"
+                f"{where}: the answer is {answer[:40]!r}, for the label {label} it must "
+                f"be {answers[label]!r}; {MAKE_AGAIN}"
             )
         for name in row["images"]:
             image = Path(path).parent / name

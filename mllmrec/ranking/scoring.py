@@ -112,9 +112,9 @@ def score_rows(
             for index, logits in scored:
                 if not all(map(math.isfinite, logits)):
                     raise InputError(
-                        f"{row_name(rows[index])}: the logits {logits} are not finite numbers: "
-                        "the weights are damaged, or --dtype float16 is too narrow for them; "
-                        "restore them, or pass --dtype float32"
+                        f"{row_name(rows[index])}: the logits {logits} are not finite numbers: the "
+                        "weights are damaged, or --dtype float16 is too narrow for them; restore "
+                        "them, or pass --dtype float32"
                     )
                 if wanted is None or index in wanted:
                     yield index, logits

@@ -61,8 +61,8 @@ def load_with_lora(options: FineTuningOptions) -> tuple[Any, ChatProcessor]:
     model, chat = load_ranker(replace(options, attention="sdpa") if shares_prefix else options)
     if shares_prefix and not has_plain_positions(model):
         raise InputError(
-            f"--group_by item needs a model without M-RoPE, not {model.config.model_type}; use "
-            "--group_by length"
+            f"--group_by item needs a model without M-RoPE, not {model.config.model_type}; "
+            "use --group_by length"
         )
     # Else PEFT looks for layers that a vision tower may not have.
     os.environ.setdefault("FSDP_TRANSFORMER_CLS_TO_WRAP", decoder_layer_class(model))
@@ -174,9 +174,9 @@ class RankingTrainer(Trainer):
         if not torch.isfinite(loss):
             others = " and others" if len(names) > 1 else ""
             raise InputError(
-                f"the loss in step {self.state.global_step + 1} is {loss.item()} ({names[0]}"
-                f"{others}): the training diverged; start again with a lower --learning_rate, or "
-                "with --dtype float32"
+                f"the loss in step {self.state.global_step + 1} is {loss.item()} "
+                f"({names[0]}{others}): the training diverged; start again with a lower "
+                "--learning_rate, or with --dtype float32"
             )
         return loss
 

@@ -28,8 +28,8 @@ class RankerOptions(ModelOptions):
 
     model: str = option(
         "llava-hf/llava-v1.6-mistral-7b-hf",
-        "model that ranks, hub id or folder; a text model takes rows without images "
-        "(paper: LLaVA-v1.6-Mistral-7B)",
+        "model that ranks, hub id or folder; a text model takes rows without "
+        "images (paper: LLaVA-v1.6-Mistral-7B)",
     )
     max_text_tokens: int = option(
         MAX_TEXT_TOKENS,
@@ -52,8 +52,8 @@ class RankerOptions(ModelOptions):
     )
     image_tiles: Literal["full", "single"] = option(
         "full",
-        "single: LLaVA-NeXT gets the whole image only, 577 tokens instead of up to 2,900, for 24 "
-        "GB",
+        "single: LLaVA-NeXT gets the whole image only, 577 tokens instead of up to 2,900, "
+        "for 24 GB",
     )
 
 
@@ -117,8 +117,8 @@ def check_training_options(options: FineTuningOptions) -> None:
     """Raise InputError for combinations that cannot work, before a model is loaded."""
     if options.quantization != "none" and os.environ.get("ACCELERATE_USE_FSDP") == "true":
         raise InputError(
-            "FSDP cannot shard a model that is loaded with --quantization; use "
-            "configs/accelerate/multi_gpu.yaml"
+            "FSDP cannot shard a model that is loaded with "
+            "--quantization; use configs/accelerate/multi_gpu.yaml"
         )
     if options.patience and options.keep == "last":
         raise InputError("--patience stops at the best epoch, which --keep last would not keep")
@@ -136,8 +136,8 @@ def check_training_options(options: FineTuningOptions) -> None:
 def _check_shared_prefix(options: FineTuningOptions) -> None:
     if options.loss != "answer":
         raise InputError(
-            "--group_by item needs --loss answer: one position cannot predict the next words of "
-            "several texts"
+            "--group_by item needs --loss answer: one position cannot predict the next words "
+            "of several texts"
         )
     if options.batch_size < 2:
         raise InputError(
@@ -145,6 +145,6 @@ def _check_shared_prefix(options: FineTuningOptions) -> None:
         )
     if options.attention not in ("auto", "sdpa"):
         raise InputError(
-            "--group_by item needs --attention sdpa, which takes a mask of its own for each row, "
-            f"not {options.attention}"
+            "--group_by item needs --attention sdpa, which takes a mask of its own for each "
+            f"row, not {options.attention}"
         )

@@ -287,8 +287,8 @@ class RowOutput:
             processes = f" with its {self.world} processes" if self.world > 1 else ""
             logger.info(
                 f"at {per_second:.3g} {unit}s a second all {len(self.ids):,} would take "
-                f"{duration(len(self.ids) / per_second)} on this machine{processes}, "
-                "loading the model not counted"
+                f"{duration(len(self.ids) / per_second)} on this machine{processes}, loading the "
+                "model not counted"
             )
 
     def __exit__(

@@ -155,8 +155,8 @@ def read_record(output: PathLike) -> dict[str, Any] | None:
         return None
     except ValidationError as error:
         raise InputError(
-            f"{path} is no run record of this version ({problem(error)}); delete it together "
-            f"with {output} and run the stage again"
+            f"{path} is no run record of this version ({problem(error)}); delete it together with "
+            f"{output} and run the stage again"
         ) from None
 
 
