@@ -24,10 +24,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic.dataclasses import dataclass
 
-from mllmrec.data.candidates import check_known, is_leave_one_out, read_users, score_row
+from mllmrec.data.candidates import is_leave_one_out, read_users_and_items, score_row
 from mllmrec.sequential.sequential_options import SequentialOptions
 from mllmrec.stage.errors import InputError
-from mllmrec.stage.jsonl import read_by_id, require, write_json, write_rows
+from mllmrec.stage.jsonl import require, write_json, write_rows
 from mllmrec.stage.options import DatasetCode, option, parse_options, print_options
 from mllmrec.stage.output import WholeOutput
 from mllmrec.stage.record import Job, file_digests
@@ -123,15 +123,12 @@ def write_candidates(
 
 def read_data(users_path: Path, items_path: Path) -> tuple[list[Row], list[str]]:
     """(lines of users.jsonl, item ids), checked: leave-one-out, and no item that is unknown."""
-    users, items = read_users(users_path), read_by_id(items_path, "item_id")
+    users, items = read_users_and_items(users_path, items_path, ("history", "target"))
     if not is_leave_one_out(users):
         raise InputError(
-            f"{users_path} is split by user, the retriever needs three lines of each; make it "
-            "with --split_by leave_one_out"
+            f"{users_path} is split by user, the retriever needs three lines of each; make it with "
+            "--split_by leave_one_out"
         )
-    for number, user in enumerate(users, start=1):
-        listed = (*user["history"], user["target"])
-        check_known(listed, items, items_path, f"{users_path}, line {number}")
     return users, list(items)
 
 

@@ -22,9 +22,9 @@ from pathlib import Path
 
 from pydantic.dataclasses import dataclass
 
-from mllmrec.data.candidates import check_known, is_leave_one_out, read_users
+from mllmrec.data.candidates import is_leave_one_out, read_users_and_items
 from mllmrec.prompts.templates import cut
-from mllmrec.stage.jsonl import read_by_id, require, write_rows
+from mllmrec.stage.jsonl import require, write_rows
 from mllmrec.stage.options import CommonOptions, option, parse_options, print_options
 from mllmrec.stage.output import WholeOutput
 from mllmrec.stage.record import Job, file_digests
@@ -49,10 +49,9 @@ def title_history(titles: Sequence[str], options: Options) -> str:
 
 def history_rows(users_path: Path, items_path: Path, options: Options) -> Iterator[Row]:
     """Lines of user_preferences.jsonl, from users.jsonl and items.jsonl."""
-    users, items = read_users(users_path), read_by_id(items_path, "item_id")
+    users, items = read_users_and_items(users_path, items_path, ("history",))
     leave_one_out = is_leave_one_out(users)
-    for number, user in enumerate(users, start=1):
-        check_known(user["history"], items, items_path, f"{users_path}, line {number}")
+    for user in users:
         text = title_history([items[item]["title"] for item in user["history"]], options)
         row = {"user_id": user["user_id"], "preference": text}
         row["blocks"] = [{"items": user["history"], "preference": text}]

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 from mllmrec.prompts.templates import DOMAINS, fill, plain_text
 
-# Stage 2, image summary. The released code describes the image only; the paper joins image and text.
+# Stage 2, image summary. The released code describes the image only; the paper adds the text.
 IMAGE = """\
 Describe the {image} of this {item} in one short paragraph: what it shows, its colours and its \
 style."""

@@ -102,7 +102,7 @@ def _bare_ids(chat: ChatProcessor, answers: AnswerSet) -> list[int]:
 def _added_texts(
     chat: ChatProcessor, question: list[Turn], prompt: str, answers: AnswerSet
 ) -> tuple[str, ...]:
-    """What a rendered turn with each answer adds to the prompt, cut behind it, and the end token."""
+    """What a rendered turn with each answer adds to the prompt, plus the end token."""
     added = []
     for answer in answers.answers:
         whole = chat.render([*question, assistant_turn(answer)], add_generation_prompt=False)

@@ -6,17 +6,14 @@ A user's rows are written whole or not at all, so every scored list has all its 
 import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
-from pydantic.dataclasses import dataclass as options_dataclass
+from pydantic.dataclasses import dataclass
 
 from mllmrec.data.candidates import (
     candidates,
-    check_known,
-    check_negatives,
     is_leave_one_out,
-    read_users,
+    read_users_and_items,
     training_negatives,
     user_key,
     users_of_split,
@@ -27,7 +24,7 @@ from mllmrec.ranking.questions import Candidate, QuestionFormat, candidate_row
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import (
     read_by_id,
-    read_lines,
+    read_rejected,
     rejected_path,
     relative_path,
     require,
@@ -35,7 +32,7 @@ from mllmrec.stage.jsonl import (
     write_rows,
 )
 from mllmrec.stage.options import CommonOptions, option
-from mllmrec.stage.output import RowId, WholeOutput
+from mllmrec.stage.output import WholeOutput
 from mllmrec.stage.progress import progress_bar
 from mllmrec.stage.record import Job, file_digests
 from mllmrec.stage.schema import Row
@@ -43,7 +40,7 @@ from mllmrec.stage.schema import Row
 logger = logging.getLogger(__name__)
 
 
-@options_dataclass
+@dataclass
 class DatasetOptions(CommonOptions):
     """Options of stage 4."""
 
@@ -62,54 +59,18 @@ class DatasetOptions(CommonOptions):
     )
 
 
-@dataclass
 class Sources:
-    """What rows are made of. users: lines of users.jsonl; preferences, rejected: by user."""
+    """What rows are made of. users: lines of users.jsonl; items, preferences: by id."""
 
-    users_path: Path
-    items_path: Path
-    preferences_path: Path
-    users: list[Row] = field(init=False)
-    items: dict[str, Row] = field(init=False)
-    preferences: dict[RowId, Row] = field(init=False)
-    rejected: dict[RowId, Row] = field(init=False)
-    leave_one_out: bool = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.users = read_users(self.users_path)
-        self.items = read_by_id(self.items_path, "item_id")
+    def __init__(self, users_path: Path, items_path: Path, preferences_path: Path) -> None:
+        parts = ("target", "negatives")
+        self.users, self.items = read_users_and_items(users_path, items_path, parts)
+        self.items_path, self.preferences_path = items_path, preferences_path
         self.leave_one_out = is_leave_one_out(self.users)
-        self.preferences = self._by_user(self.preferences_path)
-        rejected = rejected_path(self.preferences_path)
-        self.rejected = self._by_user(rejected) if rejected.exists() else {}
-        self._check_users()
+        key = ("user_id", "split") if self.leave_one_out else "user_id"
+        self.preferences = read_by_id(preferences_path, key)
+        self.rejected = read_rejected(preferences_path, key)
         self._image_problems: dict[Path | None, str | None] = {}
-
-    def _by_user(self, path: Path) -> dict[RowId, Row]:
-        keys = ("user_id", "split") if self.leave_one_out else ("user_id",)
-        found: dict[RowId, Row] = {}
-        lines: dict[RowId, int] = {}
-        for number, row in read_lines(path):
-            where = f"{path}, line {number}"
-            if any(not isinstance(row.get(name), str) for name in keys):
-                raise InputError(
-                    f"{where}: the user has no {' and '.join(keys)}, as users.jsonl has; make the "
-                    "file again with scripts/03_preference.sh"
-                )
-            key = user_key(row, self.leave_one_out)
-            if key in found:
-                raise InputError(
-                    f"{where}: user {key!r} is already in line {lines[key]}; remove one of the two"
-                )
-            found[key], lines[key] = row, number
-        return found
-
-    def _check_users(self) -> None:
-        for number, user in enumerate(self.users, start=1):
-            where = f"{self.users_path}, line {number}"
-            check_negatives(user, where)
-            listed = (item_id for item_id, _ in candidates(user))
-            check_known(listed, self.items, self.items_path, where)
 
     def preference(self, user: Row) -> tuple[str, str | None]:
         """(preference, None), or ("", reason) for a user that stage 3 rejected."""

@@ -94,29 +94,35 @@ def read_rows(path: PathLike, keys: Sequence[str] | None = None) -> list[Row]:
     return [row for _, row in read_lines(path, keys)]
 
 
-def read_by_id(path: PathLike, key: str, keys: Sequence[str] | None = None) -> dict[str, Row]:
+def read_by_id(
+    path: PathLike, key: str | tuple[str, ...], keys: Sequence[str] | None = None
+) -> dict[Any, Row]:
     """A JSONL file as dict id -> row, checked as in `read_lines`.
 
-    Raises InputError for a repeated id.
+    key: name of the id, or a tuple of names whose values are the id. Raises InputError for an id
+    that is repeated, or no string.
     """
-    rows: dict[str, Row] = {}
-    lines: dict[str, int] = {}
+    names = (key,) if isinstance(key, str) else key
+    rows: dict[Any, Row] = {}
+    lines: dict[Any, int] = {}
     for number, row in read_lines(path, keys):
-        row_id = row.get(key)
-        if not isinstance(row_id, str):
+        values = tuple(row.get(name) for name in names)
+        shown = values[0] if isinstance(key, str) else values
+        if not all(isinstance(value, str) for value in values):
             raise InputError(
-                f"{path}, line {number}: {key} must be a string, not {row_id!r}; write it in quotes"
+                f"{path}, line {number}: {' and '.join(names)} must be a string, not {shown!r}; "
+                "write it in quotes, or make the file again"
             )
-        if row_id in rows:
+        if shown in rows:
             raise InputError(
-                f"{path}, line {number}: {key} {row_id!r} is already in line {lines[row_id]}; "
-                "remove one of the two"
+                f"{path}, line {number}: {' and '.join(names)} {shown!r} is already in line "
+                f"{lines[shown]}; remove one of the two"
             )
-        rows[row_id], lines[row_id] = row, number
+        rows[shown], lines[shown] = row, number
     return rows
 
 
-def read_rejected(path: PathLike, key: str) -> dict[str, Row]:
+def read_rejected(path: PathLike, key: str | tuple[str, ...]) -> dict[Any, Row]:
     """The rejected rows of the output `path` (X.rejected.jsonl) by id, none without that file."""
     rejected = rejected_path(path)
     return read_by_id(rejected, key) if rejected.exists() else {}
