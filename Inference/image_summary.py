@@ -87,7 +87,7 @@ def write_summaries(items: dict[str, Row], output: RowOutput, options: Options) 
     from mllmrec.generation.prompt_writer import ImagePrompts, PromptWriter
     from mllmrec.generation.text_quality import measure_texts, report_quality
 
-    engine, limit = load_engine(options.model, options, multimodal=True)
+    engine, max_prompt_tokens = load_engine(options.model, options, multimodal=True)
     chat, folder = engine.chat, Path(options.data_dir)
     todo = [items[str(item_id)] for item_id in output.todo]
     sizes = {}
@@ -100,7 +100,8 @@ def write_summaries(items: dict[str, Row], output: RowOutput, options: Options) 
     images = read_ahead(prompts, options.workers, is_remote)
 
     def new_writer(item: Row) -> PromptWriter:
-        return PromptWriter(chat, limit, options.domain, {"item_id": item["item_id"]})
+        ids = {"item_id": item["item_id"]}
+        return PromptWriter(chat, max_prompt_tokens, options.domain, ids)
 
     dialogues = (
         (item["item_id"], summarise(item, image, new_writer(item), options))

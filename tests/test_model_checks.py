@@ -15,10 +15,11 @@ from conftest import TINY
 from safetensors.numpy import load_file, save_file
 
 from mllmrec.generation.dialogues import Prompt
-from mllmrec.generation.engine import GenerationEngine, GenerationOptions, run_dialogues
+from mllmrec.generation.engine import GenerationEngine, run_dialogues
 from mllmrec.models.adapters import adapter_base, check_adapter, load_adapter
 from mllmrec.models.chat import ChatProcessor
 from mllmrec.models.loading import load_multimodal, load_text
+from mllmrec.models.model_options import GenerationStageOptions
 from mllmrec.prompts.templates import user_turn
 from mllmrec.ranking.reader import RowReader
 from mllmrec.ranking.scoring import score_rows
@@ -190,7 +191,7 @@ def broken_head():
 
 def test_generation_stops_at_logits_that_are_not_finite(broken_head):
     model, chat = broken_head
-    engine = GenerationEngine(model, chat, GenerationOptions(max_new_tokens=3))
+    engine = GenerationEngine(model, chat, GenerationStageOptions(max_new_tokens=3))
 
     def dialogue():
         text = chat.render([user_turn("A question.")])

@@ -7,7 +7,6 @@ waiting ones, which are processed in batches of similar length.
 import logging
 import os
 from collections.abc import Generator, Iterable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -46,22 +45,6 @@ CPU_BATCH_TOKENS = 32768
 MAX_WAITING_BYTES = 4e9  # of images that wait for their batch
 
 
-@dataclass
-class GenerationOptions:
-    """How texts are generated.
-
-    batch_tokens: how many tokens, padding and answers included, may be in one batch; 0: as many as
-    a GPU's free memory holds, 32,768 on a CPU; it is lowered if memory does not suffice.
-    temperature 0 is greedy; else see `sampling`.
-    """
-
-    max_new_tokens: int
-    batch_tokens: int = 0
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
-
-
 class FiniteLogits(LogitsProcessor):
     """Notes which rows had a logit that is not finite. broken: bool (rows,), on the device."""
 
@@ -76,9 +59,13 @@ class FiniteLogits(LogitsProcessor):
 
 
 class GenerationEngine:
-    """A frozen model that generates a text for each prompt."""
+    """A frozen model that generates a text for each prompt.
 
-    def __init__(self, model: Any, chat: ChatProcessor, options: GenerationOptions) -> None:
+    options: `batch_tokens` is how many tokens, padding and answers included, may be in one batch;
+    it is lowered if memory does not suffice. `temperature` above 0: see `sampling`.
+    """
+
+    def __init__(self, model: Any, chat: ChatProcessor, options: GenerationStageOptions) -> None:
         self.model, self.chat, self.options = model, chat, options
         self.chunked = prefill.supports_chunked_prefill(model)
         self.max_new_tokens = options.max_new_tokens
@@ -194,14 +181,7 @@ def load_engine(
     limit = max_prompt_tokens(model.config, options.max_new_tokens)
     chat = ChatProcessor(processor, prompt_format=options.prompt_format)
     check_trial(name, model, chat)
-    generation = GenerationOptions(
-        max_new_tokens=options.max_new_tokens,
-        batch_tokens=options.batch_tokens,
-        temperature=options.temperature,
-        top_p=options.top_p,
-        seed=options.seed,
-    )
-    return GenerationEngine(model, chat, generation), limit
+    return GenerationEngine(model, chat, options), limit
 
 
 def _server_engine(

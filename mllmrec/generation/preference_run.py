@@ -25,10 +25,10 @@ def run_preferences(
     new_dialogue: (user, writer, options) -> the dialogue that makes the user's row; n_texts: how
     many texts it takes, for the progress, since most users are finished only at the end.
     """
-    engine, limit = load_engine(options.model, options, multimodal=False)
-    limit = min(options.max_prompt_tokens or limit, limit)
+    engine, max_prompt_tokens = load_engine(options.model, options, multimodal=False)
+    longest = min(options.max_prompt_tokens or max_prompt_tokens, max_prompt_tokens)
     new_writer = partial(
-        PromptWriter, engine.chat, limit, options.domain, block_line=options.block_line
+        PromptWriter, engine.chat, longest, options.domain, block_line=options.block_line
     )
     dialogues = (
         (user, new_dialogue(histories[user], new_writer(histories[user].ids), options))

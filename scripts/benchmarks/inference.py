@@ -33,11 +33,12 @@ from tools import (
 
 from mllmrec.data.images import pad_to_largest
 from mllmrec.generation.dialogues import Prompt
-from mllmrec.generation.engine import GenerationEngine, GenerationOptions, run_dialogues
+from mllmrec.generation.engine import GenerationEngine, run_dialogues
 from mllmrec.generation.preferences import HistoryItem, UserHistory
 from mllmrec.generation.prompt_writer import EncodedImage, PromptWriter
 from mllmrec.models.chat import ChatProcessor, to_model
 from mllmrec.models.loading import DTYPES, pick_device
+from mllmrec.models.model_options import GenerationStageOptions
 from mllmrec.models.random_models import random_llama, random_llava
 from mllmrec.prompts import mllm_msr as prompts
 from mllmrec.prompts.templates import fill, user_turn
@@ -87,7 +88,11 @@ class NotingEngine(GenerationEngine):
     """Leaves the lengths of the prompts of each batch in `batches`."""
 
     def __init__(self, model, chat, args, batches):
-        super().__init__(model, chat, GenerationOptions(args.new_tokens, args.batch_tokens))
+        super().__init__(
+            model,
+            chat,
+            GenerationStageOptions(max_new_tokens=args.new_tokens, batch_tokens=args.batch_tokens),
+        )
         self.batches = batches
         batches.clear()
 
