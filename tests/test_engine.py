@@ -412,7 +412,7 @@ def test_a_rejected_dialogue_has_its_reason_and_the_others_continue(llama):
 
 def test_a_long_prompt_is_shortened_by_its_summaries_and_counted(llama):
     _, chat = llama
-    writer = PromptWriter(chat, limit=120, domain="video")
+    writer = PromptWriter(chat, max_prompt_tokens=120, domain="video")
     summary = "A red star on a plain ground. " * 20
     block = [HistoryItem(str(n), "music: quiet garden", summary) for n in range(3)]
     prompt = writer.history_prompt(prompts.PREFERENCE_FIRST, block)

@@ -104,7 +104,8 @@ class PromptWriter:
         length = image.prompt.length
         if length > self.max_prompt_tokens:
             raise RejectedError(
-                f"image: its prompt takes {length} tokens, the model has room for {self.max_prompt_tokens}"
+                f"image: its prompt takes {length} tokens, the model has room for "
+                f"{self.max_prompt_tokens}"
             )
         return image.prompt
 
@@ -138,8 +139,8 @@ class PromptWriter:
             content, _ = shorten_to_fit(lambda kept: write(kept, no_summaries), titles, self._fits)
             if not self._fits(content):
                 raise RejectedError(
-                    f"a prompt for {len(items)} items is longer than {self.max_prompt_tokens} tokens "
-                    "even without titles"
+                    f"a prompt for {len(items)} items is longer than {self.max_prompt_tokens} "
+                    "tokens even without titles"
                 )
         self.counts["shortened"] += shortened
         return self._checked(content)
