@@ -12,68 +12,26 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NotRequired
-
-from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
-from typing_extensions import TypedDict
+from typing import Any
 
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import PathLike, write_json
 from mllmrec.stage.options import CommonOptions
-from mllmrec.stage.schema import problem
 
 logger = logging.getLogger(__name__)
 
-PACKAGES = (
-    "torch",
-    "transformers",
-    "tokenizers",
-    "peft",
-    "accelerate",
-    "datasets",
-    "bitsandbytes",
-    "pandas",
-    "numpy",
-    "scikit-learn",
-    "pillow",
-)
+PACKAGES = ["torch", "transformers", "tokenizers", "peft", "accelerate", "datasets"]
+PACKAGES += ["bitsandbytes", "pandas", "numpy", "scikit-learn", "pillow"]
 HASH_LIMIT = 1 << 30  # bytes; of a larger file only parts are read
 # Options that say where and how much, not what: another value of these gives the same rows.
-LOCATION_OPTIONS = {
-    "config",
-    "data_dir",
-    "output_dir",
-    "raw_dir",
-    "image_roots",
-    "system",
-    "limit",
-    "overwrite",
-}
+LOCATION_OPTIONS = {"config", "data_dir", "output_dir", "raw_dir", "image_roots", "system"}
+LOCATION_OPTIONS |= {"limit", "overwrite"}
 Digests = dict[str, str]
-
-
-@with_config(ConfigDict(extra="allow", strict=True))
-class _State(TypedDict):
-    settings: dict[str, Any]
-    inputs: dict[str, str]
-
-
-@with_config(ConfigDict(extra="allow", strict=True))
-class _Record(_State):
-    outputs: dict[str, str]
-    rows: dict[str, int]
-    seconds: float
-    device: str
-    base: NotRequired[dict[str, Any]]  # of an adapter
-
-
-_STATE: TypeAdapter[Any] = TypeAdapter(_State)
-_RECORD: TypeAdapter[Any] = TypeAdapter(_Record)
 
 
 @dataclass(frozen=True)
@@ -144,20 +102,29 @@ def named_digests(paths: Mapping[str, PathLike]) -> Digests:
 
 
 def read_record(output: PathLike) -> dict[str, Any] | None:
-    """The run record beside `output`, or None if there is none.
+    """The run record beside `output`, or None. Raises InputError if the file is no run record."""
+    names = ("settings", "inputs", "outputs", "rows")
+    remedy = f"delete it together with {output} and run the stage again"
+    return _read(record_path(output), names, remedy)
 
-    Raises InputError if the file is no run record.
-    """
-    path = record_path(output)
+
+def read_state(path: Path) -> dict[str, Any] | None:
+    """The job of unfinished work, or None. Raises InputError if the file is damaged."""
+    return _read(path, ("settings", "inputs"), "start again with --overwrite true")
+
+
+def _read(path: Path, names: Sequence[str], remedy: str) -> dict[str, Any] | None:
+    """A JSON object with these objects in it, None where there is no file."""
     try:
-        return _RECORD.validate_json(path.read_bytes())
+        found = json.loads(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except ValidationError as error:
-        raise InputError(
-            f"{path} is no run record of this version ({problem(error)}); delete it together with "
-            f"{output} and run the stage again"
-        ) from None
+    except (ValueError, RecursionError):
+        found = None
+    for name in names:
+        if not isinstance(found, dict) or not isinstance(found.get(name), dict):
+            raise InputError(f"{path} is damaged, or of another version: no {name!r}; {remedy}")
+    return found
 
 
 def output_digests(output: PathLike, outputs: Iterable[PathLike]) -> Digests:
@@ -192,19 +159,6 @@ def first_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | No
         if old.get(key) != new.get(key):
             return f"{key} was {_shortened(old.get(key))}, is {_shortened(new.get(key))}"
     return None
-
-
-def read_state(path: Path) -> dict[str, Any] | None:
-    """The job of unfinished work, or None. Raises InputError if the file is damaged."""
-    if not path.exists():
-        return None
-    try:
-        return _STATE.validate_json(path.read_bytes())
-    except ValidationError as error:
-        raise InputError(
-            f"{path} is damaged ({problem(error)}), so it is unknown how the rows beside it were "
-            "made; start again with --overwrite true"
-        ) from None
 
 
 def world_size() -> int:
