@@ -28,7 +28,6 @@ TRAIN, SCORE = "MLLM-MSR/train/train_llava_sft.py", "MLLM-MSR/test/test_with_lla
 
 def trainable(**options):
     """Modules with LoRA weights, of the tiny LLaVA."""
-    stage = load_script(TRAIN)
     model, _ = load_multimodal(str(TINY / "llava"))
     adapted = add_lora(model, FineTuningOptions(**options))
     names = [name for name, p in adapted.named_parameters() if p.requires_grad]
@@ -62,7 +61,6 @@ def test_gaussian_initialisation_of_lora():
 
 
 def test_the_optimiser_is_that_of_the_options(small_run):
-    stage = load_script(TRAIN)
     where = {"config": "c", "output_dir": str(small_run.folder), "dtype": "float32"}
     plain = training_arguments(FineTuningOptions(**where), True, "auc")
     assert (plain.weight_decay, plain.load_best_model_at_end) == (0.0, True)
