@@ -7,13 +7,13 @@ import shutil
 import pytest
 import torch
 from conftest import TINY, saved, small_config
+from random_models import random_llava, random_qwen_vl
 from safetensors.torch import load_file
 from transformers import AutoConfig
 
 from mllmrec.models.chat import ChatProcessor
 from mllmrec.models.loading import load_multimodal
 from mllmrec.models.lora import add_lora, check_adapter, decoder_layer_class
-from mllmrec.models.random_models import random_llava, random_qwen_vl
 from mllmrec.ranking import fine_tuning
 from mllmrec.ranking.answers import answer_tokens
 from mllmrec.ranking.callbacks import CheckpointCallback, mean_loss

@@ -24,55 +24,71 @@ Out: outputs/benchmark/train.json.
 from mllmrec.stage.main import run_main
 
 import importlib.util
-import itertools
-import json
+import multiprocessing
 import resource
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 from limits import measure_speeds
 from tools import (
+    Dtype,
     count_parameters,
-    new_parser,
-    parse,
     preference,
     print_row,
     question_row,
+    read_options,
     save_cover,
     synchronize,
     write_report,
 )
 
 from mllmrec.models.chat import ChatProcessor, to_model
-from mllmrec.models.loading import DTYPES, pick_device, pick_dtype
+from mllmrec.models.loading import pick_device, pick_dtype
 from mllmrec.models.lora import add_lora
 from mllmrec.models.options import LoraOptions
-from mllmrec.models.random_models import LLAVA_SIZES, random_llava
 from mllmrec.ranking.collator import Collator
 from mllmrec.ranking.reader import RowReader
 from mllmrec.ranking.sampler import EpochSampler, EpochSettings
+from mllmrec.stage.schema import Row
+from mllmrec.stage.scripts import load_script
 
+MODELS = load_script("tests/random_models.py")
 GROUP_FRACTIONS = (0.22, 0.22, 0.17, 0.39)  # of groups of one to four rows, MicroLens-50k
 GROUP_BY = {"published": "none", "length": "length", "item": "item"}
-PROCEDURES = (*GROUP_BY, "trl")
+Results = dict[str, list[dict[str, Any]]]
 
 
-def make_rows(folder, n_rows):
+@dataclass
+class Options:
+    """Of the command line."""
+
+    size: Annotated[Literal["tiny", "100m", "7b"], "of the LLaVA-NeXT"] = "100m"
+    dtype: Annotated[Literal["auto", Dtype], "of ours; published: float16 on a GPU"] = "auto"
+    step: Annotated[int, "rows in an optimizer step of each procedure (paper: 1 x 8)"] = 8
+    batch: Annotated[int, "rows in a micro-batch of ours"] = 4
+    steps: Annotated[int, "optimizer steps that are timed"] = 3
+    ours: Annotated[tuple[Literal["length", "item"], ...], "group_by of ours"] = ("item",)
+    gradient_checkpointing: Annotated[bool, "of each procedure"] = False
+    repeats: Annotated[int, "of which the median is taken"] = 3
+
+
+def make_rows(folder: str, n_rows: int) -> list[Row]:
     """Rows of train.jsonl about items with covers of noise."""
-    rng, rows = np.random.default_rng(0), []
-    for item in itertools.count():
+    rng, rows, item = np.random.default_rng(0), [], 0
+    while len(rows) < n_rows:
         save_cover(item, folder)
         for _ in range(rng.choice((1, 2, 3, 4), p=GROUP_FRACTIONS)):
             number = len(rows)
             rows.append(question_row(f"u{number}", item, preference(number), label=number % 2))
-            if len(rows) == n_rows:
-                return rows
+        item += 1
+    return rows[:n_rows]
 
 
 class Training:
@@ -81,13 +97,13 @@ class Training:
     procedure: published, length or item; folder: for the covers.
     """
 
-    def __init__(self, procedure, args, folder):
+    def __init__(self, procedure: str, args: Options, folder: str) -> None:
         published, device = procedure == "published", pick_device()
         self.dtype = pick_dtype(args.dtype, device)
         if published and device.type == "cuda":
             self.dtype = torch.float16
-        model, processor = random_llava(args.size, dtype=self.dtype, device=device)
-        self.rows, self.step = make_rows(folder, args.step * args.steps), args.step
+        model, processor = MODELS.random_llava(args.size, dtype=self.dtype, device=device)
+        self.rows = make_rows(folder, args.step * args.steps)
         reader = RowReader(ChatProcessor(processor), folder)
         sizes = {Path(folder) / row["images"][0]: reader.image(row).size for row in self.rows}
         self.lengths = reader.lengths(self.rows, sizes)
@@ -98,21 +114,22 @@ class Training:
         self.weights = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.weights, lr=2e-5)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
-        self.micro_batch = 1 if published else args.batch
         loss = "sequence" if published else "answer"
         self.collator = Collator(reader, loss, share_prefix=procedure == "item")
-        settings = EpochSettings(args.step, self.micro_batch, GROUP_BY[procedure], seed=0)
+        size = 1 if published else args.batch
+        settings = EpochSettings(args.step, size, GROUP_BY[procedure], seed=0)
         order = list(EpochSampler(self.rows, self.lengths, settings))
-        self.steps = cut(order, args.step)
+        # Row numbers: optimizer step -> micro-batch -> rows.
+        self.steps = [cut(step, size) for step in cut(order, args.step)]
 
-    def run(self):
+    def run(self) -> tuple[float, int]:
         """(seconds, tokens) of one epoch.
 
         What happens once, such as the allocation of memory, is not timed: the largest micro-batch
         is computed before.
         """
-        micro_batches = [part for step in self.steps for part in cut(step, self.micro_batch)]
-        self._backward(max(micro_batches, key=self._images_and_length), self.step)
+        micro_batches = [part for step in self.steps for part in step]
+        self._backward(max(micro_batches, key=self._images_and_length), 1.0)
         self.optimizer.zero_grad()
         synchronize()
         started = time.perf_counter()
@@ -120,14 +137,14 @@ class Training:
         synchronize()
         return time.perf_counter() - started, tokens
 
-    def _images_and_length(self, indices):
+    def _images_and_length(self, numbers: list[int]) -> tuple[int, int]:
         """What makes a micro-batch large: its number of images, then its longest row."""
-        return len({self.rows[i]["item_id"] for i in indices}), max(
-            self.lengths[i] for i in indices
-        )
+        images = {self.rows[number]["item_id"] for number in numbers}
+        return len(images), max(self.lengths[number] for number in numbers)
 
-    def _optimizer_step(self, indices):
-        tokens = sum(self._backward(part, len(indices)) for part in cut(indices, self.micro_batch))
+    def _optimizer_step(self, micro_batches: list[list[int]]) -> int:
+        rows = sum(map(len, micro_batches))
+        tokens = sum(self._backward(part, len(part) / rows) for part in micro_batches)
         self.scaler.unscale_(self.optimizer)
         torch.nn.utils.clip_grad_norm_(self.weights, 1.0)
         self.scaler.step(self.optimizer)
@@ -135,22 +152,20 @@ class Training:
         self.optimizer.zero_grad()
         return tokens
 
-    def _backward(self, indices, rows_in_step):
+    def _backward(self, numbers: list[int], weight: float) -> int:
         """Add the gradients of one micro-batch; return its number of tokens."""
-        batch = self.collator([self.rows[index] for index in indices])
+        batch = self.collator([self.rows[number] for number in numbers])
         parts, device, tokens = batch.get("parts", [batch]), self.model.device, 0
         answers = [(part["labels"] != -100).sum().item() for part in parts]
         for part, answer_tokens in zip(parts, answers, strict=True):
             tokens += (part["input_ids"] != self.pad_token_id).sum().item()
-            share = answer_tokens / sum(answers) * len(indices) / rows_in_step
-            part = to_model(part, self.model)
             with torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32):
-                loss = self.model(**part).loss * share
-            self.scaler.scale(loss).backward()
+                loss = self.model(**to_model(part, self.model)).loss
+            self.scaler.scale(loss * weight * answer_tokens / sum(answers)).backward()
         return tokens
 
 
-def trl_dataset(chat, args, folder):
+def trl_dataset(chat: ChatProcessor, args: Options, folder: str) -> Any:
     """The rows as prompts and completions; first those of the step that is not timed."""
     from datasets import Dataset, Image, List
 
@@ -170,7 +185,7 @@ def trl_dataset(chat, args, folder):
     return Dataset.from_list(rows).cast_column("images", List(Image()))
 
 
-def train_with_trl(args, folder):
+def train_with_trl(args: Options, folder: str) -> tuple[Any, float]:
     """(model, seconds) of `args.steps` optimizer steps of TRL's SFTTrainer after a first one.
 
     The first step, which is not timed, is where memory is allocated. In float32 or bfloat16.
@@ -180,13 +195,13 @@ def train_with_trl(args, folder):
 
     device = pick_device()
     dtype = pick_dtype(args.dtype, device)
-    model, processor = random_llava(args.size, dtype=dtype, device=device)
+    model, processor = MODELS.random_llava(args.size, dtype=dtype, device=device)
     model = add_lora(model, LoraOptions())
     data = trl_dataset(ChatProcessor(processor), args, folder)
     moments = []
 
     class StepClock(TrainerCallback):
-        def on_step_end(self, *_, **__):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
             synchronize()
             moments.append(time.perf_counter())
 
@@ -215,61 +230,54 @@ def train_with_trl(args, folder):
     return model, moments[-1] - moments[0]
 
 
-def cut(indices, size):
-    """`indices` in pieces of `size`."""
-    return [indices[start : start + size] for start in range(0, len(indices), size)]
+def cut(numbers: list[int], size: int) -> list[list[int]]:
+    """`numbers` in pieces of `size`."""
+    return [numbers[start : start + size] for start in range(0, len(numbers), size)]
 
 
-def measure(procedure, args):
-    """Train in this process; return dict of seconds, peak memory and sizes."""
+def measure(procedure: str, args: Options) -> dict[str, Any]:
+    """Train in this process: seconds, peak memory and sizes."""
     with tempfile.TemporaryDirectory() as folder:
         if procedure == "trl":
             model, seconds = train_with_trl(args, folder)
-            result = {"seconds": seconds}
         else:
             training = Training(procedure, args, folder)
             seconds, tokens = training.run()
-            model, lengths = training.model, training.lengths
-            result = {
-                "seconds": seconds,
-                "tokens": tokens,
-                "parameters": count_parameters(model),
-                "mean_length": sum(lengths) / len(lengths),
-            }
+            model = training.model
     on_gpu = model.device.type == "cuda"
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    result["peak_gb"] = (torch.cuda.max_memory_allocated() if on_gpu else peak) / 1e9
+    result = {
+        "seconds": seconds,
+        "peak_gb": (torch.cuda.max_memory_allocated() if on_gpu else peak) / 1e9,
+    }
     if procedure != "trl":
-        language_model = count_parameters(model.get_decoder().layers)
-        speed = measure_speeds(model.device, model.dtype).flops
-        result["mfu"] = 4 * language_model * tokens / seconds / speed
+        operations = 4 * count_parameters(model.get_decoder().layers) * tokens
+        result |= {
+            "parameters": count_parameters(model),
+            "mean_length": sum(training.lengths) / len(training.lengths),
+            "mfu": operations / seconds / measure_speeds(model.device, model.dtype).flops,
+        }
     return result
 
 
-def measure_in_processes(args):
+def measure_in_processes(args: Options) -> Results:
     """{procedure: results of `measure`, one per repeat}; procedures alternate."""
-    words = [
-        f"--{name}={value}"
-        for name, value in vars(args).items()
-        if name not in ("measure", "ours", "gradient_checkpointing")
-    ]
-    words += ["--gradient_checkpointing"] if args.gradient_checkpointing else []
     peers = ["trl"] if importlib.util.find_spec("trl") else []
-    results = {procedure: [] for procedure in ("published", *peers, *args.ours)}
+    results: Results = {procedure: [] for procedure in ("published", *peers, *args.ours)}
     for _ in range(args.repeats):
         for procedure, measured in results.items():
-            command = [sys.executable, __file__, *words, "--measure", procedure]
-            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-            measured.append(json.loads(done.stdout.splitlines()[-1]))
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+                measured.append(process.submit(measure, procedure, args).result())
             rate = args.step * args.steps / measured[-1]["seconds"]
             print(f"{procedure}: {rate:.3f} rows/s, {measured[-1]['peak_gb']:.1f} GB", flush=True)
     return results
 
 
-def report_row(baseline, procedure, results, args):
+def report_row(baseline: str, procedure: str, results: Results, args: Options) -> dict[str, Any]:
     """One row of the report: a procedure of ours compared with `baseline`, published or trl."""
-    n_rows = args.step * args.steps
-    row = {"case": f"{baseline}; ours: group_by {procedure}, {args.batch} rows in a micro-batch"}
+    row: dict[str, Any] = {
+        "case": f"{baseline}; ours: group_by {procedure}, {args.batch} rows in a micro-batch"
+    }
     if baseline not in results:
         return row | {"baseline_s": "not run"}
     sides = {"baseline": results[baseline], "ours": results[procedure]}
@@ -277,6 +285,7 @@ def report_row(baseline, procedure, results, args):
     peaks = {side: max(result["peak_gb"] for result in sides[side]) for side in sides}
     row |= {f"{side}_s": round(value, 2) for side, value in seconds.items()}
     row["ratio"] = round(seconds["baseline"] / seconds["ours"], 2)
+    n_rows = args.step * args.steps
     row |= {f"{side}_rows_per_s": round(n_rows / value, 3) for side, value in seconds.items()}
     row |= {f"{side}_peak_gb": round(value, 2) for side, value in peaks.items()}
     row["memory_ratio"] = round(peaks["ours"] / peaks["baseline"], 2)
@@ -287,34 +296,14 @@ def report_row(baseline, procedure, results, args):
     return row
 
 
-def median_of(results, key):
+def median_of(results: list[dict[str, Any]], key: str) -> float:
+    """The median of one figure over the repeats."""
     return statistics.median(result[key] for result in results)
 
 
-def parse_arguments(argv):
-    parser = new_parser(__doc__)
-    text = "of the random-weight LLaVA-NeXT"
-    parser.add_argument("--size", default="100m", choices=LLAVA_SIZES, help=text)
-    text = "of ours; published: fp16 on a GPU"
-    parser.add_argument("--dtype", default="auto", choices=("auto", *DTYPES), help=text)
-    text = "rows in an optimizer step of either procedure (paper: 1 x 8)"
-    parser.add_argument("--step", type=int, default=8, help=text)
-    parser.add_argument("--batch", type=int, default=4, help="rows in a micro-batch of ours")
-    parser.add_argument("--steps", type=int, default=3, help="optimizer steps that are timed")
-    text, choices = "group_by of ours, one case for each", ("length", "item")
-    parser.add_argument("--ours", nargs="+", default=["item"], choices=choices, help=text)
-    parser.add_argument("--gradient_checkpointing", action="store_true")
-    parser.add_argument("--repeats", type=int, default=3)
-    text = "measure one procedure in this process, print JSON; the script calls itself with it"
-    parser.add_argument("--measure", choices=PROCEDURES, help=text)
-    return parse(parser, argv)
-
-
-def main(argv=None):
-    args = parse_arguments(argv)
-    if args.measure:
-        print(json.dumps(measure(args.measure, args)))
-        return
+def main(argv: list[str] | None = None) -> None:
+    """Measure all procedures and write the report."""
+    args = read_options(Options, __doc__, argv)
     results = measure_in_processes(args)
     rows = [
         report_row(baseline, procedure, results, args)

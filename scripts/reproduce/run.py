@@ -216,7 +216,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("table", help="name of a file of configs/tables/")
-    parser.add_argument("configs", type=Path, nargs="+", help="table2 takes several")
+    parser.add_argument("configs", type=Path, nargs="*", help="one; table2 takes several")
     parser.add_argument("--seeds", type=int, nargs="+", default=[42, 43, 44])
     parser.add_argument("--folds", type=int, default=0, help="5: each seed in five folds (paper)")
     parser.add_argument("--rows", nargs="+", default=[], help="keys of the rows; none = all")
@@ -235,12 +235,12 @@ def main(argv: list[str] | None = None) -> None:
     """Run the rows, measure them and write the table."""
     args = parse_arguments(argv)
     table = read_table(args.table)
+    if len(args.configs) != 1 and not (table.statistics and args.configs):
+        raise InputError(f"name one config for the table {args.table}, not {len(args.configs)}")
     if table.statistics:
         output = args.output or Path("outputs/reproduce") / args.table
         report_statistics(table.statistics, args.configs, output / args.table)
         return
-    if len(args.configs) > 1:
-        raise InputError(f"the table {args.table} takes one config, not {len(args.configs)}")
     [args.config] = args.configs
     args.output = args.output or Path("outputs/reproduce") / args.config.stem
     args.text_model = load_config(args.config).get("preference", {}).get("model", "")

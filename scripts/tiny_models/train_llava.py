@@ -19,6 +19,9 @@ as in the paper.
 
 import argparse
 import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,13 +44,12 @@ TEXT_STEPS, VISION_STEPS, IMAGE_STEPS = 1600, 350, 900
 SINGLE_STEPS = 300
 BATCH, VISION_BATCH = 24, 64
 LEARNING_RATE = 1e-3
+Item = dict[str, str]
+Turns = tuple[str, str]  # question, answer
+Mix = dict[Callable[[Item, np.random.Generator], Turns], float]  # kind of question -> its fraction
 
 
-# ------------------------------------------------------------------------------------ questions
-# Each function takes an item and a generator and returns (question, answer).
-
-
-def words_for(item, rng):
+def words_for(item: Item, rng: np.random.Generator) -> tuple[list[str], list[bool]]:
     """(words, fits): one word per attribute in random order, half of which fit the item."""
     words, fits = [], []
     for attribute in rng.permutation(world.ATTRIBUTES):
@@ -58,25 +60,25 @@ def words_for(item, rng):
     return words, fits
 
 
-def one_word(item, rng):
+def one_word(item: Item, rng: np.random.Generator) -> Turns:
     words, fits = words_for(item, rng)
     question = f"Title: {item['title']}\nDoes this fit: {words[0]}?"
     return question, "Yes" if fits[0] else "No"
 
 
-def several_words(item, rng):
+def several_words(item: Item, rng: np.random.Generator) -> Turns:
     words, fits = words_for(item, rng)
     question = f"Title: {item['title']}\nHow many of these fit: {', '.join(words)}?"
     return question, COUNTS[sum(fits)]
 
 
-def words_first(item, rng):
+def words_first(item: Item, rng: np.random.Generator) -> Turns:
     words, fits = words_for(item, rng)
     question = f"Words: {', '.join(words)}\nTitle: {item['title']}\nHow many of these fit?"
     return question, COUNTS[sum(fits)]
 
 
-def note(item, rng):
+def note(item: Item, rng: np.random.Generator) -> Turns:
     fits = {attribute: bool(rng.random() < 0.5) for attribute in world.ATTRIBUTES}
     others = {a: [value for value in world.VALUES[a] if value != item[a]] for a in world.ATTRIBUTES}
     words = {a: item[a] if fits[a] else str(rng.choice(others[a])) for a in world.ATTRIBUTES}
@@ -87,22 +89,22 @@ def note(item, rng):
     return f"{lines[0]}\n{lines[1]}\nHow many of its words fit?", COUNTS[sum(fits.values())]
 
 
-def image_prompt(item, rng):
+def image_prompt(item: Item, rng: np.random.Generator) -> Turns:
     return fill(prompts.IMAGE, "video"), world.caption(item)
 
 
-def title_prompt(item, rng):
+def title_prompt(item: Item, rng: np.random.Generator) -> Turns:
     return fill(prompts.TITLE, "video", title=item["title"]), world.title_note(item)
 
 
-def fusion_prompt(item, rng):
+def fusion_prompt(item: Item, rng: np.random.Generator) -> Turns:
     texts = {"image_summary": world.caption(item), "text_summary": world.title_note(item)}
     return fill(prompts.FUSION, "video", **texts), world.fused_caption(item)
 
 
-# Fraction of each kind of question in each phase.
-SINGLE_MIX = {one_word: 1.0}
-TEXT_MIX = {
+# Of each phase.
+SINGLE_MIX: Mix = {one_word: 1.0}
+TEXT_MIX: Mix = {
     one_word: 0.2,
     several_words: 0.3,
     words_first: 0.1,
@@ -111,12 +113,17 @@ TEXT_MIX = {
     title_prompt: 0.05,
     fusion_prompt: 0.05,
 }
-IMAGE_MIX = {image_prompt: 0.35, one_word: 0.25, several_words: 0.15, words_first: 0.05, note: 0.2}
+IMAGE_MIX: Mix = {
+    image_prompt: 0.35,
+    one_word: 0.25,
+    several_words: 0.15,
+    words_first: 0.05,
+    note: 0.2,
+}
 WITHOUT_IMAGE = (title_prompt, fusion_prompt)  # these have no image, nor a caption instead
 
 
-# ------------------------------------------------------------------------------------- training
-def random_batch(processor, mix, rng, with_images):
+def random_batch(processor: Any, mix: Mix, rng: np.random.Generator, with_images: bool) -> Any:
     """Random questions, rendered by the chat template; labels on the answers, -100 elsewhere."""
     tokenizer = processor.tokenizer
     texts, answer_lengths, images = [], [], []
@@ -145,7 +152,13 @@ def random_batch(processor, mix, rng, with_images):
     return batch
 
 
-def train(model, parameters, steps, make_batch, name):
+def train(
+    model: Any,
+    parameters: Iterable[torch.nn.Parameter],
+    steps: int,
+    make_batch: Callable[[int], Any],
+    name: str,
+) -> None:
     """`steps` steps of AdamW with one-cycle learning rate on batches from `make_batch(step)`."""
     parameters = list(parameters)
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.01)
@@ -171,7 +184,7 @@ def train(model, parameters, steps, make_batch, name):
     model.eval()
 
 
-def train_vision(model, processor, rng):
+def train_vision(model: Any, processor: Any, rng: np.random.Generator) -> None:
     """Phase 2: colour and shape from the tower's mean patch feature.
 
     The linear classifiers are not kept.
@@ -203,24 +216,24 @@ def train_vision(model, processor, rng):
             )
 
 
-def cover_tiles(processor, items, rng):
+def cover_tiles(processor: Any, items: list[Item], rng: np.random.Generator) -> torch.Tensor:
     """Pixels of a random cover of each item, (items, 3, height, width): its one tile."""
     covers = [world.draw_cover(item["colour"], item["shape"], rng) for item in items]
     return processor.image_processor(images=covers, return_tensors="pt")["pixel_values"][:, 1]
 
 
-def trained(seed=0):
+def trained(seed: int = 0) -> tuple[Any, Any]:
     """(model, processor) after the three phases."""
     torch.set_num_threads(1)  # so that the result does not depend on the number of cores
     torch.set_flush_denormal(True)
     rng = np.random.default_rng([seed, 1])
     model, processor = new_llava(seed)
 
-    def text_batch(step):
+    def text_batch(step: int) -> Any:
         mix = SINGLE_MIX if step < SINGLE_STEPS else TEXT_MIX
         return random_batch(processor, mix, rng, with_images=False)
 
-    def image_batch(step):
+    def image_batch(step: int) -> Any:
         return random_batch(processor, IMAGE_MIX, rng, with_images=True)
 
     train(model, model.parameters(), TEXT_STEPS, text_batch, "text")
@@ -237,7 +250,12 @@ def trained(seed=0):
     return model.requires_grad_(True), processor
 
 
-def train_and_save(trained, description, argv=None, start=None):
+def train_and_save(
+    trained: Callable[..., tuple[Any, Any]],
+    description: str,
+    argv: list[str] | None,
+    start: Path | None = None,
+) -> None:
     """The command line of the training scripts.
 
     trained: function (seed) -> (model, processor or tokenizer); start: folder of the model that the
@@ -259,7 +277,8 @@ def train_and_save(trained, description, argv=None, start=None):
     print(f"saved {args.output}")
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> None:
+    """Train the model and save it."""
     train_and_save(trained, __doc__, argv)
 
 
