@@ -17,25 +17,16 @@ Out: outputs/benchmark/inference.json.
 
 from mllmrec.stage.main import run_main
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 from unittest import mock
 
 import numpy as np
+import tools
 import torch
-from limits import Speeds, decoding_seconds, measure_speeds, prefill_seconds, vision_passes
+from limits import Pass, decoding_seconds, measure_speeds, prefill_seconds, vision_passes
 from PIL.Image import Image
-from tools import (
-    Dtype,
-    count_parameters,
-    cover,
-    print_row,
-    read_options,
-    timed_interleaved,
-    title,
-    write_report,
-)
 
 from mllmrec.data.images import pad_to_largest
 from mllmrec.generation.dialogues import Dialogue, Prompt
@@ -57,7 +48,7 @@ LIMIT = 100_000  # tokens of a prompt: none is shortened
 STAGE_2 = load_script("Inference/image_summary.py")
 STAGE_3 = load_script("Inference/preference_recurrent.py")
 MODELS = load_script("tests/random_models.py")
-Report = dict[str, Any]
+Works = dict[str, Callable[[], Any]]  # published and ours
 
 
 @dataclass
@@ -65,7 +56,7 @@ class Options:
     """Of the command line."""
 
     size: Annotated[Literal["tiny", "100m", "full"], "of the models; full: 7B and 8B"] = "100m"
-    dtype: Annotated[Dtype, "of the models"] = "float32"
+    dtype: Annotated[tools.Dtype, "of the models"] = "float32"
     items: Annotated[int, "covers to describe"] = 16
     users: Annotated[int, "whose preferences are generated"] = 12
     history: Annotated[int, "items in a history, in blocks of three"] = 6
@@ -81,7 +72,7 @@ def make_histories(n_users: int, n_items: int) -> list[UserHistory]:
 
     def item(number: int) -> HistoryItem:
         length = int(40 * rng.uniform(0.6, 1.4))
-        return HistoryItem(str(number), title(number), " ".join(words[:length]))
+        return HistoryItem(str(number), tools.title(number), " ".join(words[:length]))
 
     return [
         UserHistory(
@@ -126,7 +117,7 @@ def published_summaries(
 
 def published_preferences(
     model: Any, chat: ChatProcessor, users: list[UserHistory], new_tokens: int
-) -> list[Report]:
+) -> list[dict[str, Any]]:
     """The rows of user_preferences.jsonl, by the published procedure."""
     rows = []
     for user in users:
@@ -143,7 +134,7 @@ def published_preferences(
 
 def ours(
     model: Any, chat: ChatProcessor, dialogues: Iterable[Dialogue], args: Options
-) -> tuple[list[Report], list[list[int]]]:
+) -> tuple[list[dict[str, Any]], list[list[int]]]:
     """(rows in the order of the dialogues, lengths of the prompts of each batch)."""
     engine = GenerationEngine(model, chat, GenerationOptions(args.new_tokens, args.batch_tokens))
     batches, generate_batch = [], model.generate
@@ -158,11 +149,19 @@ def ours(
     return [rows[number] for number in sorted(rows)], batches
 
 
-def compare(
-    case: str, works: dict[str, Callable[[], Any]], model: Any, n_texts: int, args: Options
-) -> tuple[Report, dict[str, Any]]:
-    """(row of the report, results). works: published and ours."""
-    seconds, results = timed_interleaved(works, args.repeats)
+def report_row(
+    case: str, works: Works, n_texts: int, model: Any, passes: list[Pass], args: Options
+) -> tuple[dict[str, Any], Any, Any]:
+    """(row of the report, what the published procedure returned, rows of ours).
+
+    passes: through parts that see the images only.
+    """
+    speeds = measure_speeds(model.device, model.dtype)
+    seconds, results = tools.timed_interleaved(works, args.repeats)
+    rows, batches = results["ours"]
+    lengths = [length for batch in batches for length in batch]
+    prefill = prefill_seconds(model, lengths, speeds, passes)
+    limit = prefill + decoding_seconds(model, batches, args.new_tokens, speeds)
     tokens = n_texts * args.new_tokens
     row = {
         "case": case,
@@ -171,90 +170,69 @@ def compare(
         "ratio": round(seconds["published"] / seconds["ours"], 2),
         "baseline_tokens_per_s": round(tokens / seconds["published"], 1),
         "ours_tokens_per_s": round(tokens / seconds["ours"], 1),
-        "parameters": count_parameters(model),
-    }
-    print_row(row)
-    return row, results
-
-
-def limit_of(
-    row: Report,
-    model: Any,
-    batches: list[list[int]],
-    args: Options,
-    speeds: Speeds,
-    passes: Iterable[tuple[int, int]] = (),
-) -> Report:
-    """The least time of ours, and its share. batches: lengths of the prompts of each."""
-    prefill = prefill_seconds(
-        model, [length for batch in batches for length in batch], speeds, passes
-    )
-    limit = prefill + decoding_seconds(model, batches, args.new_tokens, speeds)
-    found = {
         "limit_s": round(limit, 2),
         "limit_prefill_s": round(prefill, 2),
-        "share_of_limit": round(limit / row["ours_s"], 2),
+        "share_of_limit": round(limit / seconds["ours"], 2),
     }
-    print_row(found)
-    return found | {
+    tools.print_row(row)
+    row |= {
         "batches": [len(batch) for batch in batches],
         "gflops": round(speeds.flops / 1e9),
         "bandwidth_gb_per_s": round(speeds.bandwidth / 1e9, 1),
+        "parameters": tools.count_parameters(model),
     }
+    return row, results["published"], rows
 
 
-def summary_row(args: Options, place: dict[str, Any], speeds: Speeds) -> Report:
-    """Row of the report for stage 2. place: dtype and device of the model."""
-    model, processor = MODELS.random_llava("7b" if args.size == "full" else args.size, **place)
-    model.generation_config.eos_token_id = -1  # no text ends early
-    chat = ChatProcessor(processor)
-    covers = [cover(number) for number in np.random.default_rng(0).permutation(args.items)]
+def new_model(build: Callable[..., tuple[Any, Any]], full: str, args: Options) -> tuple[Any, Any]:
+    """(model that ends no text early, ChatProcessor). full: the published size."""
+    size, dtype = full if args.size == "full" else args.size, DTYPES[args.dtype]
+    model, processor = build(size, dtype=dtype, device=pick_device())
+    model.generation_config.eos_token_id = -1
+    return model, ChatProcessor(processor)
+
+
+def summary_row(args: Options) -> dict[str, Any]:
+    """Row of the report for stage 2."""
+    model, chat = new_model(MODELS.random_llava, "7b", args)
+    covers = [tools.cover(number) for number in np.random.default_rng(0).permutation(args.items)]
     prompt = chat.render([user_turn(fill(prompts.IMAGE, "video"), images=1)])
 
-    def dialogues() -> Iterable[Dialogue]:
+    def dialogues() -> Iterator[Dialogue]:
         return (summary_dialogue(n, image, prompt, chat) for n, image in enumerate(covers))
 
     works = {
         "published": lambda: published_summaries(model, chat, prompt, covers, args.new_tokens),
         "ours": lambda: ours(model, chat, dialogues(), args),
     }
-    case = f"image summaries, {args.items} covers"
-    row, results = compare(case, works, model, args.items, args)
     passes = vision_passes(model, chat, [(prompt, image) for image in covers])
-    row |= limit_of(row, model, results["ours"][1], args, speeds, passes)
+    case = f"image summaries, {args.items} covers"
+    row, _, _ = report_row(case, works, args.items, model, passes, args)
     return row | {"image_tokens": [chat.count_image_tokens(image) for image in covers]}
 
 
-def preference_row(args: Options, place: dict[str, Any], speeds: Speeds) -> Report:
+def preference_row(args: Options) -> dict[str, Any]:
     """Row of the report for stage 3."""
-    model, tokenizer = MODELS.random_llama("8b" if args.size == "full" else args.size, **place)
-    model.generation_config.eos_token_id = -1
-    chat, users = ChatProcessor(tokenizer), make_histories(args.users, args.history)
+    model, chat = new_model(MODELS.random_llama, "8b", args)
+    users = make_histories(args.users, args.history)
     works = {
         "published": lambda: published_preferences(model, chat, users, args.new_tokens),
         "ours": lambda: ours(model, chat, (preference_dialogue(u, chat) for u in users), args),
     }
     blocks = -(-args.history // STAGE_3.Options().block_size)
     case = f"recurrent preferences, {args.users} users of {blocks} blocks"
-    row, results = compare(case, works, model, args.users * blocks, args)
-    rows, batches = results["ours"]
-    pairs = zip(results["published"], rows, strict=True)
-    row |= {
+    row, published, rows = report_row(case, works, args.users * blocks, model, [], args)
+    equal = [a["blocks"] == b["blocks"] for a, b in zip(published, rows, strict=True)]
+    return row | {
         "first_prompt_tokens": next(preference_dialogue(users[0], chat)).length,
-        "share_of_users_with_equal_texts": float(
-            np.mean([a["blocks"] == b["blocks"] for a, b in pairs])
-        ),
+        "share_of_users_with_equal_texts": float(np.mean(equal)),
     }
-    return row | limit_of(row, model, batches, args, speeds)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Measure both stages and write the report."""
-    args = read_options(Options, __doc__, argv)
-    place = {"dtype": DTYPES[args.dtype], "device": pick_device()}
-    speeds = measure_speeds(place["device"], place["dtype"])
-    rows = [summary_row(args, place, speeds), preference_row(args, place, speeds)]
-    write_report("inference", rows, options=vars(args))
+    args = tools.read_options(Options, __doc__, argv)
+    tools.write_report("inference", [summary_row(args), preference_row(args)], options=vars(args))
 
 
 if __name__ == "__main__":

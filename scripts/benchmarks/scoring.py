@@ -23,22 +23,10 @@ from functools import partial
 from typing import Annotated, Any, Literal
 
 import numpy as np
+import tools
 import torch
 from limits import Speeds, measure_speeds, prefill_seconds, vision_passes
 from PIL import Image
-from tools import (
-    PREFERENCE,
-    SHAPES,
-    Dtype,
-    count_parameters,
-    preference,
-    print_row,
-    question_row,
-    read_options,
-    save_cover,
-    timed_interleaved,
-    write_report,
-)
 
 from mllmrec.data.images import pad_to_largest
 from mllmrec.models.chat import ChatProcessor, to_model
@@ -61,7 +49,7 @@ class Options:
     """Of the command line."""
 
     size: Annotated[Literal["tiny", "100m", "7b"], "of the LLaVA-NeXT"] = "100m"
-    dtype: Annotated[Dtype, "of the model"] = "float32"
+    dtype: Annotated[tools.Dtype, "of the model"] = "float32"
     rows: Annotated[int, "of each case"] = 24
     users: Annotated[tuple[int, ...], "users per item, one case for each"] = (1, 2, 4, 8, 24)
     published_at: Annotated[tuple[int, ...], "cases in which the published one is timed"] = (4,)
@@ -73,9 +61,9 @@ class Options:
 def make_rows(folder: str, n_items: int, n_users: int) -> list[Row]:
     """Rows of test.jsonl: each of `n_items` items for each of `n_users` users."""
     for item in range(n_items):
-        save_cover(item, folder)
+        tools.save_cover(item, folder)
     return [
-        question_row(f"u{user}", item, preference(user + item))
+        tools.question_row(f"u{user}", item, tools.preference(user + item))
         for item in range(n_items)
         for user in range(n_users)
     ]
@@ -147,7 +135,7 @@ def compare(
     for name, new_tokens in published.items():
         works[name] = partial(score_published, model, reader, rows, new_tokens)
     # Plain is timed once; it is there for its logits.
-    seconds, logits = timed_interleaved(works, args.repeats, once=("plain",))
+    seconds, logits = tools.timed_interleaved(works, args.repeats, once=("plain",))
     limit = least_seconds(model, reader, rows, speeds)
     common = {
         "ours_s": round(seconds["ours"], 3),
@@ -166,13 +154,13 @@ def compare(
             row["baseline_s"] = round(seconds[name], 3)
             row["ratio"] = round(seconds[name] / seconds["ours"], 2)
         report.append(row | common)
-        print_row(report[-1])
+        tools.print_row(report[-1])
     return report
 
 
 def main(argv: list[str] | None = None) -> None:
     """Measure all cases and write the report."""
-    args = read_options(Options, __doc__, argv)
+    args = tools.read_options(Options, __doc__, argv)
     device, dtype = pick_device(), DTYPES[args.dtype]
     speeds = measure_speeds(device, dtype)
     model, processor = MODELS.random_llava(args.size, dtype=dtype, device=device)
@@ -182,14 +170,14 @@ def main(argv: list[str] | None = None) -> None:
         rows = [
             row for n_users in args.users for row in compare(model, reader, n_users, args, speeds)
         ]
-    millions = count_parameters(model) / 1e6
-    write_report(
+    millions = tools.count_parameters(model) / 1e6
+    tools.write_report(
         "scoring",
         rows,
         gflops=round(speeds.flops / 1e9),
         model=f"random LLaVA-NeXT, {millions:.0f}M parameters, {args.dtype}",
-        image_tokens=[chat.count_image_tokens(Image.new("RGB", shape)) for shape in SHAPES],
-        question_tokens=chat.count(prompts.RECOMMEND + PREFERENCE),
+        image_tokens=[chat.count_image_tokens(Image.new("RGB", shape)) for shape in tools.SHAPES],
+        question_tokens=chat.count(prompts.RECOMMEND + tools.PREFERENCE),
     )
 
 

@@ -35,24 +35,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
+import tools
 import torch
 from limits import measure_speeds
-from tools import (
-    Dtype,
-    count_parameters,
-    preference,
-    print_row,
-    question_row,
-    read_options,
-    save_cover,
-    synchronize,
-    write_report,
-)
 
 from mllmrec.models.chat import ChatProcessor, to_model
 from mllmrec.models.loading import pick_device, pick_dtype
 from mllmrec.models.lora import add_lora
 from mllmrec.models.options import LoraOptions
+from mllmrec.prompts.templates import assistant_turn
 from mllmrec.ranking.collator import Collator
 from mllmrec.ranking.reader import RowReader
 from mllmrec.ranking.sampler import EpochSampler, EpochSettings
@@ -62,7 +53,6 @@ from mllmrec.stage.scripts import load_script
 MODELS = load_script("tests/random_models.py")
 GROUP_FRACTIONS = (0.22, 0.22, 0.17, 0.39)  # of groups of one to four rows, MicroLens-50k
 GROUP_BY = {"published": "none", "length": "length", "item": "item"}
-Results = dict[str, list[dict[str, Any]]]
 
 
 @dataclass
@@ -70,7 +60,7 @@ class Options:
     """Of the command line."""
 
     size: Annotated[Literal["tiny", "100m", "7b"], "of the LLaVA-NeXT"] = "100m"
-    dtype: Annotated[Literal["auto", Dtype], "of ours; published: float16 on a GPU"] = "auto"
+    dtype: Annotated[Literal["auto", tools.Dtype], "of ours; published: float16 on a GPU"] = "auto"
     step: Annotated[int, "rows in an optimizer step of each procedure (paper: 1 x 8)"] = 8
     batch: Annotated[int, "rows in a micro-batch of ours"] = 4
     steps: Annotated[int, "optimizer steps that are timed"] = 3
@@ -83,10 +73,12 @@ def make_rows(folder: str, n_rows: int) -> list[Row]:
     """Rows of train.jsonl about items with covers of noise."""
     rng, rows, item = np.random.default_rng(0), [], 0
     while len(rows) < n_rows:
-        save_cover(item, folder)
+        tools.save_cover(item, folder)
         for _ in range(rng.choice((1, 2, 3, 4), p=GROUP_FRACTIONS)):
             number = len(rows)
-            rows.append(question_row(f"u{number}", item, preference(number), label=number % 2))
+            rows.append(
+                tools.question_row(f"u{number}", item, tools.preference(number), label=number % 2)
+            )
         item += 1
     return rows[:n_rows]
 
@@ -129,18 +121,18 @@ class Training:
         is computed before.
         """
         micro_batches = [part for step in self.steps for part in step]
-        self._backward(max(micro_batches, key=self._images_and_length), 1.0)
+        items = [row["item_id"] for row in self.rows]
+
+        def size(part: list[int]) -> tuple[int, int]:
+            return len({items[n] for n in part}), max(self.lengths[n] for n in part)
+
+        self._backward(max(micro_batches, key=size), 1.0)
         self.optimizer.zero_grad()
-        synchronize()
+        tools.synchronize()
         started = time.perf_counter()
         tokens = sum(self._optimizer_step(step) for step in self.steps)
-        synchronize()
+        tools.synchronize()
         return time.perf_counter() - started, tokens
-
-    def _images_and_length(self, numbers: list[int]) -> tuple[int, int]:
-        """What makes a micro-batch large: its number of images, then its longest row."""
-        images = {self.rows[number]["item_id"] for number in numbers}
-        return len(images), max(self.lengths[number] for number in numbers)
 
     def _optimizer_step(self, micro_batches: list[list[int]]) -> int:
         rows = sum(map(len, micro_batches))
@@ -172,16 +164,14 @@ def trl_dataset(chat: ChatProcessor, args: Options, folder: str) -> Any:
     answers = RowReader(chat, folder).answer_tokens.texts
     n_timed = args.step * args.steps
     made = make_rows(folder, n_timed + args.step)
-    rows = []
-    for row in made[n_timed:] + made[:n_timed]:
-        answer = {"type": "text", "text": answers[row["label"]].strip()}
-        rows.append(
-            {
-                "prompt": row["messages"][:1],
-                "completion": [{"role": "assistant", "content": [answer]}],
-                "images": [str(Path(folder) / name) for name in row["images"]],
-            }
-        )
+    rows = [
+        {
+            "prompt": row["messages"][:1],
+            "completion": [assistant_turn(answers[row["label"]].strip())],
+            "images": [str(Path(folder) / name) for name in row["images"]],
+        }
+        for row in made[n_timed:] + made[:n_timed]
+    ]
     return Dataset.from_list(rows).cast_column("images", List(Image()))
 
 
@@ -202,7 +192,7 @@ def train_with_trl(args: Options, folder: str) -> tuple[Any, float]:
 
     class StepClock(TrainerCallback):
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            synchronize()
+            tools.synchronize()
             moments.append(time.perf_counter())
 
     settings = SFTConfig(
@@ -220,13 +210,8 @@ def train_with_trl(args: Options, folder: str) -> tuple[Any, float]:
         report_to="none",
         disable_tqdm=True,
     )
-    SFTTrainer(
-        model=model,
-        args=settings,
-        train_dataset=data,
-        processing_class=processor,
-        callbacks=[StepClock()],
-    ).train()
+    words = {"train_dataset": data, "processing_class": processor, "callbacks": [StepClock()]}
+    SFTTrainer(model, settings, **words).train()
     return model, moments[-1] - moments[0]
 
 
@@ -235,8 +220,8 @@ def cut(numbers: list[int], size: int) -> list[list[int]]:
     return [numbers[start : start + size] for start in range(0, len(numbers), size)]
 
 
-def measure(procedure: str, args: Options) -> dict[str, Any]:
-    """Train in this process: seconds, peak memory and sizes."""
+def measure(procedure: str, args: Options) -> dict[str, float]:
+    """Train in this process: seconds, rows/s, peak memory and, but for TRL, sizes and MFU."""
     with tempfile.TemporaryDirectory() as folder:
         if procedure == "trl":
             model, seconds = train_with_trl(args, folder)
@@ -247,71 +232,68 @@ def measure(procedure: str, args: Options) -> dict[str, Any]:
     on_gpu = model.device.type == "cuda"
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     result = {
-        "seconds": seconds,
+        "s": seconds,
+        "rows_per_s": args.step * args.steps / seconds,
         "peak_gb": (torch.cuda.max_memory_allocated() if on_gpu else peak) / 1e9,
     }
     if procedure != "trl":
-        operations = 4 * count_parameters(model.get_decoder().layers) * tokens
-        result |= {
-            "parameters": count_parameters(model),
-            "mean_length": sum(training.lengths) / len(training.lengths),
-            "mfu": operations / seconds / measure_speeds(model.device, model.dtype).flops,
-        }
+        operations = 4 * tools.count_parameters(model.get_decoder().layers) * tokens
+        result["mfu"] = operations / seconds / measure_speeds(model.device, model.dtype).flops
+        result["parameters"] = tools.count_parameters(model)
+        result["mean_length"] = sum(training.lengths) / len(training.lengths)
     return result
 
 
-def measure_in_processes(args: Options) -> Results:
-    """{procedure: results of `measure`, one per repeat}; procedures alternate."""
+def measure_in_processes(args: Options) -> dict[str, dict[str, float]]:
+    """{procedure: medians of what `measure` found, of the peak the maximum}; they alternate."""
     peers = ["trl"] if importlib.util.find_spec("trl") else []
-    results: Results = {procedure: [] for procedure in ("published", *peers, *args.ours)}
+    results: dict[str, list[dict[str, float]]] = {
+        procedure: [] for procedure in ("published", *peers, *args.ours)
+    }
     for _ in range(args.repeats):
         for procedure, measured in results.items():
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-                measured.append(process.submit(measure, procedure, args).result())
-            rate = args.step * args.steps / measured[-1]["seconds"]
-            print(f"{procedure}: {rate:.3f} rows/s, {measured[-1]['peak_gb']:.1f} GB", flush=True)
-    return results
-
-
-def report_row(baseline: str, procedure: str, results: Results, args: Options) -> dict[str, Any]:
-    """One row of the report: a procedure of ours compared with `baseline`, published or trl."""
-    row: dict[str, Any] = {
-        "case": f"{baseline}; ours: group_by {procedure}, {args.batch} rows in a micro-batch"
+                found = process.submit(measure, procedure, args).result()
+            measured.append(found)
+            print(f"{procedure}: {found['rows_per_s']:.3f} rows/s, {found['peak_gb']:.1f} GB")
+    return {
+        procedure: {
+            key: (max if key == "peak_gb" else statistics.median)(run[key] for run in measured)
+            for key in measured[0]
+        }
+        for procedure, measured in results.items()
     }
+
+
+def report_row(
+    baseline: str, procedure: str, results: dict[str, dict[str, float]], args: Options
+) -> dict[str, Any]:
+    """One row of the report: a procedure of ours compared with `baseline`, published or trl."""
+    case = f"{baseline}; ours: group_by {procedure}, {args.batch} rows in a micro-batch"
+    row: dict[str, Any] = {"case": case}
     if baseline not in results:
         return row | {"baseline_s": "not run"}
-    sides = {"baseline": results[baseline], "ours": results[procedure]}
-    seconds = {side: median_of(measured, "seconds") for side, measured in sides.items()}
-    peaks = {side: max(result["peak_gb"] for result in sides[side]) for side in sides}
-    row |= {f"{side}_s": round(value, 2) for side, value in seconds.items()}
-    row["ratio"] = round(seconds["baseline"] / seconds["ours"], 2)
-    n_rows = args.step * args.steps
-    row |= {f"{side}_rows_per_s": round(n_rows / value, 3) for side, value in seconds.items()}
-    row |= {f"{side}_peak_gb": round(value, 2) for side, value in peaks.items()}
-    row["memory_ratio"] = round(peaks["ours"] / peaks["baseline"], 2)
-    for side, measured in sides.items():
-        if "mfu" in measured[0]:
-            row[f"{side}_mfu"] = round(median_of(measured, "mfu"), 3)
-    print_row(row)
+    other, ours = results[baseline], results[procedure]
+    for key in ("s", "rows_per_s", "peak_gb", "mfu"):
+        sides = (("baseline", other), ("ours", ours))
+        row |= {f"{side}_{key}": round(found[key], 3) for side, found in sides if key in found}
+    row["ratio"] = round(other["s"] / ours["s"], 2)
+    row["memory_ratio"] = round(ours["peak_gb"] / other["peak_gb"], 2)
+    tools.print_row(row)
     return row
-
-
-def median_of(results: list[dict[str, Any]], key: str) -> float:
-    """The median of one figure over the repeats."""
-    return statistics.median(result[key] for result in results)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Measure all procedures and write the report."""
-    args = read_options(Options, __doc__, argv)
+    args = tools.read_options(Options, __doc__, argv)
     results = measure_in_processes(args)
     rows = [
         report_row(baseline, procedure, results, args)
         for procedure in args.ours
         for baseline in ("published", "trl")
     ]
-    sizes = {key: results["published"][0][key] for key in ("parameters", "mean_length")}
-    write_report("train", rows, options=vars(args), **sizes)
+    sizes = {key: results["published"][key] for key in ("parameters", "mean_length")}
+    tools.write_report("train", rows, options=vars(args), **sizes)
 
 
 if __name__ == "__main__":

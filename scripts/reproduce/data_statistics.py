@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tables import write_files
+from tables import markdown_table, write_files
 
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import read_json
@@ -58,6 +58,4 @@ def lines_of(report: dict[str, Any]) -> list[list[str]]:
 
 def markdown(report: dict[str, Any]) -> str:
     """The table of `lines_of` in Markdown."""
-    header, *lines = lines_of(report)
-    rows = [f"| {' | '.join(cells)} |" for cells in (header, *lines)]
-    return "\n".join([rows[0], "|---|---|" + "---:|" * (len(header) - 2), *rows[1:], ""])
+    return "\n".join([*markdown_table(lines_of(report), texts=2), ""])

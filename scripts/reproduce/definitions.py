@@ -12,7 +12,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from mllmrec.stage.errors import InputError
-from mllmrec.stage.options import ROOT, nearest
+from mllmrec.stage.options import ROOT
 from mllmrec.stage.schema import problem
 
 FOLDER = ROOT / "configs/tables"
@@ -50,7 +50,8 @@ class Table:
     statistics: list[Text] = field(default_factory=list)
 
 
-_GIVEN = TypeAdapter(dict[str, dict[str, Any] | None])
+_CONTENT = TypeAdapter(dict[str, Any])
+_ROWS = TypeAdapter(dict[str, dict[str, Any] | None])
 _TABLE = TypeAdapter(Table)
 
 
@@ -62,17 +63,27 @@ def table_names() -> list[str]:
 def read_table(name: str, folder: Path = FOLDER) -> Table:
     """The table of NAME.yaml in `folder`.
 
-    Raises InputError for an unknown key, row or world, and for a row that is compared with one that
-    is not there or has other data.
+    Raises InputError for an unknown table, key, row or world, and for a row that is compared with
+    one that is not there or has other data.
     """
-    path, shared = folder / f"{name}.yaml", _read_yaml(folder / SHARED)
-    content = _read_yaml(path)
+    path = folder / f"{name}.yaml"
+    if not path.exists() or path.name == SHARED:
+        known = ", ".join(table_names())
+        raise InputError(f"there is no table {name!r}; choose one of: {known}")
     try:
-        given = _GIVEN.validate_python(content.get("rows", {}))
-        rows = {key: _complete(f"{path}: {key}", key, own, shared) for key, own in given.items()}
+        shared, content = (
+            _CONTENT.validate_python(yaml.safe_load(own.read_text(encoding="utf-8")))
+            for own in (folder / SHARED, path)
+        )
+        given = _ROWS.validate_python(content.get("rows", {}))
+        rows = {key: _complete(own or {"like": key}, shared) for key, own in given.items()}
         table = _TABLE.validate_python(content | {"rows": rows})
     except ValidationError as error:
         raise InputError(f"{path}: {problem(error)}; correct the file") from None
+    except yaml.YAMLError as error:
+        raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    except KeyError as error:
+        raise InputError(f"{path}: {SHARED} has no {error}; correct the file") from None
     for key, row in table.rows.items():
         other = table.rows.get(row.against)
         if row.against and (other is None or other.world != row.world):
@@ -80,30 +91,10 @@ def read_table(name: str, folder: Path = FOLDER) -> Table:
     return table
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        known = ", ".join(table_names())
-        raise InputError(f"there is no table {path.stem!r}; choose one of: {known}") from None
-    except yaml.YAMLError as error:
-        raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{path} must hold 'key: value' lines")
-    return content
-
-
-def _complete(
-    where: str, key: str, own: dict[str, Any] | None, shared: dict[str, Any]
-) -> dict[str, Any]:
-    """A row with what it takes from rows.yaml. own: as in the table's file, None for `key:`."""
-
-    def known(kind: str, name: str) -> Any:
-        if name not in shared[kind]:
-            raise InputError(f"{where}: {SHARED} has no {name!r}{nearest(name, [*shared[kind]])}")
-        return shared[kind][name]
-
-    row = dict(own) if own else {"like": key}
-    if "like" in row:
-        row = known("rows", row.pop("like")) | row
-    return row | {"stage_1": known("worlds", row.get("world", "main"))}
+def _complete(own: dict[str, Any], shared: dict[str, Any]) -> dict[str, Any]:
+    """A row with what it takes from rows.yaml."""
+    row = own
+    if "like" in own:
+        row = shared["rows"][own["like"]] | own
+        del row["like"]
+    return row | {"stage_1": shared["worlds"][row.get("world", "main")]}

@@ -57,6 +57,12 @@ def table_lines(report: Report) -> list[list[str]]:
     return lines
 
 
+def markdown_table(lines: list[list[str]], texts: int = 1) -> list[str]:
+    """Lines of Markdown. lines: of cells, the header first; the first `texts` columns are texts."""
+    rows = [f"| {' | '.join(cells)} |" for cells in lines]
+    return [rows[0], "|" + "---|" * texts + "---:|" * (len(lines[0]) - texts), *rows[1:]]
+
+
 def metric_cell(metrics: Mapping[str, Any], name: str) -> str:
     """A metric x100 with half of its 95% interval."""
     half = half_width(metrics, name)
@@ -75,13 +81,11 @@ def markdown(report: Report) -> str:
     else:
         mean, interval, note = f"seed {seeds}", "(bootstrap over users)", "0 is outside"
     text = [f"Metrics x100, {mean}, ± half of the 95% interval {interval}."]
-    compared = "compared with" in lines[0]
-    if compared:
+    rows = markdown_table(lines)
+    if "compared with" in lines[0]:
         text.append(f"Differences: paired bootstrap over users, 95%; * {note}.")
-    shown = report.get("columns", SHOWN)
-    bars = "|---|" + "---:|" * len(shown) + "---:|---:|---|" * compared
-    rows = [f"| {' | '.join(cells)} |" for cells in lines]
-    text += ["", rows[0], bars, *rows[1:], ""]
+        rows[1] = rows[1].removesuffix("---:|") + "---|"
+    text += ["", *rows, ""]
     if any("costs" in row for row in report["rows"].values()):
         text += costs_table(report)
     return "\n".join(text)
@@ -89,18 +93,18 @@ def markdown(report: Report) -> str:
 
 def costs_table(report: Report) -> list[str]:
     """Lines of Markdown: what ranking one user's candidates takes, mean of the runs."""
-    lines = [
-        "Per test user; *computed*: prompt tokens where a prefix that prompts share is computed",
-        "once; seconds of the stages on the device above, loading included.",
-        "",
-        f"| row | {' | '.join(COSTS.values())} |",
-        "|---|" + "---:|" * len(COSTS),
-    ]
+    lines = [["row", *COSTS.values()]]
     for row in report["rows"].values():
         means = [sum(run[name] for run in row["costs"]) / len(row["costs"]) for name in COSTS]
         cells = [f"{mean:,.{3 if mean < 1 else 0}f}" if mean else "0" for mean in means]
-        lines.append(f"| {row['label']} | {' | '.join(cells)} |")
-    return [*lines, ""]
+        lines.append([row["label"], *cells])
+    return [
+        "Per test user; *computed*: prompt tokens where a prefix that prompts share is computed",
+        "once; seconds of the stages on the device above, loading included.",
+        "",
+        *markdown_table(lines),
+        "",
+    ]
 
 
 def dot_chart(report: Report) -> bytes:

@@ -13,7 +13,6 @@ as those of one length are read well. The matrices of the layers are trained wit
 a third of AdamW's steps here. One CPU core, about 45 minutes.
 """
 
-import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.random import Generator
 from torch.nn.functional import cross_entropy
 from train_llava import train_and_save
 
@@ -55,7 +55,7 @@ TITLES_ONLY = 0.1  # of the questions: without captions
 AGREE = 0.7  # of the values of items that have something in common
 
 
-def random_item(rng: np.random.Generator, favourite: Item | None = None) -> Item:
+def random_item(rng: Generator, favourite: Item | None = None) -> Item:
     """An item of the sample world; favourite: values that most of its own are set to."""
     item = world.random_item(rng)
     for attribute in world.ATTRIBUTES:
@@ -70,9 +70,7 @@ def item_text(item: Item, with_caption: bool) -> str:
     return item["title"] + caption
 
 
-def random_query(
-    rng: np.random.Generator, most_items: int, with_caption: bool
-) -> tuple[str, Wanted]:
+def random_query(rng: Generator, most_items: int, with_caption: bool) -> tuple[str, Wanted]:
     """(text that says what is wanted, {attribute: {wanted value: its weight}})."""
     attributes = world.ATTRIBUTES if with_caption else ("topic",)
     favourite, kind = world.random_item(rng), rng.random()
@@ -91,7 +89,7 @@ def random_query(
     return "In common:\n" + "\n".join(lines), wanted
 
 
-def random_turns(rng: np.random.Generator, most_lines: int, most_items: int) -> tuple[Turn, Turn]:
+def random_turns(rng: Generator, most_lines: int, most_items: int) -> tuple[Turn, Turn]:
     """(user turn, assistant turn): a question about a list in which one line fits best."""
     with_caption = rng.random() >= TITLES_ONLY
     while True:
@@ -115,18 +113,13 @@ def random_turns(rng: np.random.Generator, most_lines: int, most_items: int) -> 
 
 def new_optimizers(model: Any) -> list[torch.optim.Optimizer]:
     """[Muon for the matrices of the layers, AdamW for everything else]."""
-    named = dict(model.named_parameters())
+    named = dict(sorted(model.named_parameters()))
     matrices = {name for name, p in named.items() if p.ndim == 2 and ".layers." in name}
+    inner = [p for name, p in named.items() if name in matrices]
+    outer = [p for name, p in model.named_parameters() if name not in matrices]
     return [
-        torch.optim.Muon(
-            [named[name] for name in sorted(matrices)],
-            lr=MATRIX_RATE,
-            weight_decay=0.01,
-            adjust_lr_fn="match_rms_adamw",
-        ),
-        torch.optim.AdamW(
-            [p for name, p in named.items() if name not in matrices], lr=RATE, weight_decay=0.01
-        ),
+        torch.optim.Muon(inner, lr=MATRIX_RATE, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(outer, lr=RATE, weight_decay=0.01),
     ]
 
 
@@ -144,7 +137,7 @@ def answer_logits(
     return model.lm_head(states), batch["input_ids"][rows, places]
 
 
-def train(model: Any, chat: ChatProcessor, rng: np.random.Generator, phase: Phase) -> None:
+def train(model: Any, chat: ChatProcessor, rng: Generator, phase: Phase) -> None:
     """Train on the phase's levels, in place."""
     optimizers = new_optimizers(model)
 
@@ -153,7 +146,7 @@ def train(model: Any, chat: ChatProcessor, rng: np.random.Generator, phase: Phas
 
     schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, rate) for optimizer in optimizers]
     model.train()
-    started, level, right = time.time(), 0, []
+    level, right = 0, []
     for step in range(1, phase.steps + 1):
         size, most_lines, most_items = phase.levels[level]
         turns = [random_turns(rng, most_lines, most_items) for _ in range(size)]
@@ -165,11 +158,8 @@ def train(model: Any, chat: ChatProcessor, rng: np.random.Generator, phase: Phas
         model.zero_grad()
         right.append((logits[:, 0].argmax(-1) == ids[:, 0]).float().mean().item())
         if step % 50 == 0:
-            print(
-                f"lists of up to {most_lines} lines: step {step} of {phase.steps}, "
-                f"{np.mean(right[-WINDOW:]):.2f} right, {time.time() - started:.0f} s",
-                flush=True,
-            )
+            share = np.mean(right[-WINDOW:])
+            print(f"up to {most_lines} lines: step {step}, {share:.2f} right", flush=True)
         good = len(right) >= WINDOW and np.mean(right[-WINDOW:]) > GOOD
         if good and level + 1 < len(phase.levels):
             level, right = level + 1, []
@@ -189,7 +179,7 @@ def trained(seed: int = 0, start: str = str(START)) -> tuple[Any, Any]:
 
 def main(argv: list[str] | None = None) -> None:
     """Train the model and save it."""
-    train_and_save(trained, __doc__, argv, START)
+    train_and_save(trained, __doc__, argv, start=str(START))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from build import new_llama
+from numpy.random import Generator
 from train_llava import train, train_and_save
 
 from mllmrec.data import sample_world as world
@@ -29,7 +30,7 @@ FIRST_FRACTION = 0.25  # of the prompts: for a first block; the others are for l
 DIRECT_FRACTION = 0.05
 
 
-def random_block(n_items: int, rng: np.random.Generator) -> list[dict[str, str]]:
+def random_block(n_items: int, rng: Generator) -> list[dict[str, str]]:
     """Items as one user chooses them: two thirds of the values are set to the favourite ones."""
     favourite = world.random_item(rng)
     block = [world.random_item(rng) for _ in range(n_items)]
@@ -41,19 +42,19 @@ def random_block(n_items: int, rng: np.random.Generator) -> list[dict[str, str]]
     return block
 
 
-def random_summary(item: dict[str, str], rng: np.random.Generator) -> str:
+def random_summary(item: dict[str, str], rng: Generator) -> str:
     """What stage 2 may have written: of the image only, or fused."""
     return world.caption(item) if rng.random() < 0.7 else world.fused_caption(item)
 
 
-def random_block_size(rng: np.random.Generator, direct: bool) -> int:
+def random_block_size(rng: Generator, direct: bool) -> int:
     """Number of items in a prompt; direct: of a whole history."""
     if direct:
         return int(rng.integers(4, 16))
     return int(rng.choice([1, 2, 3], p=[0.15, 0.15, 0.7]))
 
 
-def random_turns(rng: np.random.Generator, direct: bool) -> tuple[Turn, Turn]:
+def random_turns(rng: Generator, direct: bool) -> tuple[Turn, Turn]:
     """(user turn, assistant turn) of a random prompt of stage 3; direct: with a whole history."""
     previous = None
     if not direct and rng.random() > FIRST_FRACTION:
@@ -79,7 +80,7 @@ def random_turns(rng: np.random.Generator, direct: bool) -> tuple[Turn, Turn]:
     return user_turn(prompt), assistant_turn(world.preference_text(wanted))
 
 
-def random_batch(chat: ChatProcessor, rng: np.random.Generator) -> Any:
+def random_batch(chat: ChatProcessor, rng: Generator) -> Any:
     """Random prompts with their answers."""
     direct = rng.random() < DIRECT_FRACTION
     return answer_batch(
@@ -103,7 +104,8 @@ def trained(seed: int = 0) -> tuple[Any, Any]:
     rng = np.random.default_rng([seed, 2])
     model, tokenizer = new_llama(seed)
     chat = ChatProcessor(tokenizer)
-    train(model, model.parameters(), STEPS, lambda step: random_batch(chat, rng), "preference")
+    batches = (random_batch(chat, rng) for _ in range(STEPS))
+    train(model, list(model.parameters()), batches, STEPS, "preference")
     return model, tokenizer
 
 
