@@ -172,7 +172,7 @@ def report_row(
         "ours_tokens_per_s": round(tokens / seconds["ours"], 1),
         "limit_s": round(limit, 2),
         "limit_prefill_s": round(prefill, 2),
-        "share_of_limit": round(limit / seconds["ours"], 2),
+        "share_of_limit": round(limit / seconds["ours"], 4),
     }
     tools.print_row(row)
     row |= {

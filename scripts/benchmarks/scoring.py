@@ -140,7 +140,7 @@ def compare(
     common = {
         "ours_s": round(seconds["ours"], 3),
         "limit_s": round(limit, 4),
-        "share_of_limit": round(limit / seconds["ours"], 2),
+        "share_of_limit": round(limit / seconds["ours"], 4),
         "ours_ms_per_row": round(1000 * seconds["ours"] / len(rows), 1),
         "plain_s": round(seconds["plain"], 3),
         "ratio_to_plain": round(seconds["plain"] / seconds["ours"], 2),

@@ -60,7 +60,7 @@ class Run:
     """A seed and fold in one world: a folder, and the steps that were done in it."""
 
     def __init__(self, repeat: SeedAndFold, world: str, args: argparse.Namespace) -> None:
-        self.repeat, self.args = repeat, args
+        self.repeat, self.world, self.args = repeat, world, args
         self.folder = args.output / f"{world}-{repeat}"
         self.log = args.output / "logs" / f"{self.folder.name}.log"
         self.failed: dict[str, str] = {}
@@ -68,14 +68,14 @@ class Run:
 
     def row(self, key: str, row: TableRow) -> None:
         """Run the steps of a row; a failure is kept in `failed`."""
-        folds = (
-            f"--folds {self.args.folds} --test_fold {self.repeat.fold}" if self.args.folds else ""
-        )
-        for step in (f"01_prepare_data {row.stage_1} {folds}", *row.steps):
+        stage_1 = f"01_prepare_data {row.stage_1}"
+        if self.args.folds:
+            stage_1 += f" --folds {self.args.folds} --test_fold {self.repeat.fold}"
+        for step in (stage_1, *row.steps):
             if step not in self.done:
                 reason = self.start(self.command(step))
                 if reason:
-                    self.failed[key] = f"{step.strip()}: {reason}"
+                    self.failed[key] = f"{step}: {reason}"
                     return
                 self.done.add(step)
 
@@ -111,48 +111,40 @@ class Run:
         return next((line for line in reversed(printed) if "error" in line.lower()), printed[-1])
 
 
-def run_rows(rows: dict[str, TableRow], args: argparse.Namespace) -> dict[tuple[str, Any], Run]:
-    """{(row, seed and fold): Run}, each row run for each of them; `args.jobs` runs at once."""
+Runs = dict[tuple[SeedAndFold, str], Run]  # (seed and fold, world) -> its run
+
+
+def run_rows(rows: dict[str, TableRow], args: argparse.Namespace) -> Runs:
+    """Each row run for each seed and fold; `args.jobs` runs at once."""
     worlds = dict.fromkeys(row.world for row in rows.values())
-    runs = {
-        (repeat, world): Run(repeat, world, args) for repeat in args.repeats for world in worlds
-    }
+    runs = {(own, world): Run(own, world, args) for own in args.repeats for world in worlds}
     total, finished, started = len(rows) * len(args.repeats), [], time.monotonic()
 
-    def work(world: str, run: Run) -> None:
+    def work(run: Run) -> None:
         for key, row in rows.items():
-            if row.world == world:
+            if row.world == run.world:
                 run.row(key, row)
                 finished.append(key)
-                minutes = (time.monotonic() - started) / 60
-                left = minutes / len(finished) * (total - len(finished))
-                print(
-                    f"{len(finished)} of {total} rows, {minutes:.0f} min, about {left:.0f} min "
-                    f"left: {run.folder.name}, {key}: {run.failed.get(key, 'done')}",
-                    flush=True,
-                )
+                n, minutes = len(finished), (time.monotonic() - started) / 60
+                left = minutes / n * (total - n)
+                state = f"{run.folder.name}, {key}: {run.failed.get(key, 'done')}"
+                print(f"{n} of {total} rows, {minutes:.0f} min, {left:.0f} min left: {state}")
 
     with ThreadPoolExecutor(args.jobs) as pool:
-        list(pool.map(lambda item: work(item[0][1], item[1]), runs.items()))
-    return {
-        (key, repeat): runs[repeat, row.world]
-        for key, row in rows.items()
-        for repeat in args.repeats
-    }
+        list(pool.map(work, runs.values()))
+    return runs
 
 
 def measure(
-    table: Table,
-    rows: dict[str, TableRow],
-    runs: dict[tuple[str, Any], Run],
-    args: argparse.Namespace,
+    table: Table, rows: dict[str, TableRow], runs: Runs, args: argparse.Namespace
 ) -> dict[str, Any]:
     """{key: row of the report} of the rows whose steps were done for every seed and fold."""
     scored, report = {}, {}
     for key, row in rows.items():
-        folders = [runs[key, repeat].folder for repeat in args.repeats]
-        if any(key in runs[key, repeat].failed for repeat in args.repeats):
+        own = [runs[repeat, row.world] for repeat in args.repeats]
+        if any(key in run.failed for run in own):
             continue
+        folders = [run.folder for run in own]
         paths = [folder / row.scores / "scores.jsonl" for folder in folders]
         files = [(read_rows(path), path) for path in paths]
         if not table.retrieved:
@@ -171,14 +163,14 @@ def measure(
             from costs import costs_per_user  # which loads torch
 
             report[key]["costs"] = [costs_per_user(row, folder) for folder in folders]
-    for key, own in report.items():
+    for key, measured in report.items():
         against = rows[key].against
         if against in scored:
             pairs = list(zip(scored[key], scored[against], strict=True))
             found = paired_differences(pairs, args.resamples)
-            own["against"] = rows[against].label
-            own["differences"] = {
-                name: {**asdict(found[name]), "is_real": found[name].is_real} for name in found
+            measured["against"] = rows[against].label
+            measured["differences"] = {
+                name: {**asdict(value), "is_real": value.is_real} for name, value in found.items()
             }
     return report
 
@@ -251,7 +243,7 @@ def main(argv: list[str] | None = None) -> None:
     rows = {key: row for key, row in table.rows.items() if not args.rows or key in args.rows}
     runs = run_rows(rows, args)
     write_report(table, rows, measure(table, rows, runs, args), args)
-    failed = {key: run.failed[key] for (key, _), run in runs.items() if key in run.failed}
+    failed = {key: reason for run in runs.values() for key, reason in run.failed.items()}
     for key, reason in failed.items():
         print(f"not run: {key}: {reason}", file=sys.stderr)
     if failed:
