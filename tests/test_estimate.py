@@ -237,7 +237,9 @@ def test_quantised_weights_take_what_bitsandbytes_takes(quantization):
 @pytest.fixture(scope="module")
 def full_size():
     """By the published shapes."""
-    processor, tokenizer = (load_processor(str(TINY / name)) for name in ("llava", "llama"))
+    processor, tokenizer = (
+        load_processor(str(TINY / name), ModelOptions("")) for name in ("llava", "llama")
+    )
     configs = {
         "llava": llava_config("7b", processor),
         "llama3": llama_config("8b", tokenizer),
