@@ -40,8 +40,8 @@ from mllmrec.data.timestamps import Times, read_times
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import read_rejected, rejected_path
 from mllmrec.stage.options import parse_options, print_options
+from mllmrec.stage.output import WholeOutput
 from mllmrec.stage.record import Job, file_digests
-from mllmrec.stage.transaction import writing
 
 SECTION = "data"
 REVIEW = {"user_id": pa.string(), "parent_asin": pa.string(), "timestamp": pa.int64()}
@@ -142,7 +142,7 @@ def main(argv=None):
     raw_files = [reviews, pages, *([rejected_path(images_path)] if broken else [])]
     job = Job.of(options, file_digests(*raw_files), limit=options.limit, raw_dir=options.raw_dir)
     outputs = [*data_outputs(options), urls_path]
-    with writing(job, outputs, [rejected_rows_path(options)]) as output:
+    with WholeOutput(job, outputs, [rejected_rows_path(options)]) as output:
         if output.is_needed:
             output.finish(write_all(options, (reviews, pages), (images_path, urls_path), broken))
             print(

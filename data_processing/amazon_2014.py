@@ -30,8 +30,8 @@ from mllmrec.data.split import (
 )
 from mllmrec.stage.jsonl import read_rejected, rejected_path
 from mllmrec.stage.options import NAME, option, parse_options, print_options
+from mllmrec.stage.output import WholeOutput
 from mllmrec.stage.record import Job, file_digests
-from mllmrec.stage.transaction import writing
 
 SECTION = "data"
 
@@ -65,7 +65,7 @@ def main(argv=None):
     raw_files = [ratings, pages, *([rejected_path(images_path)] if broken else [])]
     job = Job.of(options, file_digests(*raw_files), limit=options.limit, raw_dir=options.raw_dir)
     outputs = [*data_outputs(options), urls_path]
-    with writing(job, outputs, [rejected_rows_path(options)]) as output:
+    with WholeOutput(job, outputs, [rejected_rows_path(options)]) as output:
         if output.is_needed:
             log, rejected = read_ratings(ratings)
             catalogue, more = read_pages(pages, log.item_ids, data_dir / "images", broken)

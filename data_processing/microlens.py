@@ -37,8 +37,8 @@ from mllmrec.data.tables import first_fields, read_table, read_text_table
 from mllmrec.data.timestamps import parse_timestamps
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.options import option, parse_options, print_options
+from mllmrec.stage.output import WholeOutput
 from mllmrec.stage.record import Job, file_digests
-from mllmrec.stage.transaction import writing
 
 SECTION = "data"
 
@@ -170,7 +170,7 @@ def main(argv=None):
         raw_dir=options.raw_dir,
         images=len(os.listdir(covers)) if covers else 0,
     )
-    with writing(job, data_outputs(options), [rejected_rows_path(options)]) as output:
+    with WholeOutput(job, data_outputs(options), [rejected_rows_path(options)]) as output:
         if output.is_needed:
             log, catalogue, rejected = load(pairs, titles, covers)
             data = prepare(log, catalogue, options)

@@ -23,8 +23,8 @@ from mllmrec.data.split import (
 )
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.options import parse_options, print_options
+from mllmrec.stage.output import WholeOutput
 from mllmrec.stage.record import Job, file_digests
-from mllmrec.stage.transaction import writing
 
 SECTION = "data"
 
@@ -36,7 +36,7 @@ def main(argv=None):
         raise InputError("MovieLens has no images; pass --require_image false")
     files = movielens.find_files(options.raw_dir)
     job = Job.of(options, file_digests(*files), limit=options.limit, raw_dir=options.raw_dir)
-    with writing(job, data_outputs(options), [rejected_rows_path(options)]) as output:
+    with WholeOutput(job, data_outputs(options), [rejected_rows_path(options)]) as output:
         if output.is_needed:
             log, catalogue, rejected = movielens.load(*files)
             data = prepare(log, catalogue, options)

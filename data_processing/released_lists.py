@@ -40,8 +40,8 @@ from mllmrec.stage.jsonl import (
     write_rows,
 )
 from mllmrec.stage.options import option, parse_options, print_options
+from mllmrec.stage.output import WholeOutput
 from mllmrec.stage.record import Job, file_digests
-from mllmrec.stage.transaction import writing
 
 SECTION = "data"
 SPLITS = {"train": "train", "val": "validation", "test": "test"}  # ending of the file -> split
@@ -168,7 +168,7 @@ def main(argv=None):
     raw_files = [*files[0].values(), *files[1:], *([rejected_path(images_path)] if broken else [])]
     job = Job.of(options, file_digests(*raw_files), limit=options.limit, raw_dir=options.raw_dir)
     *outputs, rejected_rows = outputs_of(options)
-    with writing(job, outputs, [rejected_rows]) as output:
+    with WholeOutput(job, outputs, [rejected_rows]) as output:
         if output.is_needed:
             output.finish(write_all(options, files, broken))
     print(f"next: python data_processing/download_images.py --config {options.config}")

@@ -35,8 +35,8 @@ from mllmrec.evaluation.metrics import evaluate
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import atomic_file, write_rows
 from mllmrec.stage.options import option, parse_options, print_options
+from mllmrec.stage.output import WholeOutput
 from mllmrec.stage.record import Job
-from mllmrec.stage.transaction import writing
 
 SECTION = "data"
 RULES = ("ceiling", "title_only", "no_recency")
@@ -146,7 +146,7 @@ def main(argv=None):
     cover_paths = [covers_dir / f"i{number:03d}.png" for number in range(options.n_items)]
     job = Job.of(options, {}, limit=options.limit)
     outputs = [*data_outputs(options), *rule_outputs(options).values(), *cover_paths]
-    with writing(job, outputs) as output:
+    with WholeOutput(job, outputs) as output:
         if output.is_needed:
             items, covers, users = build_world(options)
             covers_dir.mkdir(parents=True, exist_ok=True)

@@ -35,8 +35,8 @@ from mllmrec.data.timestamps import parse_timestamps
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import require
 from mllmrec.stage.options import parse_options, print_options
+from mllmrec.stage.output import WholeOutput
 from mllmrec.stage.record import Job, file_digests
-from mllmrec.stage.transaction import writing
 
 SECTION = "data"
 CATALOGUE = dict.fromkeys(("item_id", "title", "image"), pa.string())
@@ -101,7 +101,7 @@ def main(argv=None):
     names = ("interactions.csv", "catalogue.jsonl")
     raw_files = [require(Path(options.raw_dir) / name, maker=remedy) for name in names]
     job = Job.of(options, file_digests(*raw_files), limit=options.limit, raw_dir=options.raw_dir)
-    with writing(job, data_outputs(options), [rejected_rows_path(options)]) as output:
+    with WholeOutput(job, data_outputs(options), [rejected_rows_path(options)]) as output:
         if output.is_needed:
             log, catalogue, rejected = load(options.raw_dir)
             data = prepare(log, catalogue, options)

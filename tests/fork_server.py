@@ -169,9 +169,9 @@ def signal_at(number, folder, signal_number=signal.SIGKILL, calls=CALLS):
 
 def kill_after(n_rows, number=signal.SIGKILL):
     """Make the stage send itself a signal after `n_rows` rows, in the middle of the next one."""
-    from mllmrec.stage.output import ResumableOutput
+    from mllmrec.stage.output import RowOutput
 
-    write_row, left = ResumableOutput.write, n_rows
+    write_row, left = RowOutput.write, n_rows
 
     def write(self, row):
         nonlocal left
@@ -182,7 +182,7 @@ def kill_after(n_rows, number=signal.SIGKILL):
             self._rows.flush()
             os.kill(os.getpid(), number)
 
-    ResumableOutput.write = write
+    RowOutput.write = write
 
 
 if __name__ == "__main__":

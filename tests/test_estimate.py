@@ -33,10 +33,10 @@ from mllmrec.generation.engine import GenerationEngine
 from mllmrec.models.chat import ChatProcessor
 from mllmrec.models.loading import load_multimodal, load_processor, load_text, read_config
 from mllmrec.models.lora import add_lora
-from mllmrec.models.options import LoraOptions, ModelOptions
+from mllmrec.models.model_options import LoraOptions, ModelOptions
 from mllmrec.models.size import model_size
-from mllmrec.ranking.options import FineTuningOptions
 from mllmrec.ranking.token_counts import TokenCounts, dialogue_tokens
+from mllmrec.ranking.training_options import FineTuningOptions
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import read_rows
 

@@ -34,9 +34,8 @@ from mllmrec.stage import record
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import rejected_path, write_json, write_rejected, write_rows
 from mllmrec.stage.options import CommonOptions
-from mllmrec.stage.output import ResumableOutput
+from mllmrec.stage.output import RowOutput, WholeOutput, delete_output, finish_deletion, new_folder
 from mllmrec.stage.record import Job, write_record, write_state
-from mllmrec.stage.transaction import delete_output, finish_deletion, new_folder, writing
 
 REFUSAL = "was made with other "
 IDS = [f"i{n}" for n in range(6)]
@@ -106,7 +105,7 @@ def rows_of(tone):
 def write_files(folder, tone="low", **options):
     """A stage with two outputs and an optional third."""
     one, two = folder / "one.jsonl", folder / "two.jsonl"
-    with writing(toy_job(tone=tone, **options), [one, two], [rejected_path(one)]) as output:
+    with WholeOutput(toy_job(tone=tone, **options), [one, two], [rejected_path(one)]) as output:
         if output.is_needed:
             rows, rejected = rows_of(tone)
             write_rows(one, rows)
@@ -118,7 +117,7 @@ def write_files(folder, tone="low", **options):
 def write_folder(folder, tone="low", **options):
     """A stage with a folder as its output."""
     target = folder / "merged"
-    with writing(toy_job(tone=tone, **options), [target]) as output:
+    with WholeOutput(toy_job(tone=tone, **options), [target]) as output:
         if output.is_needed:
             with new_folder(target) as temporary:
                 for number, row in enumerate(rows_of(tone)[0][:2]):
@@ -129,7 +128,7 @@ def write_folder(folder, tone="low", **options):
 def append_rows(folder, tone="low", retry=False, **options):
     """A stage that resumes."""
     job = toy_job(tone=tone, **options)
-    output = ResumableOutput(folder / "x.jsonl", "item_id", IDS, job, retry)
+    output = RowOutput(folder / "x.jsonl", "item_id", IDS, job, retry)
     if output.is_up_to_date():
         return
     rows, rejected = rows_of("high" if retry else tone)
@@ -293,7 +292,7 @@ def test_a_job_that_begins_while_another_one_waits_is_not_mixed_with_it(quick, t
 
     def opened(tone, **options):
         job = toy_job(tone=tone, **options)
-        return ResumableOutput(tmp_path / "x.jsonl", "item_id", IDS, job)
+        return RowOutput(tmp_path / "x.jsonl", "item_id", IDS, job)
 
     for begun in (False, True):
         waiting = [opened("high"), opened("high", limit=2), opened("high", overwrite=True)]

@@ -13,7 +13,7 @@ from mllmrec.stage import record
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import read_rows
 from mllmrec.stage.options import CommonOptions
-from mllmrec.stage.output import ResumableOutput
+from mllmrec.stage.output import RowOutput
 from mllmrec.stage.record import Job, file_digests, read_record
 
 IDS = [f"i{n}" for n in range(10)]
@@ -26,7 +26,7 @@ class Options(CommonOptions):
 
 def open_output(tmp_path, ids=IDS, inputs=None, retry_rejected=False, **options):
     job = Job.of(Options(config="none", **options), inputs or {})
-    return ResumableOutput(tmp_path / "x.jsonl", "item_id", ids, job, retry_rejected)
+    return RowOutput(tmp_path / "x.jsonl", "item_id", ids, job, retry_rejected)
 
 
 def work(output, stop_after=None, bad=()):
@@ -149,7 +149,7 @@ def test_generation_is_stopped_when_a_row_cannot_be_written(tmp_path, monkeypatc
     def full(self, row):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(ResumableOutput, "write", full)
+    monkeypatch.setattr(RowOutput, "write", full)
     with pytest.raises(OSError, match="No space left") as caught:
         open_output(tmp_path, ["a", "b"]).write_results(results(), "rows", "row")
     assert stopped, "while the error is still being raised"

@@ -157,7 +157,7 @@ for package in (mllmrec.data, mllmrec.evaluation, mllmrec.prompts, mllmrec.stage
     for module in pkgutil.iter_modules(package.__path__, package.__name__ + "."):
         importlib.import_module(module.name)
 import mllmrec.generation.preferences
-import mllmrec.models.options
+import mllmrec.models.model_options
 from mllmrec.ranking import checkpoints, datasets, options, rows
 from mllmrec.stage.scripts import load_script
 for path in sys.argv[1:]:

@@ -27,9 +27,9 @@ from mllmrec.models.chat import ChatProcessor
 from mllmrec.prompts import mllm_msr as prompts
 from mllmrec.prompts.templates import fill, user_turn
 from mllmrec.ranking.answers import LETTERS, YES_NO, answer_tokens
-from mllmrec.ranking.collator import Collator
+from mllmrec.ranking.batches import Collator
+from mllmrec.ranking.questions import Candidate, QuestionFormat, candidate_row
 from mllmrec.ranking.reader import RowReader
-from mllmrec.ranking.rows import Candidate, QuestionFormat, candidate_row
 
 # Titles as an attacker, or an unlucky catalogue, would have them.
 TITLES = [

@@ -27,7 +27,7 @@ from mllmrec.generation.sampling import stream_id
 from mllmrec.generation.serve_command import IMAGE_PROMPT_TOKENS, serve_command
 from mllmrec.generation.server import ServerEngine
 from mllmrec.models.chat import ChatProcessor
-from mllmrec.models.options import GenerationStageOptions
+from mllmrec.models.model_options import GenerationStageOptions
 from mllmrec.prompts.mllm_msr import IMAGE
 from mllmrec.prompts.templates import user_turn
 from mllmrec.stage.errors import InputError

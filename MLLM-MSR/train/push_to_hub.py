@@ -41,7 +41,7 @@ class Options(CommonOptions):
 def card(folder, options):
     """The text of the model card, with the test metrics if there are some."""
     from mllmrec.evaluation.metrics import SHOWN
-    from mllmrec.evaluation.tables import half_width, read_metrics
+    from mllmrec.evaluation.result_tables import half_width, read_metrics
     from mllmrec.models.model_card import model_card
 
     record = read_record(options.system_dir / "adapter")

@@ -24,10 +24,10 @@ from mllmrec.generation.prompt_writer import EncodedImage, PromptWriter
 from mllmrec.models.chat import ChatProcessor
 from mllmrec.models.loading import load_processor
 from mllmrec.prompts.templates import fill, user_turn
-from mllmrec.ranking.options import RankerOptions
 from mllmrec.ranking.reader import RowReader, chat_processor
 from mllmrec.ranking.rows import first_users, image_names
 from mllmrec.ranking.token_counts import TokenCounts, dialogue_tokens, scoring_tokens
+from mllmrec.ranking.training_options import RankerOptions
 from mllmrec.stage.jsonl import PathLike, read_by_id, read_rows
 from mllmrec.stage.options import load_config, parse_options
 from mllmrec.stage.schema import Row

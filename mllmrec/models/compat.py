@@ -168,8 +168,7 @@ class SamplerTrainer(Trainer):
 
 
 def one_device_per_process(arguments: TrainingArguments) -> TrainingArguments:
-    """`arguments`, such that a process that sees several GPUs does not wrap the model in
-    DataParallel.
+    """`arguments`, with which a process that sees several GPUs uses one, without DataParallel.
 
     Sets `_n_gpu`; checked with transformers 5.17 and 5.23.
     """

@@ -12,9 +12,7 @@ import torch
 
 from mllmrec.data.candidates import (
     candidates,
-    check_known,
-    check_negatives,
-    read_users,
+    read_users_and_items,
     score_row,
     users_of_split,
 )
@@ -22,10 +20,10 @@ from mllmrec.sequential.data import CandidateNumbers, SequenceData
 from mllmrec.sequential.items import read_features
 from mllmrec.sequential.training import CHOSEN_BY, fit, score_candidates, validation_metrics
 from mllmrec.stage.errors import InputError
-from mllmrec.stage.jsonl import read_by_id, require, write_rows
+from mllmrec.stage.jsonl import require, write_rows
+from mllmrec.stage.output import WholeOutput
 from mllmrec.stage.record import Job, file_digests
 from mllmrec.stage.schema import Row
-from mllmrec.stage.transaction import writing
 
 logger = logging.getLogger(__name__)
 
@@ -46,14 +44,13 @@ def run_baseline(name: str, new_model: NewModel, options: Any) -> None:
     inputs += [require(summaries)] if "summary" in options.features else []
     job = Job.of(options, file_digests(*inputs), ignore=("threads",))
     path = options.system_dir / (options.variant or name) / "scores.jsonl"
-    with writing(job, [path]) as output:
+    with WholeOutput(job, [path]) as output:
         if not output.is_needed:
             return
         if options.threads:
             torch.set_num_threads(options.threads)
         torch.manual_seed(options.seed)
-        users, items = read_users(users_path), read_by_id(items_path, "item_id")
-        check_lists(users, items, users_path, items_path)
+        users, items = read_users_and_items(users_path, items_path)
         if options.control == "other_histories":
             users = with_other_histories(users)
         data = SequenceData.of(users, list(items))
@@ -105,17 +102,6 @@ def with_other_histories(users: list[Row]) -> list[Row]:
     histories = [user["history"] for user in users_of_split(users, "test")]
     others = iter(histories[-1:] + histories[:-1])
     return [{**user, "history": next(others)} if is_test(user) else user for user in users]
-
-
-def check_lists(
-    users: list[Row], items: dict[str, Row], users_path: Path, items_path: Path
-) -> None:
-    """Raise InputError for a line without negatives, or with an item that items.jsonl lacks."""
-    for number, user in enumerate(users, start=1):
-        where = f"{users_path}, line {number}"
-        check_negatives(user, where)
-        listed = (*user["history"], user["target"], *user["negatives"])
-        check_known(listed, items, items_path, where)
 
 
 def scored_rows(users: list[Row], lists: CandidateNumbers, scores: list[list[float]]) -> list[Row]:

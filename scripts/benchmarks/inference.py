@@ -30,11 +30,12 @@ from PIL.Image import Image
 
 from mllmrec.data.images import pad_to_largest
 from mllmrec.generation.dialogues import Dialogue, Prompt
-from mllmrec.generation.engine import GenerationEngine, GenerationOptions, run_dialogues
+from mllmrec.generation.engine import GenerationEngine, run_dialogues
 from mllmrec.generation.preferences import HistoryItem, UserHistory
 from mllmrec.generation.prompt_writer import EncodedImage, PromptWriter
 from mllmrec.models.chat import ChatProcessor, to_model
 from mllmrec.models.loading import DTYPES, pick_device
+from mllmrec.models.model_options import GenerationStageOptions
 from mllmrec.prompts import mllm_msr as prompts
 from mllmrec.prompts.templates import fill, user_turn
 from mllmrec.stage.scripts import load_script
@@ -136,7 +137,8 @@ def ours(
     model: Any, chat: ChatProcessor, dialogues: Iterable[Dialogue], args: Options
 ) -> tuple[list[dict[str, Any]], list[list[int]]]:
     """(rows in the order of the dialogues, lengths of the prompts of each batch)."""
-    engine = GenerationEngine(model, chat, GenerationOptions(args.new_tokens, args.batch_tokens))
+    options = GenerationStageOptions(max_new_tokens=args.new_tokens, batch_tokens=args.batch_tokens)
+    engine = GenerationEngine(model, chat, options)
     batches, generate_batch = [], model.generate
 
     def noted(**batch: Any) -> torch.Tensor:

@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar, get_args, get_type_hints
 import numpy as np
 from PIL import Image
 
-from mllmrec.ranking.rows import Candidate, QuestionFormat, candidate_row
+from mllmrec.ranking.questions import Candidate, QuestionFormat, candidate_row
 from mllmrec.stage.jsonl import write_json
 from mllmrec.stage.record import machine
 from mllmrec.stage.schema import Row

@@ -42,11 +42,10 @@ from limits import measure_speeds
 from mllmrec.models.chat import ChatProcessor, to_model
 from mllmrec.models.loading import pick_device, pick_dtype
 from mllmrec.models.lora import add_lora
-from mllmrec.models.options import LoraOptions
+from mllmrec.models.model_options import LoraOptions
 from mllmrec.prompts.templates import assistant_turn
-from mllmrec.ranking.collator import Collator
+from mllmrec.ranking.batches import Collator, EpochSampler, EpochSettings
 from mllmrec.ranking.reader import RowReader
-from mllmrec.ranking.sampler import EpochSampler, EpochSettings
 from mllmrec.stage.schema import Row
 from mllmrec.stage.scripts import load_script
 

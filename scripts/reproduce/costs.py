@@ -12,9 +12,9 @@ from mllmrec.generation.engine import load_chat
 from mllmrec.generation.preferences import read_histories
 from mllmrec.generation.prompt_writer import PromptWriter
 from mllmrec.models.loading import load_processor
-from mllmrec.ranking.options import RankerOptions
 from mllmrec.ranking.reader import RowReader, chat_processor
 from mllmrec.ranking.token_counts import TokenCounts, dialogue_tokens, scoring_tokens
+from mllmrec.ranking.training_options import RankerOptions
 from mllmrec.stage.jsonl import read_rows
 from mllmrec.stage.record import read_record
 from mllmrec.stage.schema import Row

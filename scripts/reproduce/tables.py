@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt
 
 from mllmrec.evaluation.metrics import SHOWN
 from mllmrec.evaluation.plots import COLOURS
-from mllmrec.evaluation.tables import difference_cell, half_width
+from mllmrec.evaluation.result_tables import difference_cell, half_width
 from mllmrec.stage.jsonl import atomic_file, write_json
 
 RETRIEVED = ("hr@5", "ndcg@5", "mrr@5", "hr@10", "ndcg@10", "mrr@10")  # hr = recall

@@ -1,10 +1,14 @@
 """Options that training and scoring share. No torch, so that --help answers at once."""
 
+import importlib.util
+import os
+from pathlib import Path
 from typing import Literal
 
 from pydantic.dataclasses import dataclass
 
-from mllmrec.models.options import LoraOptions, ModelOptions
+from mllmrec.models.model_options import MAX_TEXT_TOKENS, LoraOptions, ModelOptions
+from mllmrec.stage.errors import InputError
 from mllmrec.stage.options import option
 
 # These change speed or what is logged, not the adapter.
@@ -24,11 +28,13 @@ class RankerOptions(ModelOptions):
 
     model: str = option(
         "llava-hf/llava-v1.6-mistral-7b-hf",
-        "model that ranks, hub id or folder; a text model takes rows without images "
-        "(paper: LLaVA-v1.6-Mistral-7B)",
+        "model that ranks, hub id or folder; a text model takes rows without "
+        "images (paper: LLaVA-v1.6-Mistral-7B)",
     )
     max_text_tokens: int = option(
-        512, "of one row, the image counted as one token (paper: 512, released code: 1024)", ge=0
+        MAX_TEXT_TOKENS,
+        "of one row, the image counted as one token (paper: 512, released code: 1024)",
+        ge=0,
     )
     answer_token: Literal["rendered", "bare"] = option(
         "rendered",
@@ -46,8 +52,8 @@ class RankerOptions(ModelOptions):
     )
     image_tiles: Literal["full", "single"] = option(
         "full",
-        "single: LLaVA-NeXT gets the whole image only, 577 tokens instead of up to 2,900, for 24 "
-        "GB",
+        "single: LLaVA-NeXT gets the whole image only, 577 tokens instead of up to 2,900, "
+        "for 24 GB",
     )
 
 
@@ -99,3 +105,46 @@ class FineTuningOptions(RankerOptions, LoraOptions):
     report_to: Literal["none", "tensorboard", "wandb", "trackio"] = option(
         "none", "also log there; the package must be installed (tensorboard: into tensorboard/)"
     )
+
+
+def training_files(options: FineTuningOptions) -> list[Path]:
+    """What a training writes beside adapter/ and checkpoints/."""
+    names = ("training_log.jsonl", "training_curve.png", "training.rejected.jsonl")
+    return [options.system_dir / name for name in names]
+
+
+def check_training_options(options: FineTuningOptions) -> None:
+    """Raise InputError for combinations that cannot work, before a model is loaded."""
+    if options.quantization != "none" and os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        raise InputError(
+            "FSDP cannot shard a model that is loaded with "
+            "--quantization; use configs/accelerate/multi_gpu.yaml"
+        )
+    if options.patience and options.keep == "last":
+        raise InputError("--patience stops at the best epoch, which --keep last would not keep")
+    if options.report_to != "none" and importlib.util.find_spec(options.report_to) is None:
+        raise InputError(
+            f"--report_to {options.report_to} needs the package {options.report_to}; pip install "
+            f"{options.report_to}, or leave the option out"
+        )
+    if options.pad_images and options.group_by != "none":
+        raise InputError("--pad_images needs --group_by none: rows of a batch would depend on it")
+    if options.group_by == "item":
+        _check_shared_prefix(options)
+
+
+def _check_shared_prefix(options: FineTuningOptions) -> None:
+    if options.loss != "answer":
+        raise InputError(
+            "--group_by item needs --loss answer: one position cannot predict the next words "
+            "of several texts"
+        )
+    if options.batch_size < 2:
+        raise InputError(
+            "--group_by item shares nothing with one row in a batch; set --batch_size to 2 or more"
+        )
+    if options.attention not in ("auto", "sdpa"):
+        raise InputError(
+            "--group_by item needs --attention sdpa, which takes a mask of its own for each "
+            f"row, not {options.attention}"
+        )

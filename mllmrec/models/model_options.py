@@ -6,6 +6,8 @@ from pydantic.dataclasses import dataclass
 
 from mllmrec.stage.options import CommonOptions, option
 
+MAX_TEXT_TOKENS = 512  # of a question in training and scoring, unless the config says otherwise
+
 
 @dataclass
 class ModelOptions(CommonOptions):
@@ -50,9 +52,8 @@ class GenerationStageOptions(ModelOptions):
     top_p: float = option(1.0, "nucleus sampling, if temperature > 0", gt=0, le=1)
     batch_tokens: int = option(
         0,
-        "tokens in a batch, images and answers included; 0: what a GPU's free memory holds, "
-        "32,768 on "
-        "a CPU",
+        "tokens in a batch, images and answers included; 0: what a GPU's free memory holds, 32,768 "
+        "on a CPU",
         ge=0,
     )
     retry_rejected: bool = option(False, "try rows again that were rejected earlier")

@@ -62,8 +62,7 @@ def score_files(output_dir: PathLike) -> dict[str, Path]:
         if name in files:
             raise InputError(
                 f"{files[name]} and {path} are two variants of one name; score one of them again "
-                f"with "
-                "another --variant"
+                "with another --variant"
             )
         files[name] = path
     order = sorted(files, key=lambda n: (FIRST.index(n) if n in FIRST else len(FIRST), n))

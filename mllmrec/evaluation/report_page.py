@@ -1,6 +1,4 @@
-"""The contents of report.html: tables, plots, and for some users the whole path to their
-ranking.
-"""
+"""The contents of report.html: tables, plots, and some users' whole path to their ranking."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -94,9 +92,7 @@ def plot_urls(files: RunFiles) -> dict[str, str]:
 
 
 def user_examples(files: RunFiles, n_users: int) -> list[dict[str, Any]]:
-    """The first users of the main variant: history by blocks, preferences, candidates in rank
-    order.
-    """
+    """The first users of the main variant: history, preference by block, ranked candidates."""
     if not files.scores:
         return []
     users_path, items_path = files.data_dir / "users.jsonl", files.data_dir / "items.jsonl"
