@@ -1953,7 +1953,6 @@ def shell_cases():
         ("estimate.sh configs/sample.yaml --stages nonsense", "--stages nonsense: choose of"),
         ("serve.sh configs/sample.yaml preference --port 99999999", "--port 99999999 is no port"),
         ("serve.sh configs/sample.yaml preference --data_parallel 0", "--data_parallel 0 is no"),
-        ("dress_rehearsal.sh --folder README.md", "a file is where a folder belongs"),
     ):
         yield case(f"scripts/{words}", says)
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from conftest import ROOT
 from PIL import Image
+from random_models import random_llama, random_llava
 from torch.utils.flop_counter import FlopCounterMode
 
 from mllmrec.models.chat import ChatProcessor
-from mllmrec.models.random_models import random_llama, random_llava
 from mllmrec.prompts.templates import user_turn
 from mllmrec.stage.scripts import load_script
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import TINY
 from PIL import Image
+from random_models import random_llama, random_llava, random_qwen3, random_qwen_vl
 
 from mllmrec.data import sample_world as world
 from mllmrec.generation import engine as engine_module
@@ -20,7 +21,6 @@ from mllmrec.models.chat import ChatProcessor
 from mllmrec.models.compat import packed_linears
 from mllmrec.models.loading import load_multimodal, load_text
 from mllmrec.models.model_options import GenerationStageOptions
-from mllmrec.models.random_models import random_llama, random_llava, random_qwen3, random_qwen_vl
 from mllmrec.prompts import mllm_msr as prompts
 from mllmrec.prompts.templates import fill, user_turn
 from mllmrec.stage.errors import InputError

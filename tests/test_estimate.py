@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY, call
+from conftest import ROOT, TINY
 from PIL import Image
+from random_models import llama_config, llava_config
 
 from mllmrec.estimate.command import (
     CARDS,
@@ -38,11 +39,16 @@ from mllmrec.ranking.token_counts import TokenCounts, dialogue_tokens
 from mllmrec.ranking.training_options import FineTuningOptions
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import read_rows
-from mllmrec.stage.scripts import load_script
 
 GB = 1e9
-CARDS_SCRIPT = load_script("scripts/rehearsal/cards.py")
-REHEARSE = load_script("scripts/rehearsal/rehearse.py")
+# Of results/benchmarks/cpu_rehearsal.json: stage -> (section, model).
+MEASURED_STEPS = {
+    "stage 2, image summaries": ("image_summary", "llava"),
+    "stage 3, preferences": ("preference", "llama3"),
+    "stage 5, one optimizer step": ("train", "llava"),
+    "stage 6, scores": ("score", "llava"),
+    "MLLM4Rec's ranker": ("ranker", "llama2"),
+}
 
 
 @pytest.fixture
@@ -231,7 +237,15 @@ def test_quantised_weights_take_what_bitsandbytes_takes(quantization):
 @pytest.fixture(scope="module")
 def full_size():
     """By the published shapes."""
-    return CARDS_SCRIPT.full_sizes()
+    processor, tokenizer = (
+        load_processor(str(TINY / name), ModelOptions("")) for name in ("llava", "llama")
+    )
+    configs = {
+        "llava": llava_config("7b", processor),
+        "llama3": llama_config("8b", tokenizer),
+        "llama2": llama_config("7b", tokenizer),
+    }
+    return {name: model_size(config) for name, config in configs.items()}
 
 
 def test_full_size_takes_what_a_gpu_was_seen_to_take(full_size):
@@ -255,15 +269,15 @@ def test_full_size_takes_what_a_gpu_was_seen_to_take(full_size):
     assert scoring / GB == pytest.approx(19.2, rel=0.15)
 
 
-def needed_in_rehearsal(step, found, size):
+def needed_in_rehearsal(section, found, size):
     """Bytes by the arithmetic of the estimate, in float32, from the recorded tokens."""
     rows, longest, prompt = found["rows"], found["longest"], found["prompt_tokens"]
     tokens = StageTokens(rows, TokenCounts(rows, prompt, 0, prompt), longest)
-    trained = step.section in ("train", "ranker")
+    trained = section in ("train", "ranker")
     if trained:
         options = FineTuningOptions(gradient_checkpointing=True, batch_size=1)
         rest = training_bytes(size, options, tokens, 4)
-    elif step.section == "score":
+    elif section == "score":
         rest = scoring_bytes(size, prompt, 4)
     else:
         rest = size.pass_through(min(max(1024, longest), rows * longest), 4)
@@ -272,21 +286,15 @@ def needed_in_rehearsal(step, found, size):
     return size.weights("nf4", 4, training=trained) + rest + layer
 
 
-@pytest.mark.parametrize("step", [s for s in REHEARSE.STEPS if s.section], ids=lambda s: s.name)
+@pytest.mark.parametrize("step", MEASURED_STEPS)
 def test_full_size_takes_what_the_dress_rehearsal_was_seen_to_take(step, full_size):
     """Peaks of processes on a CPU, nf4 and float32, docs/benchmarks.md: within 15%."""
     recorded = json.loads((ROOT / "results/benchmarks/cpu_rehearsal.json").read_text())
-    found = recorded[step.name]
+    found, (section, model) = recorded[step], MEASURED_STEPS[step]
     assert recorded["size"] == "full"
-    needed = needed_in_rehearsal(step, found, full_size[step.model]) / GB
+    needed = needed_in_rehearsal(section, found, full_size[model]) / GB
     assert sum(found["memory_gb"].values()) == pytest.approx(needed, rel=0.05)
     assert needed + recorded["base_gb"] == pytest.approx(found["peak_gb"], rel=0.15)
-
-
-def test_the_card_table_of_the_readme_is_what_its_script_prints(full_size):
-    lines = list(CARDS_SCRIPT.table(full_size))
-    assert len(lines) == 2 + len(CARDS_SCRIPT.CARD_ROWS)
-    assert "\n".join(lines) in (ROOT / "README.md").read_text()
 
 
 def test_the_command_shows_every_stage_with_its_arithmetic(small_run, tmp_path, capsys):
@@ -331,19 +339,3 @@ def test_an_estimate_before_stage_1_names_what_is_missing(tmp_path):
         main(["--config", str(config)])
     with pytest.raises(InputError, match="--stages 1: choose of image_summary, preference"):
         main(["--config", str(config), "--stages", "1"])
-
-
-@pytest.mark.slow
-def test_a_small_dress_rehearsal_runs_every_stage_once(tmp_path):
-    words = ["scripts/rehearsal/rehearse.py", "--folder", str(tmp_path), "--size", "tiny"]
-    first = call(*words, "--delete")
-    assert first.returncode == 0, first.stderr
-    found = json.loads((tmp_path / "rehearsal.json").read_text())
-    stages = [stage for stage in found.values() if isinstance(stage, dict)]
-    assert len(stages) == 7 and all(stage["peak_gb"] > 0 for stage in stages)
-    preferences = found["stage 3, preferences"]
-    assert preferences["rows"] == 3 and preferences["generated_tokens"] == 6 * 8
-    assert found["stage 2, image summaries"]["image_tokens"] > 0
-    assert not list((tmp_path / "models").iterdir()), "deleted after the last stage"
-    again = call(*words)
-    assert again.returncode == 0 and "stage 3" not in again.stdout, "nothing is run again"

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY, saved
+from random_models import random_llama
 
 from mllmrec.data.candidates import candidates, users_of_split
 from mllmrec.evaluation.metrics import CandidateLists, evaluate, pooled_auc
 from mllmrec.models.chat import ChatProcessor
 from mllmrec.models.loading import load_text
-from mllmrec.models.random_models import random_llama
 from mllmrec.prompts.templates import user_turn
 from mllmrec.ranking.answers import LETTERS, YES_NO, AnswerSet, answer_tokens
 from mllmrec.ranking.batches import Collator, EpochSampler, EpochSettings

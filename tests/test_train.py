@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 from conftest import TINY, saved, small_config
+from random_models import random_llava, random_qwen_vl
 from safetensors.torch import load_file
 from transformers import AutoConfig
 
@@ -14,7 +15,6 @@ from mllmrec.models.adapters import check_adapter
 from mllmrec.models.chat import ChatProcessor
 from mllmrec.models.loading import load_multimodal
 from mllmrec.models.lora import add_lora, decoder_layer_class
-from mllmrec.models.random_models import random_llava, random_qwen_vl
 from mllmrec.ranking.answers import answer_tokens
 from mllmrec.ranking.batches import Collator, EpochSampler, EpochSettings, pack_into_batches
 from mllmrec.ranking.reader import RowReader, load_ranker

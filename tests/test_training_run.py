@@ -9,9 +9,9 @@ from conftest import ROOT, TINY, call, free_port, saved, write_unchecked
 from fork_server import HEAVY, ForkServer
 from peft import PeftModel
 from peft.utils import load_peft_weights
+from random_models import random_llava, random_qwen_vl
 from transformers import AutoModelForImageTextToText, AutoTokenizer, Trainer
 
-from mllmrec.models.random_models import random_llava, random_qwen_vl
 from mllmrec.ranking.trainer import RankingTrainer
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import read_rows, write_rows

@@ -11,11 +11,14 @@ Out: outputs/benchmark/recurrence.json.
 
 from mllmrec.stage.main import run_main
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import Annotated, Any
 from unittest import mock
 
 import torch
-from tools import new_parser, parse, print_row, timed_interleaved, write_report
+from tools import print_row, read_options, timed_interleaved, write_report
 
 from mllmrec.models.loading import pick_device
 from mllmrec.sequential import lrurec
@@ -23,9 +26,10 @@ from mllmrec.sequential.data import SequenceData
 from mllmrec.sequential.training import next_item_loss
 
 WIDTH, CHANNELS = 64, 128  # of the published model
+Recurrence = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def step_by_step(inputs, log_decay):
+def step_by_step(inputs: torch.Tensor, log_decay: torch.Tensor) -> torch.Tensor:
     """The states, one position after the other."""
     decay, state, states = torch.exp(log_decay), torch.zeros_like(inputs[:, 0]), []
     for position in range(inputs.shape[1]):
@@ -37,23 +41,45 @@ def step_by_step(inputs, log_decay):
 RECURRENCES = {"baseline": step_by_step, "ours": lrurec.linear_recurrence}
 
 
-def states_and_gradients(recurrence, length, batch, device):
+@dataclass
+class Options:
+    """Of the command line."""
+
+    lengths: Annotated[tuple[int, ...], "of the sequences"] = (50, 200, 1000)
+    users: Annotated[int, "sequences in an epoch"] = 128
+    items: Annotated[int, "of the catalogue"] = 3650
+    batch: Annotated[int, "sequences in a batch"] = 16
+    repeats: Annotated[int, "of which the median is taken"] = 3
+
+
+def states_and_gradients(
+    recurrence: Recurrence, length: int, args: Options, device: torch.device
+) -> Callable[[], None]:
     """A function that computes one batch of states and their gradients."""
-    inputs = torch.randn(batch, length, CHANNELS, dtype=torch.complex64, device=device)
+    inputs = torch.randn(args.batch, length, CHANNELS, dtype=torch.complex64, device=device)
     log_decay = torch.complex(-torch.rand(CHANNELS) / 5 - 0.01, 6 * torch.rand(CHANNELS))
     inputs.requires_grad_()
     log_decay = log_decay.to(device).requires_grad_()
     return lambda: recurrence(inputs, log_decay).abs().sum().backward()
 
 
-def epoch(recurrence, data, n_items, options, device):
+def epoch(
+    recurrence: Recurrence, length: int, args: Options, device: torch.device
+) -> Callable[[], None]:
     """A function that trains one epoch."""
+    generator = torch.Generator().manual_seed(length)
+    sequences = torch.randint(1, args.items + 1, (args.users, length + 1), generator=generator)
+    numbers = {str(n): n for n in range(1, args.items + 1)}
+    data = SequenceData(numbers, sequences.tolist())
+    options = SimpleNamespace(
+        width=WIDTH, layers=2, dropout=0.2, item_ids=True, max_length=length, batch_size=args.batch
+    )
     torch.manual_seed(0)
-    model = lrurec.LRURec(n_items, None, options).to(device)
+    model = lrurec.LRURec(args.items, None, options).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     generator = torch.Generator().manual_seed(0)
 
-    def train():
+    def train() -> None:
         with mock.patch.object(lrurec, "linear_recurrence", recurrence):
             for inputs, targets in data.training_batches(options, generator):
                 loss = next_item_loss(
@@ -66,27 +92,11 @@ def epoch(recurrence, data, n_items, options, device):
     return train
 
 
-def compare(length, args, device):
+def compare(length: int, args: Options, device: torch.device) -> list[dict[str, Any]]:
     """Rows of the report for one length of sequences."""
-    generator = torch.Generator().manual_seed(length)
-    sequences = torch.randint(1, args.items + 1, (args.users, length + 1), generator=generator)
-    numbers = {str(n): n for n in range(1, args.items + 1)}
-    data = SequenceData(numbers, sequences.tolist())
-    options = SimpleNamespace(
-        width=WIDTH, layers=2, dropout=0.2, item_ids=True, max_length=length, batch_size=args.batch
-    )
-    cases = {
-        "recurrence": {
-            name: states_and_gradients(recurrence, length, args.batch, device)
-            for name, recurrence in RECURRENCES.items()
-        },
-        "epoch": {
-            name: epoch(recurrence, data, args.items, options, device)
-            for name, recurrence in RECURRENCES.items()
-        },
-    }
     rows = []
-    for case, works in cases.items():
+    for case, work in (("recurrence", states_and_gradients), ("epoch", epoch)):
+        works = {name: work(own, length, args, device) for name, own in RECURRENCES.items()}
         seconds, _ = timed_interleaved(works, args.repeats)
         row = {"case": f"{case}, length {length}"}
         row |= {f"{name}_s": round(value, 4) for name, value in seconds.items()}
@@ -95,18 +105,9 @@ def compare(length, args, device):
     return rows
 
 
-def parse_arguments(argv):
-    parser = new_parser(__doc__)
-    parser.add_argument("--lengths", type=int, nargs="+", default=[50, 200, 1000])
-    parser.add_argument("--users", type=int, default=128, help="sequences in an epoch")
-    parser.add_argument("--items", type=int, default=3650, help="of the catalogue")
-    parser.add_argument("--batch", type=int, default=16, help="sequences in a batch")
-    parser.add_argument("--repeats", type=int, default=3)
-    return parse(parser, argv)
-
-
-def main(argv=None):
-    args, device = parse_arguments(argv), pick_device()
+def main(argv: list[str] | None = None) -> None:
+    """Measure all lengths and write the report."""
+    args, device = read_options(Options, __doc__, argv), pick_device()
     rows = [row for length in args.lengths for row in compare(length, args, device)]
     write_report("recurrence", rows, users=args.users, items=args.items, batch=args.batch)
 

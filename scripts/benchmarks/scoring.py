@@ -18,53 +18,59 @@ Out: outputs/benchmark/scoring.json.
 from mllmrec.stage.main import run_main
 
 import tempfile
+from dataclasses import dataclass
 from functools import partial
+from typing import Annotated, Any, Literal
 
 import numpy as np
+import tools
 import torch
-from limits import measure_speeds, prefill_seconds, vision_passes
+from limits import Speeds, measure_speeds, prefill_seconds, vision_passes
 from PIL import Image
-from tools import (
-    PREFERENCE,
-    SHAPES,
-    count_parameters,
-    new_parser,
-    parse,
-    preference,
-    print_row,
-    question_row,
-    save_cover,
-    timed_interleaved,
-    write_report,
-)
 
 from mllmrec.data.images import pad_to_largest
 from mllmrec.models.chat import ChatProcessor, to_model
 from mllmrec.models.loading import DTYPES, pick_device
-from mllmrec.models.random_models import LLAVA_SIZES, random_llava
 from mllmrec.prompts import mllm_msr as prompts
 from mllmrec.ranking.reader import RowReader
 from mllmrec.ranking.rows import group_rows
 from mllmrec.ranking.scoring import ScoringOptions, score_rows
 from mllmrec.ranking.token_counts import scoring_tokens
+from mllmrec.stage.schema import Row
+from mllmrec.stage.scripts import load_script
 
+MODELS = load_script("tests/random_models.py")
 PUBLISHED_ROWS = 6  # in a batch
 PUBLISHED_TOKENS = {"stop": 2, "30 tokens": 30}  # generated per row
 
 
-def make_rows(folder, n_items, n_users):
+@dataclass
+class Options:
+    """Of the command line."""
+
+    size: Annotated[Literal["tiny", "100m", "7b"], "of the LLaVA-NeXT"] = "100m"
+    dtype: Annotated[tools.Dtype, "of the model"] = "float32"
+    rows: Annotated[int, "of each case"] = 24
+    users: Annotated[tuple[int, ...], "users per item, one case for each"] = (1, 2, 4, 8, 24)
+    published_at: Annotated[tuple[int, ...], "cases in which the published one is timed"] = (4,)
+    # Small: on a CPU padding costs more than larger batches save.
+    batch_tokens: Annotated[int, "of ours, in a batch"] = 2048
+    repeats: Annotated[int, "of which the median is taken"] = 3
+
+
+def make_rows(folder: str, n_items: int, n_users: int) -> list[Row]:
     """Rows of test.jsonl: each of `n_items` items for each of `n_users` users."""
     for item in range(n_items):
-        save_cover(item, folder)
+        tools.save_cover(item, folder)
     return [
-        question_row(f"u{user}", item, preference(user + item))
+        tools.question_row(f"u{user}", item, tools.preference(user + item))
         for item in range(n_items)
         for user in range(n_users)
     ]
 
 
 @torch.inference_mode()
-def score_plain(model, reader, rows):
+def score_plain(model: Any, reader: RowReader, rows: list[Row]) -> np.ndarray:
     """(rows, 2) logits of No and Yes, one forward pass per row."""
     chat, scored = reader.chat, []
     for row in rows:
@@ -75,7 +81,7 @@ def score_plain(model, reader, rows):
 
 
 @torch.inference_mode()
-def score_published(model, reader, rows, new_tokens):
+def score_published(model: Any, reader: RowReader, rows: list[Row], new_tokens: int) -> np.ndarray:
     """(rows, 2) logits of No and Yes, by generating `new_tokens` for six padded rows at a time."""
     chat, scored = reader.chat, []
     for start in range(0, len(rows), PUBLISHED_ROWS):
@@ -94,13 +100,13 @@ def score_published(model, reader, rows, new_tokens):
     return np.array(scored)
 
 
-def score_ours(model, reader, rows, batch_tokens):
+def score_ours(model: Any, reader: RowReader, rows: list[Row], batch_tokens: int) -> np.ndarray:
     """The same, by this repository."""
     scored = dict(score_rows(model, reader, rows, ScoringOptions(batch_tokens)))
     return np.array([scored[index] for index in range(len(rows))])
 
 
-def least_seconds(model, reader, rows, speeds):
+def least_seconds(model: Any, reader: RowReader, rows: list[Row], speeds: Speeds) -> float:
     """Each item's image and the beginning that its prompts share once, and the rest of each."""
     lengths, prompts = [], []
     for group in group_rows(rows):
@@ -115,7 +121,9 @@ def least_seconds(model, reader, rows, speeds):
     return prefill_seconds(model, lengths, speeds, vision_passes(model, reader.chat, prompts))
 
 
-def compare(model, reader, n_users, args, speeds):
+def compare(
+    model: Any, reader: RowReader, n_users: int, args: Options, speeds: Speeds
+) -> list[dict[str, Any]]:
     """Rows of the report: `n_users` users per item, each published procedure."""
     n_items = max(1, args.rows // n_users)
     rows = make_rows(reader.folder, n_items, n_users)
@@ -127,66 +135,49 @@ def compare(model, reader, n_users, args, speeds):
     for name, new_tokens in published.items():
         works[name] = partial(score_published, model, reader, rows, new_tokens)
     # Plain is timed once; it is there for its logits.
-    seconds, logits = timed_interleaved(works, args.repeats, once=("plain",))
+    seconds, logits = tools.timed_interleaved(works, args.repeats, once=("plain",))
     limit = least_seconds(model, reader, rows, speeds)
     common = {
         "ours_s": round(seconds["ours"], 3),
         "limit_s": round(limit, 4),
-        "share_of_limit": round(limit / seconds["ours"], 2),
+        "share_of_limit": round(limit / seconds["ours"], 4),
         "ours_ms_per_row": round(1000 * seconds["ours"] / len(rows), 1),
         "plain_s": round(seconds["plain"], 3),
         "ratio_to_plain": round(seconds["plain"] / seconds["ours"], 2),
         "largest_logit_difference": float(np.abs(logits["ours"] - logits["plain"]).max()),
     }
-    case = f"{n_users} users per item, {n_items} items"
-    report = [{"case": case} | common] if not published else []
-    for name in published:
-        against = {
-            "case": f"{case}; published: {name}",
-            "baseline_s": round(seconds[name], 3),
-            "ratio": round(seconds[name] / seconds["ours"], 2),
-        }
-        report.append(against | common)
-    for row in report:
-        print_row(row)
+    case, report = f"{n_users} users per item, {n_items} items", []
+    for name in published or [""]:
+        row: dict[str, Any] = {"case": case}
+        if name:
+            row["case"] += f"; published: {name}"
+            row["baseline_s"] = round(seconds[name], 3)
+            row["ratio"] = round(seconds[name] / seconds["ours"], 2)
+        report.append(row | common)
+        tools.print_row(report[-1])
     return report
 
 
-def parse_arguments(argv):
-    parser = new_parser(__doc__)
-    text = "of the random-weight LLaVA-NeXT"
-    parser.add_argument("--size", default="100m", choices=LLAVA_SIZES, help=text)
-    parser.add_argument("--dtype", default="float32", choices=DTYPES)
-    parser.add_argument("--rows", type=int, default=24, help="rows of each case")
-    text = "users per item, one case for each"
-    parser.add_argument("--users", type=int, nargs="+", default=[1, 2, 4, 8, 24], help=text)
-    text = "cases (users per item) for which the published procedure is timed"
-    parser.add_argument("--published_at", type=int, nargs="*", default=[4], help=text)
-    text = "small on a CPU, where padding costs more than larger batches save"
-    parser.add_argument("--batch_tokens", type=int, default=2048, help=text)
-    parser.add_argument("--repeats", type=int, default=3)
-    return parse(parser, argv)
-
-
-def main(argv=None):
-    args = parse_arguments(argv)
+def main(argv: list[str] | None = None) -> None:
+    """Measure all cases and write the report."""
+    args = tools.read_options(Options, __doc__, argv)
     device, dtype = pick_device(), DTYPES[args.dtype]
     speeds = measure_speeds(device, dtype)
-    model, processor = random_llava(args.size, dtype=dtype, device=device)
+    model, processor = MODELS.random_llava(args.size, dtype=dtype, device=device)
     chat = ChatProcessor(processor)
     with tempfile.TemporaryDirectory() as folder:
         reader = RowReader(chat, folder)
         rows = [
             row for n_users in args.users for row in compare(model, reader, n_users, args, speeds)
         ]
-    millions = count_parameters(model) / 1e6
-    write_report(
+    millions = tools.count_parameters(model) / 1e6
+    tools.write_report(
         "scoring",
         rows,
         gflops=round(speeds.flops / 1e9),
         model=f"random LLaVA-NeXT, {millions:.0f}M parameters, {args.dtype}",
-        image_tokens=[chat.count_image_tokens(Image.new("RGB", shape)) for shape in SHAPES],
-        question_tokens=chat.count(prompts.RECOMMEND + PREFERENCE),
+        image_tokens=[chat.count_image_tokens(Image.new("RGB", shape)) for shape in tools.SHAPES],
+        question_tokens=chat.count(prompts.RECOMMEND + tools.PREFERENCE),
     )
 
 

@@ -3,21 +3,19 @@
 mistral-common ships the SentencePiece model (32,000 pieces), llama-models the tiktoken ranks
 (128,000 tokens). Special tokens and chat formats are those of the published
 llava-v1.6-mistral-7b-hf and Meta-Llama-3-8B-Instruct, the templates are written here. The files are
-read where the packages are installed; nothing of the packages is imported. A rebuilt tokenizer is
-kept in a folder, so that several test processes build it once.
+read where the packages are installed; nothing of the packages is imported.
 """
 
-import base64
 import importlib.util
 from pathlib import Path
 
-from filelock import FileLock
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
+from random_models import TINY_MODELS
+from tokenizers import AddedToken, Tokenizer, decoders, normalizers
 from tokenizers.models import BPE
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoProcessor, PreTrainedTokenizerFast
-
-from mllmrec.models.random_models import TINY_MODELS
+from transformers.convert_slow_tokenizer import TikTokenConverter
+from transformers.tokenization_utils_base import generate_merges
 
 MISTRAL_SPECIAL = ("<unk>", "<s>", "</s>", "<image>", "<pad>")
 LLAMA3_SPECIAL = (
@@ -65,30 +63,6 @@ def llama3_model_file():
     return package_file("llama_models", "llama3/api/tokenizer.model")
 
 
-def merges_of(ranks):
-    """BPE merges of a vocabulary (piece -> rank) in which lower ranks are merged first."""
-    merges = []
-    for piece in sorted(ranks, key=ranks.__getitem__):
-        splits = [(piece[:n], piece[n:]) for n in range(1, len(piece))]
-        known = [(a, b) for a, b in splits if a in ranks and b in ranks]
-        merges += sorted(known, key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
-    return merges
-
-
-def rebuilt_once(folder, name, build):
-    """`build()`, from the file `name` in `folder` if a test process has built it already."""
-    path = Path(folder, name)
-    with FileLock(f"{path}.lock"):
-        if not path.exists():
-            build().save(str(path))
-    return Tokenizer.from_file(str(path))
-
-
-def add_special_tokens(tokenizer, tokens):
-    """Add control tokens; those that are in the vocabulary keep their ids."""
-    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in tokens])
-
-
 def bos_first(token, token_id):
     """Post-processor that puts the BOS token before a text."""
     return TemplateProcessing(single=f"{token} $A", special_tokens=[(token, token_id)])
@@ -101,7 +75,7 @@ def rebuild_mistral():
     model = sentencepiece_model_pb2.ModelProto.FromString(mistral_model_file().read_bytes())
     vocabulary = {piece.piece: n for n, piece in enumerate(model.pieces)}
     # By score, not by id: runs of blanks have low ids and the lowest score.
-    merges = merges_of({p.piece: -p.score for p in model.pieces if p.type == p.NORMAL})
+    merges = generate_merges(vocabulary, {p.piece: p.score for p in model.pieces if p.type == 1})
     tokenizer = Tokenizer(
         BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
     )
@@ -116,73 +90,36 @@ def rebuild_mistral():
             decoders.Strip(content=" ", left=1),
         ]
     )
-    add_special_tokens(tokenizer, MISTRAL_SPECIAL)
+    tokenizer.add_special_tokens([AddedToken(t, normalized=False) for t in MISTRAL_SPECIAL])
     tokenizer.post_processor = bos_first("<s>", tokenizer.token_to_id("<s>"))
     return tokenizer
 
 
-def mistral_tokenizer(folder):
-    """The tokenizer of LLaVA-1.6-Mistral."""
-    return PreTrainedTokenizerFast(
-        tokenizer_object=rebuilt_once(folder, "mistral.json", rebuild_mistral),
+def llava_processor():
+    """The processor of LLaVA-1.6-Mistral; its images are cut as the tiny model's."""
+    processor = AutoProcessor.from_pretrained(TINY_MODELS / "llava")
+    processor.tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=rebuild_mistral(),
         bos_token="<s>",
         eos_token="</s>",
         unk_token="<unk>",
         pad_token="<pad>",
     )
-
-
-def llava_processor(folder):
-    """The processor of LLaVA-1.6-Mistral; its images are cut as the tiny model's."""
-    processor = AutoProcessor.from_pretrained(TINY_MODELS / "llava")
-    processor.tokenizer = mistral_tokenizer(folder)
     processor.image_token_id = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
     processor.chat_template = MISTRAL_TEMPLATE
     return processor
 
 
-def rebuild_llama3():
-    """128,000 tokens of bytes and 256 control tokens."""
-    lines = llama3_model_file().read_bytes().splitlines()
-    ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, lines)}
-    merges = [(byte_text(a), byte_text(b)) for a, b in merges_of(ranks)]
-    vocabulary = {byte_text(token): rank for token, rank in ranks.items()}
-    tokenizer = Tokenizer(BPE(vocabulary, merges, ignore_merges=True))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(LLAMA3_WORDS), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
+def llama3_tokenizer():
+    """The tokenizer of Llama 3 Instruct: 128,000 tokens of bytes and 256 control tokens."""
+    converter = TikTokenConverter(
+        str(llama3_model_file()), LLAMA3_WORDS, extra_special_tokens=LLAMA3_SPECIAL
     )
-    tokenizer.decoder = decoders.ByteLevel()
-    add_special_tokens(tokenizer, LLAMA3_SPECIAL)
-    bos = LLAMA3_SPECIAL[0]
+    tokenizer, bos = converter.converted(), LLAMA3_SPECIAL[0]
     tokenizer.post_processor = bos_first(bos, tokenizer.token_to_id(bos))
-    return tokenizer
-
-
-def llama3_tokenizer(folder):
-    """The tokenizer of Llama 3 Instruct."""
     return PreTrainedTokenizerFast(
-        tokenizer_object=rebuilt_once(folder, "llama3.json", rebuild_llama3),
-        bos_token=LLAMA3_SPECIAL[0],
+        tokenizer_object=tokenizer,
+        bos_token=bos,
         eos_token="<|eot_id|>",
         chat_template=LLAMA3_TEMPLATE,
     )
-
-
-def byte_characters():
-    """byte -> the character that stands for it in the vocabulary of a byte-level BPE (GPT-2's)."""
-    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
-    others = [byte for byte in range(256) if byte not in printable]
-    return {
-        byte: chr(byte if byte in printable else 256 + others.index(byte)) for byte in range(256)
-    }
-
-
-BYTE_CHARACTERS = byte_characters()
-
-
-def byte_text(token):
-    """A token of bytes as a vocabulary entry."""
-    return "".join(map(BYTE_CHARACTERS.__getitem__, token))
