@@ -1,8 +1,8 @@
 """A dress rehearsal of the full-size path on a CPU: every stage once, 7B and 8B weights in nf4.
 
 In:  nothing; optional titles of MicroLens-50k in data/raw/microlens (else titles of the sample)
-Out: {folder}/rehearsal.json: per stage peak memory, tokens, seconds, beside what
-     mllmrec/models/size.py says; checkpoints, data and outputs in {folder}
+Out: {folder}/rehearsal.json: per stage peak memory and seconds; checkpoints, data and outputs in
+     {folder}
 
     python scripts/rehearsal/rehearse.py --folder outputs/rehearsal
 
@@ -29,7 +29,6 @@ import yaml
 from checkpoints import write_checkpoint
 
 from mllmrec.data import sample_world as world
-from mllmrec.estimate.command import estimate_stage
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import read_rows, write_rows
 from mllmrec.stage.options import ROOT
@@ -37,35 +36,32 @@ from mllmrec.stage.scripts import load_script
 
 COVER = (300, 640)  # pixels; LLaVA-NeXT cuts it into two tiles beside the whole image
 BASE_GB = "base_gb"
-CPU_CHUNK_TOKENS = 1024  # of prefill at a width of 4,096, see GenerationEngine
 
 
 @dataclass(frozen=True)
 class Step:
     """A stage of the rehearsal.
 
-    model: of the checkpoints, "" for none; section: of the config; words: of the command.
+    model: of the checkpoints, "" for none; words: of the command.
     """
 
     name: str
     script: str
     model: str = ""
-    section: str = ""
     words: tuple[str, ...] = ()
 
 
 STEPS = (
-    Step("stage 2, image summaries", "Inference/image_summary.py", "llava", "image_summary"),
-    Step("stage 3, preferences", "Inference/preference_recurrent.py", "llama3", "preference"),
+    Step("stage 2, image summaries", "Inference/image_summary.py", "llava"),
+    Step("stage 3, preferences", "Inference/preference_recurrent.py", "llama3"),
     Step("stage 4, training rows", "MLLM-MSR/train/dataset_create.py"),
     Step("stage 4, test rows", "MLLM-MSR/test/multi_col_dataset.py"),
-    Step("stage 5, one optimizer step", "MLLM-MSR/train/train_llava_sft.py", "llava", "train"),
-    Step("stage 6, scores", "MLLM-MSR/test/test_with_llava_sft.py", "llava", "score"),
+    Step("stage 5, one optimizer step", "MLLM-MSR/train/train_llava_sft.py", "llava"),
+    Step("stage 6, scores", "MLLM-MSR/test/test_with_llava_sft.py", "llava"),
     Step(
         "MLLM4Rec's ranker",
         "MLLM4Rec/train_ranker.py",
         "llama2",
-        "ranker",
         ("--lists", "users", "--dataset_code", "sample", "--summaries"),
     ),
 )
@@ -154,30 +150,6 @@ def measured(words):
     return round(watch.gb, 2), round(time.time() - started, 1)
 
 
-def arithmetic(section, config):
-    """Tokens of a stage and its memory in GB by part, from `mllmrec.estimate`, in float32.
-
-    All texts are decoded at once. A prompt's keys and values are there twice, when they are copied
-    beside the others; bitsandbytes makes the weights of one linear layer at a time.
-    """
-    estimate = estimate_stage(section, config, itemsize=4)
-    tokens, size = estimate.tokens, estimate.size
-    parts = dict(estimate.fixed)
-    if estimate.per_token:
-        batch = min(max(CPU_CHUNK_TOKENS, tokens.longest), tokens.rows * tokens.longest)
-        parts["activations"] = size.pass_through(batch, 4)
-        parts["keys and values"] = estimate.per_token * tokens.longest * (tokens.rows + 1)
-    parts["weights of a layer"] = 4 * size.hidden * size.intermediate
-    return {
-        "rows": tokens.rows,
-        "longest": tokens.longest,
-        "prompt_tokens": tokens.counts.prompt,
-        "image_tokens": tokens.counts.image,
-        "generated_tokens": tokens.counts.generated,
-        "memory_gb": {name: round(value / 1e9, 3) for name, value in parts.items()},
-    }
-
-
 def rehearse(folder, size, delete):
     """Run all steps that are not in rehearsal.json yet."""
     path = folder / "rehearsal.json"
@@ -204,8 +176,6 @@ def rehearse(folder, size, delete):
             [step.script, "--config", str(config), "--overwrite", "true", *words]
         )
         found[step.name] = {"peak_gb": gb, "seconds": seconds}
-        if step.section:
-            found[step.name] |= arithmetic(step.section, config)
         path.write_text(json.dumps(found, indent=1) + "\n")
         print(f"{step.name}: {gb} GB, {seconds} s", flush=True)
         if delete and step.model and step.model not in later[number + 1 :]:
