@@ -292,7 +292,7 @@ def save_adapter(
     """Write adapter/ with its record, from the main process. best_by: see `training_arguments`."""
     from mllmrec.models.loading import check_finite
     from mllmrec.models.lora import make_portable, model_identity
-    from mllmrec.models.model_card import base_name, model_card, write_model_card
+    from mllmrec.models.model_card import write_model_card
     from mllmrec.ranking.callbacks import mean_loss
 
     # With FSDP, all processes must take part in collecting the weights.
@@ -306,7 +306,7 @@ def save_adapter(
     dtype = "bfloat16" if trainer.args.bf16 else "float16" if trainer.args.fp16 else "float32"
     with new_folder(adapter) as folder:
         trainer.model.save_pretrained(folder, state_dict=weights)
-        make_portable(folder, base_name(options.model))
+        make_portable(folder, options.model)
         chat.processor.save_pretrained(folder)
         record = write_record(
             folder,
@@ -319,7 +319,7 @@ def save_adapter(
             **{f"best_validation_{best_by}": state.best_metric},
             steps=state.global_step,
         )
-        write_model_card(folder, model_card(record))
+        write_model_card(folder, record)
     note = (
         f"; {counts['shortened']:,} rows with a shortened preference" if counts["shortened"] else ""
     )
