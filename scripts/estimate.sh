@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# What the stages of a config will cost: rows, tokens, memory on three cards, the least time; no GPU needed
-# Usage: bash scripts/estimate.sh [configs/NAME.yaml] [--stages image_summary preference train score] [--json FILE]
-# Needs stage 1; upper bounds until the stages before have run. Seconds per thousand users.
+# What the stages of a config will cost: rows, tokens, memory in bfloat16, int8 and nf4, time at the rate of a pilot; no GPU needed
+# Usage: bash scripts/estimate.sh [configs/NAME.yaml]
+# Needs stage 1; upper bounds until the stages before have run.
 source "$(dirname "$0")/common.sh"
-"$PYTHON" -m mllmrec.estimate.command --config "$CONFIG" "$@"
+"$PYTHON" -m mllmrec.estimate --config "$CONFIG" "$@"

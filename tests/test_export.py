@@ -1,6 +1,7 @@
 """Exports: TRL's first loss is ours, and the others' forms have what their loaders ask for."""
 
 import json
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, TINY
@@ -15,6 +16,7 @@ from mllmrec.ranking.batches import Collator
 from mllmrec.ranking.reader import RowReader
 from mllmrec.ranking.rows import YES_NO_ANSWERS, question_text
 from mllmrec.stage.jsonl import read_rows, write_rows
+from mllmrec.stage.record import read_record
 from mllmrec.stage.scripts import load_script
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -114,3 +116,17 @@ def test_the_export_has_the_preferences_that_stage_5_trains_on(exported):
     start = long["preference_span"][0]
     assert text[:start] == question_text(long)[:start], "only the preference is shorter"
     assert text.endswith("Answer with yes or no only.")
+
+
+def test_the_card_and_the_config_of_an_adapter_tell_others_what_it_is(small_run):
+    adapter = small_run.system / "adapter"
+    card, record = (adapter / "README.md").read_text(), read_record(adapter)
+    for value in ("pipeline_tag: image-text-to-text", "library_name: peft", "Will this {person}"):
+        assert value in card
+    for value in (record["git_commit"], record["date"], record["command"], "30 training rows"):
+        assert str(value) in card
+    assert "[More Information Needed]" not in card, "PEFT's blank card"
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    assert Path(config["base_model_name_or_path"]).is_absolute()
+    names = config["target_modules"]
+    assert names == sorted(names) and all("." not in name for name in names), "as SGLang wants them"

@@ -1,130 +1,89 @@
-"""--engine server: requests, faults of servers, equal texts from a real `transformers serve`."""
+"""--engine server: requests, refusals, a clean end, the texts of a real `transformers serve`."""
 
-import asyncio
+import gc
 import json
 import os
-import shlex
-import socket
+import re
 import subprocess
 import sys
 import threading
-import time
-import urllib.request
+from collections import Counter
 from contextlib import contextmanager
-from dataclasses import replace
-from pathlib import Path
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from aiohttp import web
 from conftest import ROOT, TINY, call, free_port
-from transformers import AutoProcessor, AutoTokenizer, LlavaNextImageProcessorPil
+from transformers import AutoTokenizer
 
-from mllmrec.generation import server as server_module
 from mllmrec.generation.dialogues import Prompt
 from mllmrec.generation.engine import load_engine, run_dialogues
-from mllmrec.generation.preferences import PreferenceOptions
 from mllmrec.generation.sampling import stream_id
-from mllmrec.generation.serve_command import IMAGE_PROMPT_TOKENS, serve_command
-from mllmrec.generation.server import ServerEngine
+from mllmrec.generation.server import ServerEngine, messages
 from mllmrec.models.chat import ChatProcessor
 from mllmrec.models.model_options import GenerationStageOptions
-from mllmrec.prompts.mllm_msr import IMAGE
 from mllmrec.prompts.templates import user_turn
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import read_rows
-from mllmrec.stage.options import load_config
 from mllmrec.stage.record import read_record
 from mllmrec.stage.scripts import load_script
 
-FIRST = "One word."  # what the engine asks a server for before all rows
+pytestmark = pytest.mark.filterwarnings("error")
+FIRST = "One word."  # what the engine asks for before all rows
+WAIT = 30  # seconds, far more than anything here takes
 
 
-class Server:
-    """A server on loopback whose answers a test decides.
+@contextmanager
+def serving(respond):
+    """A server on loopback; yields (its address, bodies of the requests so far).
 
-    respond: function (body of a request, how often this prompt was asked) -> (status, JSON) or
-    (status, JSON, headers), or None, which never answers. bodies: of the requests so far; most: in
-    flight at a time.
+    respond: text of a prompt -> (status, JSON), or None: the connection is closed.
     """
+    bodies = []
 
-    def __init__(self, respond, port=0):
-        self.respond, self.port, self.bodies, self.most, self.now = respond, port, [], 0, 0
-        self.keys = set()
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            bodies.append(body | {"key": self.headers["Authorization"]})
+            if answer := respond(body["messages"][0]["content"]):
+                self.send(*answer)
 
-    async def _handle(self, request):
-        body = await request.json()
-        self.bodies.append(body)
-        self.keys.add(request.headers["Authorization"])
-        self.now += 1
-        self.most = max(self.most, self.now)
-        try:
-            await asyncio.sleep(0.01)
-            asked = sum(other["messages"] == body["messages"] for other in self.bodies)
-            answer = self.respond(body, asked)
-            if answer is None:
-                await asyncio.sleep(60)
-            status, content, *headers = answer
-            return web.json_response(content, status=status, headers=dict(*headers))
-        finally:
-            self.now -= 1
+        def do_GET(self):
+            self.send(200, {"version": "1.2.3", "data": [{"id": "other"}]})
 
-    async def _models(self, request):
-        return web.json_response({"object": "list", "data": [{"id": "other", "object": "model"}]})
+        def send(self, status, answer):
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Retry-After-Ms", "1")
+            self.end_headers()
+            self.wfile.write(json.dumps(answer).encode())
 
-    async def _version(self, request):
-        return web.json_response({"version": "1.2.3"})
+        def log_message(self, *words):
+            pass
 
-    def __enter__(self):
-        started = threading.Event()
-        self.loop = asyncio.new_event_loop()
-
-        async def start():
-            app = web.Application()
-            app.router.add_post("/v1/chat/completions", self._handle)
-            app.router.add_get("/v1/models", self._models)
-            app.router.add_get("/version", self._version)
-            self.runner = web.AppRunner(app, shutdown_timeout=0.1)
-            await self.runner.setup()
-            site = web.TCPSite(self.runner, "127.0.0.1", self.port, reuse_address=True)
-            await site.start()
-            self.port = self.runner.addresses[0][1]
-            started.set()
-
-        def serve():
-            self.loop.run_until_complete(start())
-            self.loop.run_forever()
-
-        self.thread = threading.Thread(target=serve, daemon=True)
-        self.thread.start()
-        assert started.wait(10)
-        self.url = f"http://127.0.0.1:{self.port}/v1"
-        return self
-
-    def __exit__(self, *exception):
-        asyncio.run_coroutine_threadsafe(self.runner.cleanup(), self.loop).result(10)
-        self.loop.call_soon_threadsafe(self.loop.stop)
-        self.thread.join(10)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.handle_error = lambda *request: None  # the client has closed the connection
+    threading.Thread(target=server.serve_forever, args=(0.01,)).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}/v1", bodies
+    finally:
+        server.shutdown()
+        server.server_close()
 
 
 def answer(text, finish="stop", tokens=0):
     """A chat completion. tokens: of the prompt, as the server counts them."""
-    choice = {
-        "index": 0,
-        "message": {"role": "assistant", "content": text},
-        "finish_reason": finish,
-    }
+    message = {"role": "assistant", "content": text}
+    choice = {"index": 0, "message": message, "finish_reason": finish}
     usage = {"prompt_tokens": tokens, "completion_tokens": 1, "total_tokens": tokens + 1}
-    head = {"id": "1", "object": "chat.completion", "created": 0, "model": "tiny"}
-    return 200, head | {"choices": [choice], "usage": usage, "system_fingerprint": "fp_1"}
+    return 200, {"id": "1", "model": "tiny", "choices": [choice], "usage": usage}
 
 
-def fault(status, message, **headers):
-    return status, {"error": {"message": message}}, headers
+def fault(status, message):
+    return status, {"error": {"message": message}}
 
 
-def echo(body, asked=1):
-    """Answers a prompt with its text."""
-    return answer(f"of  {body['messages'][0]['content']}\n")
+def echo(text):
+    return answer(f"of  {text}\n")
 
 
 @pytest.fixture(scope="module")
@@ -132,454 +91,220 @@ def chat():
     return ChatProcessor(AutoTokenizer.from_pretrained(TINY / "llama"))
 
 
-@pytest.fixture(autouse=True)
-def short_pauses(monkeypatch):
-    monkeypatch.setattr(server_module, "FIRST_PAUSE", 0.01)
-    monkeypatch.setattr(server_module, "LONGEST_PAUSE", 0.1)
-    monkeypatch.setenv("OPENAI_API_KEY", "a key")
-
-
-def ask(chat, urls, users=6, texts=2, **options):
-    """{user: (texts or None, reason)}: each user's dialogue asks for some texts, one by one."""
-    options = GenerationStageOptions(
-        base_url=list(urls), engine="server", **{"max_new_tokens": 7, "patience": 5.0} | options
-    )
-    engine = ServerEngine("tiny", chat, options)
+def results(chat, url, users=6, texts=2, **options):
+    """Results of dialogues that ask for some texts for each user, one by one."""
+    options = {"base_url": url, "engine": "server", "max_new_tokens": 7, "retries": 1} | options
+    engine = ServerEngine("tiny", chat, GenerationStageOptions(**options))
 
     def dialogue(user):
-        heard = []
+        row = {"heard": []}
         for n in range(texts):
             turns = [user_turn(f"{user} asks {n}")]
-            text = chat.render(turns)
-            heard.append((yield Prompt(text, chat.count(text), turns=turns)))
-        return {"heard": heard}
+            row["heard"].append((yield Prompt("", 9, turns=turns)))
+        return row
 
-    dialogues = ((f"u{n}", dialogue(f"u{n}")) for n in range(users))
-    found = {user: (row, reason) for user, row, reason in run_dialogues(engine, dialogues)}
-    return found, engine
+    return run_dialogues(engine, ((f"u{n}", dialogue(f"u{n}")) for n in range(users)))
 
 
-def heard(user, texts=2):
-    return {"heard": [f"of {user} asks {n}" for n in range(texts)]}, None
+def ask(chat, url, **options):
+    """{user: (row or None, reason)}"""
+    return {user: (row, reason) for user, row, reason in results(chat, url, **options)}
 
 
-def test_dialogues_get_their_texts_and_requests_say_what_is_asked(chat, caplog):
-    with Server(echo) as server:
-        found, engine = ask(chat, [server.url], users=12, temperature=0.6, top_p=0.9, seed=3)
-    assert found == {f"u{n}": heard(f"u{n}") for n in range(12)}
-    assert server.most > 4, "many requests are in flight at once"
-    first, *bodies = server.bodies
-    assert first["messages"][0]["content"] == FIRST and len(bodies) == 24
-    assert (first["temperature"], first["top_p"]) == (0.6, 0.9), "a server may keep to its first"
-    body = next(b for b in bodies if b["messages"][0]["content"] == "u3 asks 1")
-    assert body == {
-        "model": "tiny",
-        "messages": [{"role": "user", "content": "u3 asks 1"}],
-        "max_tokens": 7,
-        "temperature": 0.6,
-        "top_p": 0.9,
-        "seed": stream_id(3, "u3", 1),
-    }
-    assert server.keys == {"Bearer a key"}
-    assert engine.described == {
-        "model": "tiny",
-        "servers": {server.url: {"answers_as": "tiny", "fingerprint": "fp_1", "version": "1.2.3"}},
-    }
-    assert caplog.text == ""
+def heard(*users, texts=2):
+    return {f"u{u}": ({"heard": [f"of u{u} asks {n}" for n in range(texts)]}, None) for u in users}
 
 
-def test_at_most_so_many_requests_are_in_flight(chat):
-    with Server(echo) as server:
-        found, _ = ask(chat, [server.url], users=12, concurrency=3)
-    assert len(found) == 12 and server.most == 3
+def test_dialogues_get_their_texts_and_requests_say_what_is_asked(chat, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "a key")
+    ends = {"u7 asks 0": "length"}
+    with serving(lambda text: answer(f"of  {text}\n", ends.get(text, "stop"))) as (url, bodies):
+        found = ask(chat, url, users=12, temperature=0.6, top_p=0.9, seed=3)
+    assert found["u7"][0].pop("cut") == 1
+    assert found == heard(*range(12)) and len(bodies) == 1 + 24
+    sampling = {"model": "tiny", "temperature": 0.6, "top_p": 0.9, "key": "Bearer a key"}
+    first, asked = bodies[0], {body["messages"][0]["content"]: body for body in bodies}
+    assert sampling.items() < first.items(), "a server may keep to its first request"
+    turns = [{"role": "user", "content": "u3 asks 1"}]
+    more = {"messages": turns, "max_tokens": 7, "seed": stream_id(3, "u3", 1)}
+    assert asked["u3 asks 1"] == sampling | more
+
+
+def test_so_many_requests_are_in_flight_and_not_more(chat):
+    together, free = threading.Barrier(3), threading.Semaphore(3)
+
+    def respond(text):
+        if text == FIRST:
+            return echo(text)
+        assert free.acquire(blocking=False), "more than three"
+        together.wait(WAIT)  # broken, if fewer than three are in flight
+        free.release()
+        return echo(text)
+
+    with serving(respond) as (url, _):
+        found = ask(chat, url, users=12, texts=1, concurrency=3, retries=0)
+    assert found == heard(*range(12), texts=1)
+
+
+@pytest.mark.parametrize("failure", [fault(429, "slow down"), fault(503, "starting"), None])
+def test_a_request_that_fails_once_is_asked_again(chat, failure):
+    asked = Counter()
+
+    def respond(text):
+        asked[text] += 1
+        return failure if text == "u2 asks 0" and asked[text] == 1 else echo(text)
+
+    with serving(respond) as (url, _):
+        assert ask(chat, url) == heard(*range(6))
+    assert asked["u2 asks 0"] == 2
 
 
 @pytest.mark.parametrize(
-    "first_answer",
+    ("first", "message"),
     [
-        fault(429, "slow down", **{"retry-after": "0.05"}),
-        fault(500, "out of luck"),
-        fault(503, "starting"),
-        (200, {"object": "chat.completion", "choices": []}),
-        None,  # hangs
+        (fault(401, "wrong"), "401.*wrong.*; export as OPENAI_API_KEY the key"),
+        (fault(404, "no such model"), r"no 'tiny' answers.*name one of its models \(other\)"),
+        (None, "no 'tiny' answers at http.*; start a server"),
+        ((200, {"object": "page"}), "is no chat server"),
     ],
 )
-def test_a_request_that_fails_once_is_asked_again(chat, first_answer):
-    def respond(body, asked):
-        again = asked > 1 or "asks" not in body["messages"][0]["content"]
-        return echo(body) if again else first_answer
-
-    with Server(respond) as server:
-        found, _ = ask(chat, [server.url], timeout=0.5)
-    assert found == {f"u{n}": heard(f"u{n}") for n in range(6)}
-    assert len(server.bodies) == 1 + 2 * 12
-
-
-def test_texts_cut_at_the_limit_are_counted(chat):
-    def respond(body, asked):
-        return answer("so long", "length" if "asks 1" in body["messages"][0]["content"] else "stop")
-
-    with Server(respond) as server:
-        found, _ = ask(chat, [server.url], users=1, texts=3)
-    assert found["u0"][0]["cut"] == 1
+def test_a_wrong_server_key_or_model_ends_the_stage_at_once(chat, first, message):
+    with serving(lambda text: first) as (url, bodies), pytest.raises(InputError, match=message):
+        ask(chat, url)
+    assert len(bodies) == 1
 
 
 @pytest.mark.parametrize(
-    ("first_answer", "message"),
+    ("response", "reason"),
     [
-        (
-            fault(404, "The model `tiny` does not exist."),
-            "refuses a first request for the model 'tiny' .*does not exist.*it has other; name the "
-            "model as the server does, with --served_model",
-        ),
-        (
-            (400, {"detail": "Server is pinned to 'other'"}),
-            "refuses a first request for the model 'tiny' .*Server is pinned to 'other'",
-        ),
-        (fault(401, "no such key"), "does not accept the key in OPENAI_API_KEY .*no such key"),
-        (fault(500, "no memory"), "no server answers: http.*500: no memory; start one"),
+        (fault(400, "maximum context length is 10"), "server: .*400.*maximum context length is 10"),
+        (fault(500, "out of luck"), "server: .*500.*out of luck"),  # other prompts are answered
+        (answer(" \n", "length"), "server: an answer without a text"),
+        (answer(None), "server: an answer without a text"),
+        ((200, {"error": "no chat completion"}), "server: an answer without a text"),
+        (answer("I must not", "content_filter"), "server: an answer .*'content_filter'"),
     ],
 )
-def test_a_wrong_model_or_key_ends_the_stage_before_a_row_is_rejected(chat, first_answer, message):
-    server = Server(lambda body, asked: first_answer)
-    with server, pytest.raises(InputError, match=message):
-        ask(chat, [server.url])
-    assert len(server.bodies) == 1
+def test_a_prompt_without_a_proper_answer_is_rejected_alone(chat, response, reason):
+    with serving(lambda text: response if text == "u2 asks 1" else echo(text)) as (url, _):
+        found = ask(chat, url)
+    assert re.match(reason, found.pop("u2")[1])
+    assert found == heard(0, 1, 3, 4, 5)
 
 
-def test_a_prompt_that_the_server_refuses_is_rejected_alone(chat):
-    def respond(body, asked):
-        if body["messages"][0]["content"] == "u2 asks 1":
-            return fault(400, "This model's maximum context length is 10 tokens")
-        return echo(body)
-
-    with Server(respond) as server:
-        found, _ = ask(chat, [server.url])
-    reason = "server: 400: This model's maximum context length is 10 tokens"
-    assert found.pop("u2") == (None, reason)
-    assert found == {f"u{n}": heard(f"u{n}") for n in (0, 1, 3, 4, 5)}
+def test_a_prompt_that_takes_too_long_is_rejected_alone(chat):
+    over = threading.Event()
+    with serving(lambda text: over.wait(WAIT) if "u1" in text else echo(text)) as (url, _):
+        found = ask(chat, url, users=2, retries=0, timeout=1.0)
+        over.set()
+    assert found == heard(0) | {"u1": (None, "server: Request timed out.")}
 
 
-def test_a_prompt_that_always_fails_is_rejected_while_others_are_answered(chat):
-    def respond(body, asked):
-        bad = body["messages"][0]["content"].startswith("u2")
-        return fault(500, "out of luck") if bad else echo(body)
+@pytest.mark.parametrize("failure", [None, fault(500, "its worker has ended"), fault(429, "busy")])
+@pytest.mark.parametrize("is_closed", [False, True])
+def test_a_stage_that_ends_early_leaves_nothing_behind(chat, caplog, failure, is_closed):
+    """Six requests are in flight: all fail, or one is answered and the consumer stops."""
+    together, over = threading.Barrier(6), threading.Event()
 
-    with Server(respond) as server:
-        found, _ = ask(chat, [server.url], concurrency=3, users=20)
-    assert found.pop("u2") == (None, "server, asked 5 times: 500: out of luck")
-    assert len(found) == 19 and all(reason is None for _, reason in found.values())
+    def respond(text):
+        if text == FIRST and len(bodies) == 1:
+            return echo(text)
+        if text != FIRST:
+            together.wait(WAIT)
+        if is_closed and text != "u0 asks 0":
+            over.wait(WAIT)
+        return echo(text) if is_closed else failure
 
-
-def test_a_dead_server_is_left_out_with_a_warning(chat, caplog):
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))  # bound, and nobody listens
-        dead = f"http://127.0.0.1:{taken.getsockname()[1]}/v1"
-        with Server(echo) as server:
-            found, _ = ask(chat, [dead, server.url])
-    assert found == {f"u{n}": heard(f"u{n}") for n in range(6)}
-    assert f"{dead} does not answer" in caplog.text
-
-
-@pytest.mark.parametrize(
-    "answer_of_the_sick", [fault(500, "its worker has ended"), fault(404, "no such model"), None]
-)
-def test_a_server_that_only_fails_takes_no_rows_with_it(chat, caplog, answer_of_the_sick):
-    """It answers the first request, and then has the fewest requests in flight all the time."""
-
-    def respond(body, asked):
-        is_first = body["messages"][0]["content"] == FIRST and len(sick.bodies) == 1
-        return echo(body) if is_first else answer_of_the_sick
-
-    with Server(respond) as sick, Server(echo) as well:
-        urls = [sick.url, well.url]
-        found, _ = ask(chat, urls, users=40, texts=3, concurrency=8, timeout=0.3)
-    assert found == {f"u{n}": heard(f"u{n}", 3) for n in range(40)}
-    assert len(sick.bodies) < 40 < len(well.bodies)
-    assert f"{sick.url} does not answer" in caplog.text
-
-
-def test_pauses_grow_until_the_server_answers(monkeypatch):
-    now = [100.0]
-    monkeypatch.setattr(server_module.time, "monotonic", lambda: now[0])
-    server, pauses = server_module._Server("http://a/v1", None), []
-    for _ in range(5):
-        server.fault("500")
-        server.fault("500, of a request that was in flight already")
-        pauses.append(round(server.until - now[0], 3))
-        now[0] = server.until
-    assert pauses == [0.02, 0.04, 0.08, 0.1, 0.1] and server.failed
-    server.succeed()
-    assert server.until <= now[0] and not server.failed
-    server.fault("500")
-    assert round(server.until - now[0], 3) == 0.02
-
-
-def test_a_prompt_is_rejected_when_every_server_refuses_it(chat):
-    def refuse(body, asked):
-        text = body["messages"][0]["content"]
-        long = text.startswith("u1") or (text.startswith("u2") and server_is_small)
-        return fault(400, "too long") if long else echo(body)
-
-    server_is_small = True
-    large = Server(lambda body, asked: fault(400, "too long") if "u1" in str(body) else echo(body))
-    with Server(refuse) as small, large:
-        found, _ = ask(chat, [small.url, large.url], users=8)
-    assert found.pop("u1") == (None, "server: 400: too long")
-    assert found == {f"u{n}": heard(f"u{n}") for n in (0, *range(2, 8))}
-
-
-def test_the_last_prompt_is_rejected_if_the_server_answers_others(chat):
-    def respond(body, asked):
-        bad = body["messages"][0]["content"].startswith("u0")
-        return fault(500, "out of luck") if bad else echo(body)
-
-    with Server(respond) as server:
-        found, _ = ask(chat, [server.url], users=1)
-    assert found == {"u0": (None, "server, asked 5 times: 500: out of luck")}
-
-
-def test_a_page_at_version_that_is_no_version_is_passed_over(chat, monkeypatch):
-    async def page(self, request):
-        return web.Response(text="<html>hello</html>", content_type="text/html")
-
-    monkeypatch.setattr(Server, "_version", page)
-    with Server(echo) as server:
-        found, engine = ask(chat, [server.url], users=1)
-    assert found == {"u0": heard("u0")}
-    assert engine.described["servers"][server.url]["version"] is None
-
-
-def test_answers_without_a_text_do_not_pass_for_texts(chat):
-    """As from a server that keeps what a model thinks apart, and got no further."""
-    with Server(lambda body, asked: answer(None, "length")) as server:
-        found, _ = ask(chat, [server.url], users=1)
-    assert found == {"u0": (None, "server, asked 5 times: an answer without a text")}
-    server = Server(lambda body, asked: (200, {"error": "not a chat completion"}))
-    message = "no server answers: http.*an answer without a text"
-    with server, pytest.raises(InputError, match=message):
-        ask(chat, [server.url])
+    with serving(respond) as (url, bodies):
+        running = results(chat, url, texts=1, retries=0)
+        if is_closed:
+            assert next(running)[0] == "u0"
+            running.close()  # as Ctrl-C and a full disk do
+            over.set()
+        else:
+            with pytest.raises(InputError, match=r"any more .*same command resumes"):
+                next(running)
+    gc.collect()
+    assert [record for record in caplog.records if record.name == "asyncio"] == []
 
 
 def test_a_model_that_can_think_first_is_asked_not_to(chat):
     tokenizer = AutoTokenizer.from_pretrained(TINY / "llama")
     tokenizer.chat_template += "{% if enable_thinking is false %}{% endif %}"
-    with Server(echo) as server:
-        ask(ChatProcessor(tokenizer), [server.url], users=1)
-        assert {str(body["chat_template_kwargs"]) for body in server.bodies} == {
-            "{'enable_thinking': False}"
-        }
-    with Server(echo) as server:
-        ask(chat, [server.url], users=1)
-        assert not any("chat_template_kwargs" in body for body in server.bodies)
+    with serving(echo) as (url, bodies):
+        ask(ChatProcessor(tokenizer), url, users=1)
+        ask(chat, url, users=1)
+    asked = [body.get("chat_template_kwargs") for body in bodies]
+    assert asked == [{"enable_thinking": False}] * 3 + [None] * 3
 
 
-def test_requests_are_spread_over_the_servers(chat):
-    with Server(echo) as one, Server(echo) as two:
-        ask(chat, [one.url, two.url], users=20)
-    assert min(len(one.bodies), len(two.bodies)) > 15
+@pytest.mark.parametrize(("tokens", "warnings"), [(0, 0), (9, 0), (99, 1)])
+def test_another_number_of_tokens_on_the_server_is_a_warning(chat, caplog, tokens, warnings):
+    with serving(lambda text: answer("yes", tokens=tokens)) as (url, _):
+        ask(chat, url)
+    assert caplog.text.count("a prompt of 9 tokens has 99 on the server") == warnings
 
 
-def test_a_restart_of_the_only_server_is_a_pause(chat, caplog):
-    caplog.set_level("INFO", logger="mllmrec")
-    started = Server(echo).__enter__()
-    port, restarted = started.port, []
-
-    def restart():
-        while len(started.bodies) < 10:
-            time.sleep(0.005)
-        started.__exit__()
-        time.sleep(1.5)  # far longer than TRIES tries of a request take here
-        restarted.append(Server(echo, port).__enter__())
-
-    thread = threading.Thread(target=restart)
-    thread.start()
-    found, _ = ask(chat, [started.url], users=40, texts=3, concurrency=4)
-    thread.join()
-    restarted[0].__exit__()
-    assert found == {f"u{n}": heard(f"u{n}", 3) for n in range(40)}, "no row is rejected"
-    assert restarted[0].bodies, "the second server was asked"
-    assert "does not answer" in caplog.text and "answers again" in caplog.text
-
-
-def test_the_stage_ends_when_no_server_answers_for_too_long(chat):
-    def respond(body, asked):
-        return echo(body) if len(server.bodies) < 8 else fault(503, "going down")
-
-    server = Server(respond)
-    message = r"no server has answered for 1 s \(http.*503: going down"
-    with server, pytest.raises(InputError, match=message):
-        ask(chat, [server.url], patience=1.0)
+def test_an_image_is_sent_where_it_stands_in_the_turn():
+    turns, image = [user_turn("What?", images=1)], {"url": "data:image/png;base64,AAAA"}
+    parts = [{"type": "image_url", "image_url": image}, {"type": "text", "text": "What?"}]
+    found = messages(Prompt("", 9, turns=turns, image_url=image["url"]))
+    assert found == [{"role": "user", "content": parts}]
 
 
 def test_what_only_a_model_here_can_do_is_refused_or_a_warning(caplog):
-    options = PreferenceOptions(engine="server", quantization="nf4", dtype="bfloat16")
-    engine, limit = load_engine(str(TINY / "llama"), options, multimodal=False)
-    assert isinstance(engine, ServerEngine) and limit == 2048 - 1024
-    for words in ("--quantization nf4 has no effect", "--dtype bfloat16 has no effect"):
-        assert words in caplog.text
+    options = GenerationStageOptions(engine="server", quantization="nf4")
+    load_engine(str(TINY / "llama"), options, multimodal=False)
+    assert "--quantization nf4 has no effect" in caplog.text
+    options.prompt_format = "{text}"
     with pytest.raises(InputError, match="--prompt_format: a server renders prompts"):
-        load_engine(str(TINY / "llama"), replace(options, prompt_format="{text}"), False)
-    with pytest.raises(InputError, match="takes no images; name a multimodal"):
-        load_engine(str(TINY / "llama"), options, multimodal=True)
+        load_engine(str(TINY / "llama"), options, multimodal=False)
 
 
-def test_another_number_of_tokens_on_the_server_is_a_warning(chat, caplog):
-    counted = len(chat.ids(chat.render([user_turn("u0 asks 0")])))
-    with Server(lambda body, asked: answer("yes", tokens=counted)) as server:
-        ask(chat, [server.url])
-        assert caplog.text == ""
-    with Server(lambda body, asked: answer("yes", tokens=99)) as server:
-        ask(chat, [server.url])
-    assert (
-        f"12 prompts have another number of tokens on the server (e.g. 99) than here ({counted})"
-        in (caplog.text)
-    )
-
-
-# ------------------------------------------------------------------------ a real server
-
-
-@contextmanager
-def transformers_serve(model, port):
-    """`transformers serve` with this model, once it answers."""
-    command = [Path(sys.executable).with_name("transformers"), "serve", model, "--port", str(port)]
-    process = subprocess.Popen(
-        [*map(str, command), "--device", "cpu", "--dtype", "float32"],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    try:
-        for _ in range(600):
-            try:
-                urllib.request.urlopen(f"http://localhost:{port}/health", timeout=5)
-                break
-            except OSError:
-                time.sleep(0.2)
-        yield process
-    finally:
-        process.kill()
-        process.wait()
-
-
-def server_options(port):
-    return ["--engine", "server", "--base_url", f"http://localhost:{port}/v1"]
-
-
-@pytest.mark.slow
-def test_summaries_of_a_real_server_are_those_of_the_model_here(small_run, tmp_path):
-    port, model = free_port(), "Inference/tiny_models/llava"
-    with transformers_serve(model, port):
-        small_run.run(
-            "Inference/image_summary.py", "--output_dir", str(tmp_path), *server_options(port)
-        )
-    found = tmp_path / "mllm_msr/image_summaries.jsonl"
-    assert found.read_bytes() == (small_run.system / "image_summaries.jsonl").read_bytes()
-
-
-def test_a_pilot_on_a_server_prints_how_long_all_rows_would_take(small_run, tmp_path, caplog):
-    summaries = str(small_run.system / "image_summaries.jsonl")
-    with Server(echo) as server:
-        load_script("Inference/preference_recurrent.py").main(
-            [
-                *("--config", str(small_run.config), "--output_dir", str(tmp_path)),
-                *("--summaries", summaries, "--limit", "5"),
-                *("--engine", "server", "--base_url", server.url),
-            ]
-        )
-    assert "users a second all 30 would take" in caplog.text
-
-
-@pytest.mark.slow
-def test_preferences_survive_the_death_of_a_real_server(small_run, tmp_path):
-    system = tmp_path / "mllm_msr"
-    system.mkdir()
-    for name in ("image_summaries.jsonl", "image_summaries.run.json"):
-        (system / name).write_bytes((small_run.system / name).read_bytes())
-    port, model = free_port(), "Inference/tiny_models/llama"
-    stage = [
-        *("Inference/preference_recurrent.py", "--config", str(small_run.config)),
-        *("--output_dir", str(tmp_path), *server_options(port), "--concurrency", "4"),
+def stage_3(small_run, folder, url):
+    """The words of stage 3 on a server, with the summaries of the small run."""
+    return [
+        *("--config", str(small_run.config), "--output_dir", str(folder), "--concurrency", "4"),
+        *("--summaries", str(small_run.system / "image_summaries.jsonl")),
+        *("--engine", "server", "--base_url", url, "--retries", "0"),
     ]
-    part = system / "user_preferences.jsonl.parts/rank-0.jsonl"
-    with transformers_serve(model, port) as process:
-        killed = subprocess.Popen([sys.executable, *stage, "--patience", "2"], cwd=ROOT, stderr=-1)
-        while not (part.exists() and part.read_bytes().count(b"\n") >= 5):
-            assert killed.poll() is None, killed.communicate()[1]
-            time.sleep(0.02)
-        process.kill()
-        message = killed.communicate(timeout=120)[1].decode()
-    assert killed.returncode == 1 and "Traceback" not in message
-    assert "no server has answered" in message and "the same command resumes" in message
-    before = part.read_bytes().count(b"\n")
-    assert 5 <= before < 30
-    with transformers_serve(model, port):
-        done = call(*stage, "--patience", "2")
-    assert f"30 rows, {30 - before} of them now" in done.stderr
-    found = system / "user_preferences.jsonl"
-    assert read_rows(found) == read_rows(small_run.system / "user_preferences.jsonl")
+
+
+def test_a_stage_resumes_without_asking_for_finished_rows(small_run, tmp_path):
+    stage, asked, limit = load_script("Inference/preference_recurrent.py"), [], [40]
+
+    def respond(text):
+        asked.append(text)
+        return answer("music") if len(asked) < limit[0] else None
+
+    found = tmp_path / "mllm_msr/user_preferences.jsonl"
+    with serving(respond) as (url, _):
+        with pytest.raises(InputError, match="does not answer any more"):
+            stage.main(stage_3(small_run, tmp_path, url))
+        part = found.with_name(f"{found.name}.parts") / "rank-0.jsonl"
+        done = [json.loads(line)["user_id"] for line in part.read_bytes().splitlines()]
+        limit[0] = 10**6
+        asked.clear()
+        stage.main(stage_3(small_run, tmp_path, url))
+    left = [len(row["blocks"]) for row in read_rows(found) if row["user_id"] not in done]
+    assert 5 <= len(done) < 30 == len(done) + len(left) and len(asked) == 1 + sum(left)
+    assert read_record(found)["server"] == {"model": "tiny", "version": "1.2.3"}
+
+
+@pytest.mark.slow
+def test_preferences_of_a_real_server_are_those_of_the_model_here(small_run, tmp_path):
+    port, model = free_port(), "Inference/tiny_models/llama"
+    words = [sys.executable, "-m", "transformers.cli.transformers", "serve", model]
+    words += ["--port", str(port), "--device", "cpu", "--dtype", "float32"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(words, cwd=ROOT, env=environment, stdout=-3, stderr=-1) as process:
+        try:
+            assert any(b"running on" in line for line in process.stderr), "it listens"
+            threading.Thread(target=process.stderr.read).start()
+            url = f"http://localhost:{port}/v1"
+            done = call("Inference/preference_recurrent.py", *stage_3(small_run, tmp_path, url))
+        finally:
+            process.kill()
+    assert done.returncode == 0, done.stderr
+    found = tmp_path / "mllm_msr/user_preferences.jsonl"
     assert found.read_bytes() == (small_run.system / "user_preferences.jsonl").read_bytes()
-    server = read_record(found)["server"]
-    assert server["model"] == model and json.dumps(server)
-
-
-# ------------------------------------------------------------------------ the command of a server
-
-
-@pytest.mark.parametrize(
-    ("program", "section", "more", "command"),
-    [
-        (
-            "vllm",
-            "preference",
-            {"data_parallel": 4, "port": 9},
-            "vllm serve meta-llama/Meta-Llama-3-8B-Instruct --port 9 --dtype bfloat16 "
-            "--generation-config vllm --enable-prefix-caching --data-parallel-size 4",
-        ),
-        (
-            "vllm",
-            "image_summary",
-            {},
-            "vllm serve llava-hf/llava-v1.6-mistral-7b-hf --port 8000 --dtype bfloat16 "
-            "--generation-config vllm --enable-prefix-caching --max-model-len 3272 "
-            "--limit-mm-per-prompt '{\"image\": 1}'",
-        ),
-        (
-            "sglang",
-            "image_summary",
-            {"data_parallel": 2},
-            "python -m sglang.launch_server --model-path llava-hf/llava-v1.6-mistral-7b-hf --port "
-            "8000 --dtype bfloat16 --sampling-defaults openai --context-length 3272 --dp-size 2",
-        ),
-        (
-            "transformers",
-            "image_summary",
-            {},
-            "transformers serve llava-hf/llava-v1.6-mistral-7b-hf --port 8000 --dtype bfloat16",
-        ),
-    ],
-)
-def test_the_command_has_the_model_and_lengths_of_the_config(program, section, more, command):
-    config = load_config(ROOT / "configs/microlens.yaml")
-    assert shlex.join(serve_command(program, section, config, **more)) == command
-
-
-def test_copies_need_a_server_that_has_them_and_a_config_needs_a_model():
-    config = load_config(ROOT / "configs/microlens.yaml")
-    with pytest.raises(InputError, match="start one on each GPU with another --port"):
-        serve_command("transformers", "preference", config, data_parallel=2)
-    with pytest.raises(InputError, match="names no model in its section preference"):
-        serve_command("vllm", "preference", {})
-
-
-def test_the_longest_image_prompt_has_room():
-    """An image of LLaVA-NeXT takes most tokens when it fills four tiles beside the whole one."""
-    processor = AutoProcessor.from_pretrained(TINY / "llava")
-    size = {"size": {"shortest_edge": 336}, "crop_size": {"height": 336, "width": 336}}
-    processor.image_processor, processor.patch_size = LlavaNextImageProcessorPil(**size), 14
-    chat = ChatProcessor(processor)
-    shapes = [(336, 336), (672, 672), (1000, 1000), (3000, 1000), (1000, 3000), (700, 500)]
-    assert max(chat.image_tokens_of_size(*shape) for shape in shapes) == 2928
-    assert 2928 + 2 * chat.count(IMAGE) < IMAGE_PROMPT_TOKENS

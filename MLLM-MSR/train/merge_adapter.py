@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "name another --merged"
         )
     from mllmrec.models.adapters import adapter_base, check_adapter
-    from mllmrec.models.model_card import model_card, write_model_card
+    from mllmrec.models.model_card import write_model_card
 
     name = options.model or adapter_base(adapter)
     check_adapter(adapter, name)
@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             merge(name, adapter, folder, options)
             output.finish({}, folder)
             if record:
-                write_model_card(folder, model_card(record, merged=True))
+                write_model_card(folder, record, merged=True)
     tiles = record.get("settings", {}).get("image_tiles", "full")
     words = f"--model {merged} --adapter none --variant merged"
     words += f" --image_tiles {tiles}" if tiles != "full" else ""

@@ -31,7 +31,7 @@ from mllmrec.models.loading import (
     max_prompt_tokens,
     read_config,
 )
-from mllmrec.models.model_options import DEFAULT_URLS, GenerationStageOptions
+from mllmrec.models.model_options import DEFAULT_URL, GenerationStageOptions
 from mllmrec.models.trial import check_trial
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.progress import Progress
@@ -175,8 +175,8 @@ def load_engine(
     """
     if options.engine == "server":
         return _server_engine(name, options, multimodal)
-    if options.base_url != DEFAULT_URLS:
-        raise InputError("--base_url names servers, but --engine is local; pass --engine server")
+    if options.base_url != DEFAULT_URL:
+        raise InputError("--base_url names a server, but --engine is local; pass --engine server")
     model, processor = (load_multimodal if multimodal else load_text)(name, options)
     limit = max_prompt_tokens(model.config, options.max_new_tokens)
     chat = ChatProcessor(processor, prompt_format=options.prompt_format)

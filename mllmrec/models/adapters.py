@@ -20,13 +20,13 @@ REMEDY = "restore it, or train again with scripts/05_train.sh --overwrite true"
 def make_portable(folder: PathLike, base: str) -> None:
     """Rewrite adapter_config.json so that other programs find the base model, wherever they run.
 
-    base: hub id or absolute path. The names of the layers are sorted: PEFT keeps them as a set,
-    whose order differs from run to run.
+    base: hub id or path, which becomes absolute. The names of the layers are sorted: PEFT keeps
+    them as a set, whose order differs from run to run.
     """
     path = Path(folder) / "adapter_config.json"
     config = read_json(path)
     config["target_modules"] = sorted(config["target_modules"])
-    config["base_model_name_or_path"] = base
+    config["base_model_name_or_path"] = str(Path(base).resolve()) if Path(base).is_dir() else base
     write_json(path, config)
 
 

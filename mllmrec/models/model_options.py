@@ -36,11 +36,11 @@ GENERATION_SPEED_OPTIONS = (
     "base_url",
     "concurrency",
     "timeout",
-    "patience",
+    "retries",
 )
 
 
-DEFAULT_URLS = ["http://localhost:8000/v1"]
+DEFAULT_URL = "http://localhost:8000/v1"
 
 
 @dataclass
@@ -60,15 +60,15 @@ class GenerationStageOptions(ModelOptions):
     engine: Literal["local", "server"] = option(
         "local", "who runs the model: this process, or a server with OpenAI's chat protocol"
     )
-    base_url: list[str] = option(
-        DEFAULT_URLS,
-        "servers, with /v1; requests are spread over them",
-        min_length=1,
-    )
-    served_model: str = option("", "what the servers call the model; default: as --model")
-    concurrency: int = option(64, "requests to the servers at a time", ge=1, le=10000)
+    base_url: str = option(DEFAULT_URL, "address of the server, with /v1", pattern=r"^https?://\w")
+    served_model: str = option("", "what the server calls the model; default: as --model")
+    concurrency: int = option(64, "requests to the server at a time", ge=1, le=1000)
     timeout: float = option(600.0, "seconds until a request is asked again", gt=0)
-    patience: float = option(1800.0, "seconds without any answer until the stage ends", gt=0)
+    retries: int = option(
+        8,
+        "how often a failed request is asked again, after 0.5 s, then twice as long, up to 8",
+        ge=0,
+    )
 
 
 @dataclass

@@ -1,9 +1,4 @@
-"""How much memory a model takes, by arithmetic over its configuration.
-
-All sizes are in bytes. Weights and keys and values follow from the configuration exactly; what a
-forward pass holds besides is an upper bound for one layer at a time, which is how inference and
-gradient checkpointing run. Held against measured peaks in tests/test_estimate.py.
-"""
+"""How much memory a model takes in bfloat16, by arithmetic over its configuration."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -13,9 +8,9 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from mllmrec.models.loading import module_path, takes_images
 
-# Bytes of a quantised weight with its scales: bitsandbytes' int8 (one float32 for each row is
-# next to nothing), and nf4 with double quantisation (blocks of 64, one byte each, and of 256).
-QUANTIZED = {"int8": 1.0, "nf4": 0.5 + 1 / 64 + 4 / (64 * 256)}
+# Bytes of a weight with its scales: bitsandbytes' int8 (one float32 for each row is next to
+# nothing), and nf4 with double quantisation (blocks of 64, one byte each, and of 256).
+WEIGHT_BYTES = {"none": 2, "int8": 1.0, "nf4": 0.5 + 1 / 64 + 4 / (64 * 256)}
 ADAM = 16  # bytes of a trained parameter: float32 weight, gradient and two moments
 
 
@@ -24,74 +19,38 @@ class ModelSize:
     """A model in numbers.
 
     parameters: of the whole model; linear: of these in the language model's linear layers, which
-    quantization and LoRA are about; widths: inputs and outputs of the linear layers of one layer,
-    all together, what LoRA of rank 1 adds to it; projections: width of its queries, keys, values
-    and attention outputs; kv_numbers: keys and values of one token in all layers.
+    are quantised; lora: of LoRA of rank 1 on these layers; layers, hidden: of the language model;
+    layer: numbers that one layer holds of a token; kv: of its keys and values in all layers.
     """
 
     parameters: int
     linear: int
-    widths: int
+    lora: int
     layers: int
     hidden: int
-    intermediate: int
-    projections: int
-    kv_numbers: int
-    vocabulary: int
+    layer: int
+    kv: int
 
-    def weights(
-        self, quantization: str = "none", itemsize: int = 2, training: bool = False
-    ) -> float:
-        """The weights. itemsize: bytes of a number, e.g. 2 for bfloat16.
+    def weights(self, quantization: str = "none", training: bool = False) -> float:
+        """Bytes. training: PEFT then keeps what is not quantised in float32."""
+        rest = self.parameters - self.linear
+        itemsize = 4 if training and quantization != "none" else 2
+        return rest * itemsize + self.linear * WEIGHT_BYTES[quantization]
 
-        training: PEFT then keeps what is not quantised in float32.
+    def inference(self, computed: int, cached: int) -> int:
+        """Bytes beside the weights: a pass over some tokens, keys and values of some tokens.
+
+        As many as one layer holds at a time, an upper bound.
         """
-        if quantization == "none":
-            return self.parameters * itemsize
-        rest = (self.parameters - self.linear) * (4 if training else itemsize)
-        return rest + self.linear * QUANTIZED[quantization]
+        return 2 * (self.layer * computed + self.kv * cached)
 
-    def read_per_step(self, quantization: str = "none", itemsize: int = 2) -> float:
-        """The weights that a step of decoding reads: linear layers and LM head."""
-        return self.linear * QUANTIZED.get(quantization, itemsize) + self.head * itemsize
+    def training(self, tokens: int, rank: int, checkpointing: bool) -> int:
+        """Bytes beside the weights for a micro-batch of so many tokens.
 
-    def kv(self, tokens: int, itemsize: int = 2) -> float:
-        """Keys and values of so many tokens."""
-        return self.kv_numbers * itemsize * tokens
-
-    def pass_through(self, tokens: int, itemsize: int = 2) -> float:
-        """What one layer holds of a pass over so many tokens.
-
-        Three hidden states, the projections of attention, and the gate of the MLP, its
-        activation and their product.
+        Every layer's input is kept with checkpointing, else its states, and one layer's gradients.
         """
-        numbers = 3 * self.hidden + self.projections + 3 * self.intermediate
-        return numbers * itemsize * tokens
-
-    def logits(self, positions: int) -> float:
-        """Logits at so many positions, in float32, with the probabilities made of them."""
-        return 2 * 4 * self.vocabulary * positions
-
-    @property
-    def head(self) -> int:
-        """Weights of the LM head."""
-        return self.vocabulary * self.hidden
-
-    def adapter(self, rank: int) -> int:
-        """Parameters of LoRA of this rank on all linear layers of the language model."""
-        return rank * self.widths * self.layers
-
-    def training(self, tokens: int, rank: int, checkpointing: bool, itemsize: int = 2) -> float:
-        """What training adds to the weights for a micro-batch of so many tokens.
-
-        With gradient checkpointing every layer's input is kept, and one layer is computed again
-        with its gradients; without it all layers' states are kept.
-        """
-        kept: float = self.layers * self.hidden * itemsize * tokens
-        states = 2 * self.pass_through(tokens, itemsize)
-        if not checkpointing:
-            kept = self.layers * self.pass_through(tokens, itemsize)
-        return ADAM * self.adapter(rank) + kept + states
+        kept = self.layers * (self.hidden if checkpointing else self.layer)
+        return ADAM * rank * self.lora + 2 * tokens * (kept + 2 * self.layer)
 
 
 def model_size(config: Any) -> ModelSize:
@@ -99,25 +58,21 @@ def model_size(config: Any) -> ModelSize:
     auto_class = AutoModelForImageTextToText if takes_images(config) else AutoModelForCausalLM
     with torch.device("meta"):
         model = auto_class.from_config(config)
-    decoder = model.get_decoder()
-    inside = f"{module_path(model, decoder)}."
-    linear = [
-        module
-        for name, module in model.named_modules()
-        if name.startswith(inside) and isinstance(module, torch.nn.Linear)
-    ]
+    inside = f"{module_path(model, model.get_decoder())}."
+    modules = [module for name, module in model.named_modules() if name.startswith(inside)]
+    linear = [module for module in modules if isinstance(module, torch.nn.Linear)]
     text = config.get_text_config()
     heads, kv_heads, head_size = attention_shape(config)
+    intermediate = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
     return ModelSize(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         linear=sum(module.weight.numel() for module in linear),
-        widths=sum(m.in_features + m.out_features for m in linear) // text.num_hidden_layers,
+        lora=sum(module.in_features + module.out_features for module in linear),
         layers=text.num_hidden_layers,
         hidden=text.hidden_size,
-        intermediate=getattr(text, "intermediate_size", 4 * text.hidden_size),
-        projections=2 * (heads + kv_heads) * head_size,
-        kv_numbers=kv_numbers_per_token(config),
-        vocabulary=text.vocab_size,
+        # Hidden states, projections of attention; the MLP's gate, its activation, their product.
+        layer=3 * text.hidden_size + 2 * (heads + kv_heads) * head_size + 3 * intermediate,
+        kv=kv_numbers_per_token(config),
     )
 
 

@@ -7,7 +7,7 @@ they were written.
 
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 from mllmrec.generation.dialogues import Dialogue, RejectedError
 from mllmrec.models.chat import ChatProcessor
@@ -32,13 +32,8 @@ class TokenCounts:
     generated: int = 0
 
     def __add__(self, other: "TokenCounts") -> "TokenCounts":
-        return TokenCounts(
-            self.requests + other.requests,
-            self.prompt + other.prompt,
-            self.image + other.image,
-            self.computed + other.computed,
-            self.generated + other.generated,
-        )
+        pairs = zip(astuple(self), astuple(other), strict=True)
+        return TokenCounts(*(one + more for one, more in pairs))
 
 
 def scoring_tokens(

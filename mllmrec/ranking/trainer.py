@@ -33,7 +33,7 @@ from mllmrec.models.chat import ChatProcessor
 from mllmrec.models.compat import has_plain_positions, one_device_per_process, stopped_after
 from mllmrec.models.loading import check_finite, pick_device, pick_dtype
 from mllmrec.models.lora import add_lora, decoder_layer_class
-from mllmrec.models.model_card import base_name, model_card, write_model_card
+from mllmrec.models.model_card import write_model_card
 from mllmrec.ranking.batches import Collator, EpochSampler
 from mllmrec.ranking.checkpoints import last_complete_checkpoint, seal_checkpoint
 from mllmrec.ranking.reader import load_ranker
@@ -324,7 +324,7 @@ def save_adapter(
     dtype = "bfloat16" if trainer.args.bf16 else "float16" if trainer.args.fp16 else "float32"
     with new_folder(adapter) as folder:
         model.save_pretrained(folder, state_dict=weights)
-        make_portable(folder, base_name(base))
+        make_portable(folder, base)
         chat.processor.save_pretrained(folder)
         record = output.finish(
             counts | {"rejected_users": len(rejected)},
@@ -335,7 +335,7 @@ def save_adapter(
             **{f"best_validation_{trainer.best_by}": state.best_metric},
             steps=state.global_step,
         )
-        write_model_card(folder, model_card(record))
+        write_model_card(folder, record)
     text = f"wrote {adapter}: {counts['in']:,} rows, best validation {trainer.best_by.upper()} "
     text += f"{state.best_metric or float('nan'):.4f}"
     if counts["shortened"]:

@@ -1,1 +1,0 @@
-"""What a run will cost: tokens, memory, time, before it is started."""
