@@ -1,6 +1,5 @@
 """The files between the stages: complete lines, and an error of one sentence for a bad line."""
 
-import copy
 import json
 import math
 import os
@@ -17,7 +16,7 @@ from mllmrec.stage.record import read_record, read_state
 from mllmrec.stage.schema import SCHEMAS, schema_of
 
 PROPERTY = settings(max_examples=100, deadline=None, derandomize=True)
-MISSING, NAN = object(), math.nan
+NAN = math.nan
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -92,109 +91,124 @@ def test_any_text_survives_the_round_trip(tmp_path):
     assert "日本語".encode() in path.read_bytes(), "readable text, no escapes"
 
 
-def test_a_failed_write_leaves_the_old_file(tmp_path):
-    path = tmp_path / "items.jsonl"
-    write_rows(path, [item("1")])
-
-    def rows():
-        yield item("2")
-        raise RuntimeError("a crash")
-
-    with pytest.raises(RuntimeError):
-        write_rows(path, rows())
-    assert [row["item_id"] for row in read_rows(path)] == ["1"]
-    assert list(tmp_path.iterdir()) == [path], "no temporary file is left"
-
-
 def test_paths_in_files_are_relative_to_the_file(tmp_path):
     image, file = tmp_path / "raw" / "1.jpg", tmp_path / "data" / "items.jsonl"
     assert relative_path(image, file) == "../raw/1.jpg"
 
 
-# Valid rows of each file
+# Valid rows of each file, and wrong values of each key
 
 ID, TEXT = st.text(min_size=1, max_size=6), st.text(max_size=12)
 IDS = st.lists(ID, min_size=1, max_size=4, unique=True)
 COUNT, NUMBER = st.integers(0, 9), st.floats(allow_nan=False, allow_infinity=False)
-SPLIT = st.sampled_from(["train", "validation", "test"])
-MORE = st.sampled_from([None, 0.5, "a\n", [1, {"a": None}], {"b": [], "c": "\u2028"}, 10**30])
-
-
-def row(optional=None, **keys):
-    """Rows with these keys, perhaps those of `optional`, and perhaps one that no schema names."""
-    return st.fixed_dictionaries(keys, optional={**(optional or {}), "more": MORE})
-
-
-@st.composite
-def users(draw):
-    target, *negatives = draw(IDS)
-    return draw(
-        row(
-            user_id=ID,
-            history=st.lists(ID, min_size=1, max_size=4),
-            target=st.just(target),
-            negatives=st.just(negatives),
-            split=SPLIT,
-            fold=st.none() | COUNT,
-        )
-    )
-
-
-@st.composite
-def candidates(draw):
-    ids = draw(IDS)
-    scores = st.lists(NUMBER, min_size=len(ids), max_size=len(ids))
-    keys = {"user_id": ID, "split": SPLIT, "item_ids": st.just(ids), "scores": scores}
-    return draw(row(**keys, has_target=st.booleans()))
-
-
-@st.composite
-def model_rows(draw):
-    """About one candidate with an image, or about a list without."""
-    text = draw(TEXT)
-    content, ids = [{"type": "text", "text": text}], draw(st.none() | st.just(["a", "b", "c"]))
-    keys = {"user_id": ID, "label": st.sampled_from([0, 1] if ids is None else [None, 0, 1, 2])}
-    if ids is None:
-        content.insert(0, {"type": "image"})
-        keys |= {"item_id": ID, "images": st.lists(ID, min_size=1, max_size=1)}
-    else:
-        keys |= {"item_ids": st.just(ids), "images": st.just([])}
-    turns = [{"role": "user", "content": content}]
-    answer = {"role": "assistant", "content": [{"type": "text", "text": "Yes"}]}
-    span = st.lists(st.integers(0, len(text)), min_size=2, max_size=2).map(sorted)
-    keys["messages"] = st.sampled_from([turns, [*turns, answer]])
-    return draw(row({"preference_span": span}, **keys))
-
-
-BLOCKS = st.lists(row(items=IDS, preference=TEXT), min_size=1, max_size=3)
-VALID = {
-    "items.jsonl": row(item_id=ID, title=TEXT, image=st.none() | ID),
-    "users.jsonl": users(),
-    "image_urls.jsonl": row(item_id=ID, url=MORE),
-    "images.jsonl": row(
-        item_id=ID, url=TEXT, **dict.fromkeys(("bytes", "width", "height"), st.integers(1, 99))
+ANYTHING = st.sampled_from([None, 0.5, "a\n", [1, {"a": None}], {"b": [], "c": "\u2028"}, 10**30])
+NO_TEXT = (None, 5, 0.5, True, NAN, [], {})
+NO_LIST = (None, 5, "a", {}, [5], [None])
+NO_IDS = (*NO_LIST, [""], [["a"]])
+NO_COUNT = (None, -1, "1", 0.5, NAN, [], True)
+NO_NUMBER = (None, "0.5", NAN, math.inf, -math.inf, [], True)
+KINDS = {  # name: (valid values, wrong values)
+    "id": (ID, (*NO_TEXT, "")),
+    "text": (TEXT, NO_TEXT),
+    "ids": (IDS, (*NO_IDS, [])),
+    "count": (COUNT, NO_COUNT),
+    "size": (st.integers(1, 99), (*NO_COUNT, 0)),
+    "number": (NUMBER, NO_NUMBER),
+    "bit": (st.integers(0, 1), (*NO_COUNT, 2)),
+    "flag": (st.booleans(), (None, 0, "true")),
+    "split": (
+        st.sampled_from(["train", "validation", "test"]),
+        (None, "valid", "Train", "", 5, []),
     ),
-    "image_summaries.jsonl": row(item_id=ID, summary=TEXT),
-    "user_preferences.jsonl": row({"split": SPLIT}, user_id=ID, preference=TEXT, blocks=BLOCKS),
-    **dict.fromkeys(("train.jsonl", "validation.jsonl", "test.jsonl"), model_rows()),
-    "training_log.jsonl": row({"loss": NUMBER, "eval_auc": NUMBER}, step=COUNT),
-    "candidates.jsonl": candidates(),
-    "scores.jsonl": row(
-        user_id=ID,
-        item_id=ID,
-        label=st.integers(0, 1),
-        score=NUMBER,
-        logits=st.none() | st.dictionaries(TEXT, NUMBER, max_size=2),
+    "negatives": (st.just([]), (*NO_IDS, ["a", "a"])),
+    "scores": (st.just([]), (*NO_LIST, [NAN], ["0.5"])),
+    "logits": (
+        st.none() | st.dictionaries(TEXT, NUMBER, max_size=2),
+        (5, [], {"Yes": "a"}, {"Yes": NAN}, {"Yes": None}),
     ),
-    "x.rejected.jsonl": row({"item_id": ID}, reason=ID),
+    "blocks": (
+        st.lists(st.fixed_dictionaries({"items": IDS, "preference": TEXT}), min_size=1, max_size=3),
+        (*NO_LIST, [], [{"items": ["a"]}], [{"items": [], "preference": "a"}]),
+    ),
+    "label": (COUNT, (3, -1, "1", 0.5, NAN, [], True)),
+    "images": (st.just([]), (*NO_IDS, ["a", "b"])),
+    "messages": (st.just([]), (*NO_LIST, [])),
+    "span": (st.just([0, 0]), (None, 5, [], [5], [-1, 3], [2, 1], [0, 99], ["0", "5"], [0, 1.5])),
+    "anything": (ANYTHING, ()),
 }
+MODEL_ROW = "user_id: id, label: label, images: images, messages: messages, preference_span?: span"
+FILES = {  # ?: may be missing; or null: not wrong
+    "items.jsonl": "item_id: id, title: text, image: text or null",
+    "users.jsonl": "user_id: id, history: ids, target: id, negatives: negatives, split: split, "
+    "fold: count or null",
+    "image_urls.jsonl": "item_id: id, url: anything",
+    "images.jsonl": "item_id: id, url: text, bytes: size, width: size, height: size",
+    "image_summaries.jsonl": "item_id: id, summary: text",
+    "user_preferences.jsonl": "user_id: id, preference: text, blocks: blocks, split?: split",
+    "train.jsonl": MODEL_ROW,
+    "validation.jsonl": MODEL_ROW,
+    "test.jsonl": MODEL_ROW,
+    "training_log.jsonl": "step: count, loss?: number, eval_auc?: number",
+    "candidates.jsonl": "user_id: id, split: split, item_ids: ids, scores: scores, "
+    "has_target: flag",
+    "scores.jsonl": "user_id: id, item_id: id, label: bit, score: number, logits: logits or null",
+    "x.rejected.jsonl": "reason: id, item_id?: anything",
+}
+PAIRS = {name: dict(pair.split(": ") for pair in keys.split(", ")) for name, keys in FILES.items()}
 
 
-@PROPERTY
-@given(st.data(), st.sampled_from(sorted(VALID)))
+@st.composite
+def rows_of(draw, name):
+    """A valid row of the file, perhaps with a key that no schema names."""
+    required, optional = {}, {"more": ANYTHING}
+    for key, kind in PAIRS[name].items():
+        values = KINDS[kind.removesuffix(" or null")][0]
+        values = values | st.none() if kind.endswith("null") else values
+        (optional if key.endswith("?") else required)[key.rstrip("?")] = values
+    row = draw(st.fixed_dictionaries(required, optional=optional))
+    if name == "users.jsonl":
+        row["target"], *row["negatives"] = draw(IDS)
+    if name == "candidates.jsonl":
+        size = len(row["item_ids"])
+        row["scores"] = draw(st.lists(NUMBER, min_size=size, max_size=size))
+    return draw(model_rows(row)) if "messages" in row else row
+
+
+@st.composite
+def model_rows(draw, row):
+    """About one candidate with an image, or about a list of three without."""
+    text, is_list = draw(TEXT), draw(st.booleans())
+    content = [{"type": "text", "text": text}]
+    if is_list:
+        row |= {"item_ids": ["a", "b", "c"], "label": draw(st.sampled_from([None, 0, 1, 2]))}
+    else:
+        content.insert(0, {"type": "image"})
+        row |= {"item_id": draw(ID), "label": draw(st.integers(0, 1)), "images": [draw(ID)]}
+    row["messages"] = [{"role": "user", "content": content}]
+    if draw(st.booleans()):
+        answer = [{"type": "text", "text": "Yes"}]
+        row["messages"].append({"role": "assistant", "content": answer})
+    if "preference_span" in row:
+        places = st.integers(0, len(text))
+        row["preference_span"] = sorted([draw(places), draw(places)])
+    return row
+
+
+def wrong_rows(row, key, kind):
+    """Copies of a valid row with each wrong value of a key, and without it."""
+    if not key.endswith("?"):
+        yield {name: value for name, value in row.items() if name != key}
+    for value in KINDS[kind.removesuffix(" or null")][1]:
+        if value is not None or not kind.endswith("null"):
+            yield {**row, key.rstrip("?"): value}
+
+
+@settings(PROPERTY, max_examples=10)
+@given(data=st.data())
+@pytest.mark.parametrize("name", FILES)
 def test_valid_rows_keep_their_bytes(tmp_path_factory, data, name):
     path = tmp_path_factory.getbasetemp() / name
-    rows = data.draw(st.lists(VALID[name], min_size=1, max_size=3))
+    rows = data.draw(st.lists(rows_of(name), min_size=1, max_size=3))
     write_rows(path, rows)
     read = read_rows(path)
     assert json.dumps(read, sort_keys=True) == json.dumps(rows, sort_keys=True)
@@ -204,105 +218,29 @@ def test_valid_rows_keep_their_bytes(tmp_path_factory, data, name):
     assert path.read_bytes() == content
 
 
-# One wrong value in a valid row
-
-NO_TEXT = (MISSING, None, 5, 0.5, True, NAN, [], {})
-NO_ID = (*NO_TEXT, "")
-NO_LIST = (MISSING, None, 5, "a", {}, [5], [None])
-NO_IDS = (*NO_LIST, [""], [["a"]])
-NO_NUMBER = (None, "0.5", NAN, math.inf, -math.inf, [], True)
-NO_COUNT = (-1, "1", 0.5, NAN, [], True)
-NO_SIZE = (MISSING, None, 0, *NO_COUNT)
-NO_SPLIT = (MISSING, None, "valid", "Train", "", 5, [])
-MODEL_ROW = {
-    "user_id": NO_ID,
-    "label": (MISSING, 3, *NO_COUNT),
-    "images": (*NO_IDS, ["a", "b"]),
-    "messages": (*NO_LIST, []),
-    "messages.0.role": (MISSING, None, 5, "boss"),
-    "messages.0.content": (*NO_LIST, [], [{"type": "audio"}], [{"type": "image"}] * 2),
-    "messages.0.content.-1.text": NO_TEXT,
-    "preference_span": (None, 5, [], [5], [-1, 3], [2, 1], [0, 10**9], ["0", "5"], [0, 1.5]),
-}
-WRONG = {
-    "items.jsonl": {"item_id": NO_ID, "title": NO_TEXT, "image": (MISSING, 5, 0.5, True, [])},
-    "users.jsonl": {
-        "user_id": NO_ID,
-        "history": (*NO_IDS, []),
-        "target": NO_ID,
-        "negatives": (*NO_IDS, ["a", "a"]),
-        "split": NO_SPLIT,
-        "fold": (MISSING, *NO_COUNT),
-    },
-    "image_urls.jsonl": {"item_id": NO_ID, "url": (MISSING,)},
-    "images.jsonl": {"url": NO_TEXT, "bytes": NO_SIZE, "width": NO_SIZE, "height": NO_SIZE},
-    "image_summaries.jsonl": {"item_id": NO_ID, "summary": NO_TEXT},
-    "user_preferences.jsonl": {
-        "user_id": NO_ID,
-        "preference": NO_TEXT,
-        "split": NO_SPLIT[1:],
-        "blocks": (*NO_LIST, []),
-        "blocks.0.items": (*NO_IDS, []),
-        "blocks.0.preference": NO_TEXT,
-    },
-    **dict.fromkeys(("train.jsonl", "validation.jsonl", "test.jsonl"), MODEL_ROW),
-    "training_log.jsonl": {
-        "step": (MISSING, None, *NO_COUNT),
-        "loss": NO_NUMBER,
-        "eval_auc": NO_NUMBER,
-    },
-    "candidates.jsonl": {
-        "split": NO_SPLIT,
-        "item_ids": (*NO_IDS, [], ["a", "a"]),
-        "scores": (MISSING, None, 5, [], [NAN], ["0.5"]),
-        "has_target": (MISSING, None, 0, "true"),
-    },
-    "scores.jsonl": {
-        "label": (MISSING, None, 2, *NO_COUNT),
-        "score": (MISSING, *NO_NUMBER),
-        "logits": (MISSING, 5, [], {"Yes": "a"}, {"Yes": NAN}, {"Yes": None}),
-    },
-    "x.rejected.jsonl": {"reason": NO_ID},
-}
-
-
-def changed(valid, key, value):
-    """A copy with another value, or without it; key: with dots, numbers are indices."""
-    whole = inner = copy.deepcopy(valid)
-    *outer, last = key.split(".")
-    for part in outer:
-        inner = inner[int(part)] if isinstance(inner, list) else inner[part]
-    inner[last] = value
-    if value is MISSING:
-        del inner[last]
-    return whole
-
-
-def test_every_file_has_valid_and_wrong_rows():
-    assert VALID.keys() == WRONG.keys() == {*SCHEMAS, "x.rejected.jsonl"}
-
-
-@PROPERTY
-@given(st.data(), st.sampled_from([(name, key) for name in WRONG for key in WRONG[name]]))
+@settings(PROPERTY, max_examples=4)
+@given(data=st.data())
+@pytest.mark.parametrize(("name", "key"), [(name, key) for name in PAIRS for key in PAIRS[name]])
 def test_a_wrong_value_is_one_sentence_when_it_is_read_and_when_it_is_written(
-    tmp_path_factory, data, name_and_key
+    tmp_path_factory, data, name, key
 ):
-    name, key = name_and_key
     path = tmp_path_factory.getbasetemp() / name
-    rows = data.draw(st.lists(VALID[name], min_size=1, max_size=2))
-    for value in WRONG[name][key]:
-        bad = [*rows[:-1], changed(rows[-1], key, value)]
-        write_unchecked(path, bad)
+    *rows, last = data.draw(st.lists(rows_of(name), min_size=1, max_size=2))
+    for wrong in wrong_rows(last, key, PAIRS[name][key]):
+        write_unchecked(path, [*rows, wrong])
         sentences = []
-        for action in (lambda: read_rows(path), lambda rows=bad: write_rows(path, rows)):
+        for action in (lambda: read_rows(path), lambda row=wrong: write_rows(path, [*rows, row])):
             with pytest.raises(InputError) as caught:
                 action()
             sentences.append(str(caught.value))
-            assert "\n" not in sentences[-1]
-            assert any(part in sentences[-1] for part in key.split(".")), sentences[-1]
-        assert sentences[0].startswith(f"{path}, line {len(rows)}: ")
+            assert key.rstrip("?") in sentences[-1] and "\n" not in sentences[-1]
+        assert sentences[0].startswith(f"{path}, line {len(rows) + 1}: ")
         assert sentences[0].endswith(f"; make the file again with {schema_of(name).maker}")
         assert sentences[1].startswith(f"{path}: the row ")
+
+
+def test_every_file_has_its_keys():
+    assert {*FILES} == {*SCHEMAS, "x.rejected.jsonl"}
 
 
 USER = {"user_id": "u", "history": ["a"], "target": "t", "negatives": ["x", "y"]}
@@ -314,6 +252,7 @@ LETTERS["messages"] = [{"role": "user", "content": QUESTION["content"][1:]}]
 LIST = {"user_id": "u", "split": "test", "item_ids": ["a", "b"], "scores": [1.0, 0.5]}
 LIST["has_target"] = True
 ANSWER = [{**QUESTION, "role": "assistant"}]
+NO_CONTENT = [{"role": "user", "content": "text"}]
 
 
 @pytest.mark.parametrize(
@@ -322,12 +261,22 @@ ANSWER = [{**QUESTION, "role": "assistant"}]
         ("users.jsonl", USER, {"target": "x"}, "the target 'x' is among the negatives"),
         ("users.jsonl", USER, {"negatives": ["x", "x"]}, "the negative 'x' is listed twice"),
         ("users.jsonl", USER, {"history": ["a", 5]}, "history[1] must be a string, not 5"),
-        ("users.jsonl", USER, {"split": "valid"}, "split: input should be 'train', 'validation' or"),
+        (
+            "users.jsonl",
+            USER,
+            {"split": "valid"},
+            "split: input should be 'train', 'valid",
+        ),
         ("test.jsonl", ROW, {"label": 2}, "the label is 2, it must be 0 or 1"),
         ("test.jsonl", ROW, {"label": None}, "the label is None, it must be 0 or 1"),
         ("test.jsonl", ROW, {"images": []}, "there are 0 images and 1 places for them"),
+        (
+            "test.jsonl",
+            ROW,
+            {"messages": NO_CONTENT},
+            "messages[0].content: input should be",
+        ),
         ("test.jsonl", ROW, {"messages": ANSWER}, "the first message must be the user's question"),
-        ("test.jsonl", ROW, {"preference_span": [3, 2]}, "is not a part of the question"),
         ("test.jsonl", ROW, {"preference_span": [0, 99]}, "is not a part of the question"),
         ("test.jsonl", ROW, {"item_ids": ["a", "b"]}, "it must have one of item_id and item_ids"),
         ("test.jsonl", LETTERS, {"item_ids": ["a", "a"]}, "the candidate 'a' is listed twice"),
@@ -348,11 +297,8 @@ def test_keys_of_a_row_are_checked_against_each_other(tmp_path, name, valid, cha
 
 # Any content
 
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner),
-    max_leaves=6,
-)
+LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
+JSON = st.recursive(LEAVES, lambda v: st.lists(v) | st.dictionaries(TEXT, v), max_leaves=6)
 ANY = st.binary(max_size=40) | JSON.map(lambda value: json.dumps(value).encode())
 
 
