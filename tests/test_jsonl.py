@@ -120,8 +120,8 @@ KINDS = {  # name: (valid values, wrong values)
         st.sampled_from(["train", "validation", "test"]),
         (None, "valid", "Train", "", 5, []),
     ),
-    "negatives": (st.just([]), (*NO_IDS, ["a", "a"])),
-    "scores": (st.just([]), (*NO_LIST, [NAN], ["0.5"])),
+    "negatives": (st.just([]), NO_IDS),
+    "scores": (st.just([]), (None, 5, "a", {}, [None], [NAN], ["0.5"], [])),
     "logits": (
         st.none() | st.dictionaries(TEXT, NUMBER, max_size=2),
         (5, [], {"Yes": "a"}, {"Yes": NAN}, {"Yes": None}),
