@@ -171,26 +171,8 @@ def rows_of(draw, name):
     if name == "candidates.jsonl":
         size = len(row["item_ids"])
         row["scores"] = draw(st.lists(NUMBER, min_size=size, max_size=size))
-    return draw(model_rows(row)) if "messages" in row else row
-
-
-@st.composite
-def model_rows(draw, row):
-    """About one candidate with an image, or about a list of three without."""
-    text, is_list = draw(TEXT), draw(st.booleans())
-    content = [{"type": "text", "text": text}]
-    if is_list:
-        row |= {"item_ids": ["a", "b", "c"], "label": draw(st.sampled_from([None, 0, 1, 2]))}
-    else:
-        content.insert(0, {"type": "image"})
-        row |= {"item_id": draw(ID), "label": draw(st.integers(0, 1)), "images": [draw(ID)]}
-    row["messages"] = [{"role": "user", "content": content}]
-    if draw(st.booleans()):
-        answer = [{"type": "text", "text": "Yes"}]
-        row["messages"].append({"role": "assistant", "content": answer})
-    if "preference_span" in row:
-        places = st.integers(0, len(text))
-        row["preference_span"] = sorted([draw(places), draw(places)])
+    if "messages" in row:  # about one candidate with an image, or about a list without
+        row |= draw(st.sampled_from([ROW, LETTERS]))
     return row
 
 
@@ -243,13 +225,13 @@ def test_every_file_has_its_keys():
     assert {*FILES} == {*SCHEMAS, "x.rejected.jsonl"}
 
 
-USER = {"user_id": "u", "history": ["a"], "target": "t", "negatives": ["x", "y"]}
+USER = {"history": ["a"], "target": "t", "negatives": ["x", "y"]}
 USER |= {"split": "test", "fold": None}
 QUESTION = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "A question"}]}
-ROW = {"user_id": "u", "item_id": "i", "label": 1, "images": ["1.png"], "messages": [QUESTION]}
-LETTERS = {"user_id": "u", "item_ids": ["a", "b"], "label": 0, "images": []}
+ROW = {"item_id": "i", "label": 1, "images": ["1.png"], "messages": [QUESTION]}
+LETTERS = {"item_ids": ["a", "b"], "label": None, "images": []}
 LETTERS["messages"] = [{"role": "user", "content": QUESTION["content"][1:]}]
-LIST = {"user_id": "u", "split": "test", "item_ids": ["a", "b"], "scores": [1.0, 0.5]}
+LIST = {"split": "test", "item_ids": ["a", "b"], "scores": [1.0, 0.5]}
 LIST["has_target"] = True
 ANSWER = [{**QUESTION, "role": "assistant"}]
 NO_CONTENT = [{"role": "user", "content": "text"}]
@@ -286,7 +268,7 @@ NO_CONTENT = [{"role": "user", "content": "text"}]
     ],
 )
 def test_keys_of_a_row_are_checked_against_each_other(tmp_path, name, valid, change, message):
-    path = tmp_path / name
+    path, valid = tmp_path / name, {"user_id": "u", **valid}
     write_rows(path, [valid])
     write_unchecked(path, [valid, {**valid, **change}])
     with pytest.raises(InputError) as caught:
