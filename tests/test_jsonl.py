@@ -16,7 +16,6 @@ from mllmrec.stage.record import read_record, read_state
 from mllmrec.stage.schema import SCHEMAS, schema_of
 
 PROPERTY = settings(max_examples=100, deadline=None, derandomize=True)
-NAN = math.nan
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -98,99 +97,73 @@ def test_paths_in_files_are_relative_to_the_file(tmp_path):
 
 # Valid rows of each file, and wrong values of each key
 
-ID, TEXT = st.text(min_size=1, max_size=6), st.text(max_size=12)
-IDS = st.lists(ID, min_size=1, max_size=4, unique=True)
-COUNT, NUMBER = st.integers(0, 9), st.floats(allow_nan=False, allow_infinity=False)
-ANYTHING = st.sampled_from([None, 0.5, "a\n", [1, {"a": None}], {"b": [], "c": "\u2028"}, 10**30])
-NO_TEXT = (None, 5, 0.5, True, NAN, [], {})
-NO_LIST = (None, 5, "a", {}, [5], [None])
-NO_IDS = (*NO_LIST, [""], [["a"]])
-NO_COUNT = (None, -1, "1", 0.5, NAN, [], True)
-NO_NUMBER = (None, "0.5", NAN, math.inf, -math.inf, [], True)
-KINDS = {  # name: (valid values, wrong values)
-    "id": (ID, (*NO_TEXT, "")),
-    "text": (TEXT, NO_TEXT),
-    "ids": (IDS, (*NO_IDS, [])),
-    "count": (COUNT, NO_COUNT),
-    "size": (st.integers(1, 99), (*NO_COUNT, 0)),
-    "number": (NUMBER, NO_NUMBER),
-    "bit": (st.integers(0, 1), (*NO_COUNT, 2)),
-    "flag": (st.booleans(), (None, 0, "true")),
-    "split": (
-        st.sampled_from(["train", "validation", "test"]),
-        (None, "valid", "Train", "", 5, []),
-    ),
-    "negatives": (st.just([]), NO_IDS),
-    "scores": (st.just([]), (None, 5, "a", {}, [None], [NAN], ["0.5"], [])),
-    "logits": (
-        st.none() | st.dictionaries(TEXT, NUMBER, max_size=2),
-        (5, [], {"Yes": "a"}, {"Yes": NAN}, {"Yes": None}),
-    ),
-    "blocks": (
-        st.lists(st.fixed_dictionaries({"items": IDS, "preference": TEXT}), min_size=1, max_size=3),
-        (*NO_LIST, [], [{"items": ["a"]}], [{"items": [], "preference": "a"}]),
-    ),
-    "label": (COUNT, (3, -1, "1", 0.5, NAN, [], True)),
-    "images": (st.just([]), (*NO_IDS, ["a", "b"])),
-    "messages": (st.just([]), (*NO_LIST, [])),
-    "span": (st.just([0, 0]), (None, 5, [], [5], [-1, 3], [2, 1], [0, 99], ["0", "5"], [0, 1.5])),
-    "anything": (ANYTHING, ()),
+QUESTION = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "A question"}]}
+ROW = {"user_id": "u", "item_id": "i", "label": 1, "images": ["1.png"], "messages": [QUESTION]}
+ROW["preference_span"] = [0, 3]
+LETTERS = {"user_id": "u", "item_ids": ["a", "b"], "label": None, "images": []}
+LETTERS["messages"] = [{"role": "user", "content": QUESTION["content"][1:]}]
+USER = {"user_id": "u", "history": ["a"], "target": "t", "negatives": ["x", "y"]}
+USER |= {"split": "test", "fold": 0}
+LIST = {"user_id": "u", "split": "test", "item_ids": ["a", "b"], "scores": [1.0, 0.5]}
+LIST["has_target"] = True
+PREFERENCE = {"user_id": "u", "preference": "p", "blocks": [{"items": ["a"], "preference": "p"}]}
+SCORE = {"user_id": "u", "item_id": "i", "label": 1, "score": 0.5, "logits": {"No": 1.0}}
+ROWS = {
+    "items.jsonl": item(image="1.png"),
+    "users.jsonl": USER,
+    "image_urls.jsonl": {"item_id": "i", "url": "u"},
+    "images.jsonl": {"item_id": "i", "url": "u", "bytes": 1, "width": 1, "height": 1},
+    "image_summaries.jsonl": {"item_id": "i", "summary": "s"},
+    "user_preferences.jsonl": PREFERENCE,
+    **dict.fromkeys(("train.jsonl", "validation.jsonl", "test.jsonl"), ROW),
+    "training_log.jsonl": {"step": 1, "loss": 0.5, "eval_auc": 0.5},
+    "candidates.jsonl": LIST,
+    "scores.jsonl": SCORE,
+    "x.rejected.jsonl": {"reason": "r"},
 }
-MODEL_ROW = "user_id: id, label: label, images: images, messages: messages, preference_span?: span"
-FILES = {  # ?: may be missing; or null: not wrong
-    "items.jsonl": "item_id: id, title: text, image: text or null",
-    "users.jsonl": "user_id: id, history: ids, target: id, negatives: negatives, split: split, "
-    "fold: count or null",
-    "image_urls.jsonl": "item_id: id, url: anything",
-    "images.jsonl": "item_id: id, url: text, bytes: size, width: size, height: size",
-    "image_summaries.jsonl": "item_id: id, summary: text",
-    "user_preferences.jsonl": "user_id: id, preference: text, blocks: blocks, split?: split",
-    "train.jsonl": MODEL_ROW,
-    "validation.jsonl": MODEL_ROW,
-    "test.jsonl": MODEL_ROW,
-    "training_log.jsonl": "step: count, loss?: number, eval_auc?: number",
-    "candidates.jsonl": "user_id: id, split: split, item_ids: ids, scores: scores, "
-    "has_target: flag",
-    "scores.jsonl": "user_id: id, item_id: id, label: bit, score: number, logits: logits or null",
-    "x.rejected.jsonl": "reason: id, item_id?: anything",
+URL = ("image_urls.jsonl", "url")
+NULL_OR = ("image", "fold", "logits")
+NOT_NEEDED = ("loss", "eval_auc", "preference_span")
+WRONG = {  # by the type of the right value
+    str: (None, 5, 0.5, True, math.nan, [], {}),
+    int: (None, -1, "1", 0.5, math.nan, [], True),
+    float: (None, "0.5", math.nan, math.inf, -math.inf, [], True),
+    list: (None, 5, "a", {}, [None], [[]], [{}], [math.nan]),
+    bool: (None, 0, 1.0, "true", []),
+    dict: (5, "a", [], {"No": "a"}, {"No": math.nan}, {"No": None}),
 }
-PAIRS = {name: dict(pair.split(": ") for pair in keys.split(", ")) for name, keys in FILES.items()}
 
 
-@st.composite
-def rows_of(draw, name):
-    """A valid row of the file, perhaps with a key that no schema names."""
-    required, optional = {}, {"more": ANYTHING}
-    for key, kind in PAIRS[name].items():
-        values = KINDS[kind.removesuffix(" or null")][0]
-        values = values | st.none() if kind.endswith("null") else values
-        (optional if key.endswith("?") else required)[key.rstrip("?")] = values
-    row = draw(st.fixed_dictionaries(required, optional=optional))
-    if name == "users.jsonl":
-        row["target"], *row["negatives"] = draw(IDS)
-    if name == "candidates.jsonl":
-        size = len(row["item_ids"])
-        row["scores"] = draw(st.lists(NUMBER, min_size=size, max_size=size))
-    if "messages" in row:  # about one candidate with an image, or about a list without
-        row |= draw(st.sampled_from([ROW, LETTERS]))
-    return row
+def valid_rows(name):
+    """Rows with other texts and numbers than those of ROWS, perhaps with a further key."""
+    kinds = {str: lambda v: st.text(max_size=9).map(lambda text: v + text)}
+    kinds[float] = lambda v: st.floats(allow_nan=False, allow_infinity=False)
+    varied = {key: kinds.get(type(v), st.just)(v) for key, v in ROWS[name].items()}
+    if "split" in varied:
+        varied["split"] = st.sampled_from(["train", "validation", "test"])
+    more = st.sampled_from([None, 0.5, "a\n", [1, {"a": None}], {"b": "\u2028"}, 10**30])
+    return st.fixed_dictionaries(varied, optional={"more": more})
 
 
-def wrong_rows(row, key, kind):
+def wrong_rows(row, key):
     """Copies of a valid row with each wrong value of a key, and without it."""
-    if not key.endswith("?"):
+    if key not in NOT_NEEDED:
         yield {name: value for name, value in row.items() if name != key}
-    for value in KINDS[kind.removesuffix(" or null")][1]:
-        if value is not None or not kind.endswith("null"):
-            yield {**row, key.rstrip("?"): value}
+    for value in WRONG[type(row[key])]:
+        if value is not None or key not in NULL_OR:
+            yield {**row, key: value}
+    if key.endswith("_id") or key in ("target", "reason"):
+        yield {**row, key: ""}
+    if key in ("history", "messages", "blocks", "item_ids", "scores", "preference_span"):
+        yield {**row, key: []}
 
 
 @settings(PROPERTY, max_examples=10)
 @given(data=st.data())
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", ROWS)
 def test_valid_rows_keep_their_bytes(tmp_path_factory, data, name):
     path = tmp_path_factory.getbasetemp() / name
-    rows = data.draw(st.lists(rows_of(name), min_size=1, max_size=3))
+    rows = data.draw(st.lists(valid_rows(name), min_size=1, max_size=3))
     write_rows(path, rows)
     read = read_rows(path)
     assert json.dumps(read, sort_keys=True) == json.dumps(rows, sort_keys=True)
@@ -200,75 +173,66 @@ def test_valid_rows_keep_their_bytes(tmp_path_factory, data, name):
     assert path.read_bytes() == content
 
 
+# Of image_urls.jsonl any url is taken: a wrong one rejects its image.
+KEYS = [(name, key) for name in ROWS for key in ROWS[name] if (name, key) != URL]
+
+
 @settings(PROPERTY, max_examples=4)
 @given(data=st.data())
-@pytest.mark.parametrize(("name", "key"), [(name, key) for name in PAIRS for key in PAIRS[name]])
+@pytest.mark.parametrize(("name", "key"), KEYS)
 def test_a_wrong_value_is_one_sentence_when_it_is_read_and_when_it_is_written(
     tmp_path_factory, data, name, key
 ):
     path = tmp_path_factory.getbasetemp() / name
-    *rows, last = data.draw(st.lists(rows_of(name), min_size=1, max_size=2))
-    for wrong in wrong_rows(last, key, PAIRS[name][key]):
+    *rows, last = data.draw(st.lists(valid_rows(name), min_size=1, max_size=2))
+    for wrong in wrong_rows(last, key):
         write_unchecked(path, [*rows, wrong])
         sentences = []
         for action in (lambda: read_rows(path), lambda row=wrong: write_rows(path, [*rows, row])):
             with pytest.raises(InputError) as caught:
                 action()
             sentences.append(str(caught.value))
-            assert key.rstrip("?") in sentences[-1] and "\n" not in sentences[-1]
+            assert key in sentences[-1] and "\n" not in sentences[-1]
         assert sentences[0].startswith(f"{path}, line {len(rows) + 1}: ")
         assert sentences[0].endswith(f"; make the file again with {schema_of(name).maker}")
         assert sentences[1].startswith(f"{path}: the row ")
 
 
 def test_every_file_has_its_keys():
-    assert {*FILES} == {*SCHEMAS, "x.rejected.jsonl"}
+    assert {*ROWS} == {*SCHEMAS, "x.rejected.jsonl"}
 
 
-USER = {"history": ["a"], "target": "t", "negatives": ["x", "y"]}
-USER |= {"split": "test", "fold": None}
-QUESTION = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "A question"}]}
-ROW = {"item_id": "i", "label": 1, "images": ["1.png"], "messages": [QUESTION]}
-LETTERS = {"item_ids": ["a", "b"], "label": None, "images": []}
-LETTERS["messages"] = [{"role": "user", "content": QUESTION["content"][1:]}]
-LIST = {"split": "test", "item_ids": ["a", "b"], "scores": [1.0, 0.5]}
-LIST["has_target"] = True
 ANSWER = [{**QUESTION, "role": "assistant"}]
 NO_CONTENT = [{"role": "user", "content": "text"}]
 
 
-@pytest.mark.parametrize(
-    ("name", "valid", "change", "message"),
-    [
-        ("users.jsonl", USER, {"target": "x"}, "the target 'x' is among the negatives"),
-        ("users.jsonl", USER, {"negatives": ["x", "x"]}, "the negative 'x' is listed twice"),
-        ("users.jsonl", USER, {"history": ["a", 5]}, "history[1] must be a string, not 5"),
-        (
-            "users.jsonl",
-            USER,
-            {"split": "valid"},
-            "split: input should be 'train', 'valid",
-        ),
-        ("test.jsonl", ROW, {"label": 2}, "the label is 2, it must be 0 or 1"),
-        ("test.jsonl", ROW, {"label": None}, "the label is None, it must be 0 or 1"),
-        ("test.jsonl", ROW, {"images": []}, "there are 0 images and 1 places for them"),
-        (
-            "test.jsonl",
-            ROW,
-            {"messages": NO_CONTENT},
-            "messages[0].content: input should be",
-        ),
-        ("test.jsonl", ROW, {"messages": ANSWER}, "the first message must be the user's question"),
-        ("test.jsonl", ROW, {"preference_span": [0, 99]}, "is not a part of the question"),
-        ("test.jsonl", ROW, {"item_ids": ["a", "b"]}, "it must have one of item_id and item_ids"),
-        ("test.jsonl", LETTERS, {"item_ids": ["a", "a"]}, "the candidate 'a' is listed twice"),
-        ("test.jsonl", LETTERS, {"label": 2}, "the label is 2, it must be 0 to 1"),
-        ("candidates.jsonl", LIST, {"scores": [1.0]}, "there are 2 items and 1 scores"),
-        ("candidates.jsonl", LIST, {"item_ids": ["a", "a"]}, "the item 'a' is listed twice"),
-    ],
-)
-def test_keys_of_a_row_are_checked_against_each_other(tmp_path, name, valid, change, message):
-    path, valid = tmp_path / name, {"user_id": "u", **valid}
+IMAGE = ROWS["images.jsonl"]
+NO_WIDTH = "width: input should be greater than or equal to 1, not 0"
+CHANGES = [
+    ("users.jsonl", USER, {"target": "x"}, "the target 'x' is among the negatives"),
+    ("users.jsonl", USER, {"negatives": ["x", "x"]}, "the negative 'x' is listed twice"),
+    ("users.jsonl", USER, {"history": ["a", 5]}, "history[1] must be a string, not 5"),
+    ("users.jsonl", USER, {"split": "valid"}, "split: input should be 'train', 'validation'"),
+    ("images.jsonl", IMAGE, {"width": 0}, NO_WIDTH),
+    ("scores.jsonl", SCORE, {"label": 2}, "label: input should be less than or equal to 1, not 2"),
+    ("test.jsonl", ROW, {"label": 2}, "the label is 2, it must be 0 or 1"),
+    ("test.jsonl", ROW, {"label": None}, "the label is None, it must be 0 or 1"),
+    ("test.jsonl", ROW, {"images": []}, "there are 0 images and 1 places for them"),
+    ("test.jsonl", ROW, {"messages": NO_CONTENT}, "messages[0].content: input should be"),
+    ("test.jsonl", ROW, {"messages": ANSWER}, "the first message must be the user's question"),
+    ("test.jsonl", ROW, {"preference_span": [3, 2]}, "is not a part of the question"),
+    ("test.jsonl", ROW, {"preference_span": [0, 99]}, "is not a part of the question"),
+    ("test.jsonl", ROW, {"item_ids": ["a", "b"]}, "it must have one of item_id and item_ids"),
+    ("test.jsonl", LETTERS, {"item_ids": ["a", "a"]}, "the candidate 'a' is listed twice"),
+    ("test.jsonl", LETTERS, {"label": 2}, "the label is 2, it must be 0 to 1"),
+    ("candidates.jsonl", LIST, {"scores": [1.0]}, "there are 2 items and 1 scores"),
+    ("candidates.jsonl", LIST, {"item_ids": ["a", "a"]}, "the item 'a' is listed twice"),
+]
+
+
+@pytest.mark.parametrize(("name", "valid", "change", "message"), CHANGES)
+def test_ranges_and_keys_that_depend_on_each_other(tmp_path, name, valid, change, message):
+    path = tmp_path / name
     write_rows(path, [valid])
     write_unchecked(path, [valid, {**valid, **change}])
     with pytest.raises(InputError) as caught:
@@ -280,7 +244,7 @@ def test_keys_of_a_row_are_checked_against_each_other(tmp_path, name, valid, cha
 # Any content
 
 LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
-JSON = st.recursive(LEAVES, lambda v: st.lists(v) | st.dictionaries(TEXT, v), max_leaves=6)
+JSON = st.recursive(LEAVES, lambda v: st.lists(v) | st.dictionaries(st.text(), v), max_leaves=6)
 ANY = st.binary(max_size=40) | JSON.map(lambda value: json.dumps(value).encode())
 
 
