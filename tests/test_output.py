@@ -40,21 +40,6 @@ def contents(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_processes_share_the_work_and_another_number_of_them_resumes(tmp_path, monkeypatch):
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    append_rows(whole)
-    worked = []
-    for rank, world in (("1", "2"), ("2", "3"), ("1", "3"), ("0", "3")):
-        monkeypatch.setenv("RANK", rank)
-        monkeypatch.setenv("WORLD_SIZE", world)
-        assert not (parts / "x.jsonl").exists(), "no incomplete file under the final name"
-        worked += append_rows(parts)
-    assert sorted(worked) == sorted(IDS)
-    for name in ("x.jsonl", "x.rejected.jsonl"):
-        assert (parts / name).read_bytes() == (whole / name).read_bytes()
-    assert read_record(parts / "x.jsonl")["processes"] == 3
-
-
 def test_a_smaller_pilot_afterwards_removes_nothing(tmp_path):
     assert append_rows(tmp_path, limit=3) == IDS[:3]
     assert len(read_rows(tmp_path / "x.jsonl")) == 2
@@ -70,6 +55,8 @@ def test_the_record_says_what_was_done(tmp_path):
         for item_id in IDS[1:]:
             output.write({"item_id": item_id})
         output.reject("i0", "bad")
+    with pytest.raises(InputError, match=r"other inputs \(items.jsonl was abc, is None\); choose"):
+        open_rows(tmp_path)
     written = read_record(tmp_path / "x.jsonl")
     assert written["arguments"]["tone"] == "low"
     assert written["inputs"] == {"items.jsonl": "abc"}
@@ -130,12 +117,6 @@ def test_another_job_is_refused_and_with_overwrite_deletes_when_it_begins(
         assert not (tmp_path / name).exists()
     finish(tmp_path, tone="high", overwrite=True)
     assert read_record(tmp_path / name)["settings"]["tone"] == "high"
-
-
-def test_other_inputs_are_refused(tmp_path):
-    append_rows(tmp_path)
-    with pytest.raises(InputError, match=r"other inputs \(items.jsonl was None, is abc\); choose"):
-        RowOutput(tmp_path / "x.jsonl", "item_id", IDS, toy_job({"items.jsonl": "abc"}))
 
 
 def test_files_are_written_again_for_another_job_or_when_one_is_missing(tmp_path):
