@@ -143,8 +143,11 @@ def rejected_path(path: PathLike) -> Path:
 
 
 def encode(row: Row) -> bytes:
-    """One row as one line of bytes, with its line break. Text stays readable in any language."""
-    return _ENCODER.encode(row).encode() + b"\n"
+    """One row as one line of bytes, with its line break. Text stays readable in any language.
+
+    Half of a surrogate pair, which UTF-8 cannot express, becomes a question mark.
+    """
+    return _ENCODER.encode(row).encode("utf-8", "replace") + b"\n"
 
 
 def encode_checked(path: PathLike, row: Row) -> bytes:
@@ -154,7 +157,7 @@ def encode_checked(path: PathLike, row: Row) -> bytes:
         try:
             schema.row.validate_python(row)
         except ValidationError as error:
-            ids = " ".join(str(row[k]) for k in ("user_id", "item_id") if k in row)
+            ids = " ".join(repr(row[k]) for k in ("user_id", "item_id") if k in row)
             raise InputError(
                 f"{path}: the row {ids} is wrong and cannot be written: {problem(error)}"
             ) from None

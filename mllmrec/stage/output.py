@@ -139,7 +139,9 @@ class WholeOutput:
         assert self.checkpoints is not None
         if self.job.options.overwrite:
             delete((record_path(self.path), *self.outputs, *self.optional, self.checkpoints))
-        remove_leftovers(self.checkpoints / STATE)
+        remove_leftovers(self.checkpoints)
+        # Of a state that was being written, of checkpoints that were being deleted.
+        delete(list(self.checkpoints.glob(".*")))
         write_state(self.checkpoints, self.job, processes=world_size())
 
     def finish(
@@ -226,7 +228,8 @@ class RowOutput:
             if self.job.options.overwrite:
                 for path in self.parts.glob("*.lock"):
                     acquired(path, self.path).release()
-                delete((record_path(self.path), self.path, self.rejected_path, self.parts))
+                # Rejected rows first: alone they would be taken for those of the next job.
+                delete((record_path(self.path), self.rejected_path, self.path, self.parts))
             else:
                 self._check_same_job()  # another may have begun while the model was loaded
             self.parts.mkdir(parents=True, exist_ok=True)
@@ -297,10 +300,11 @@ class RowOutput:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for file in (self._rows, self._rejected):
-            file.flush()
-            os.fsync(file.fileno())
-            file.close()
+        for path, file in ((self.path, self._rows), (self.rejected_path, self._rejected)):
+            with naming(path):
+                file.flush()
+                os.fsync(file.fileno())
+                file.close()
         self._lock.release()
         self.seconds = time.monotonic() - self.started
         if kind is None:
