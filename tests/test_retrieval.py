@@ -9,9 +9,9 @@ from test_sequential import ITEMS, chain_users
 
 from mllmrec.data.candidates import item_popularity
 from mllmrec.evaluation.metrics import evaluate
-from mllmrec.sequential.data import SequenceData
 from mllmrec.sequential.lrurec import CHUNK, LinearRecurrentUnit, LRURec, linear_recurrence
 from mllmrec.sequential.retrieval import RankedUsers, popularity_scorer, retrieval_metrics, retrieve
+from mllmrec.sequential.sequences import SequenceData
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import read_rows, write_rows
 from mllmrec.stage.record import read_record

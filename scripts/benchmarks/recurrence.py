@@ -22,7 +22,7 @@ from tools import print_row, read_options, timed_interleaved, write_report
 
 from mllmrec.models.loading import pick_device
 from mllmrec.sequential import lrurec
-from mllmrec.sequential.data import SequenceData
+from mllmrec.sequential.sequences import SequenceData
 from mllmrec.sequential.training import next_item_loss
 
 WIDTH, CHANNELS = 64, 128  # of the published model
