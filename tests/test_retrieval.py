@@ -18,7 +18,7 @@ from mllmrec.stage.record import read_record
 from mllmrec.stage.scripts import load_script
 
 stage = load_script("MLLM4Rec/train_retriever.py")
-step_by_step = load_script("scripts/benchmarks/recurrence.py").step_by_step
+step_by_step = load_script("scripts/benchmarks/time_recurrence.py").step_by_step
 
 
 @pytest.mark.parametrize("length", [1, 5, CHUNK, CHUNK + 1, 50, 200, 1000])
