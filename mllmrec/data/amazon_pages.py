@@ -67,10 +67,9 @@ def catalogue_of(
     pages: pd.DataFrame, item_ids: Iterable[str], path: Path
 ) -> tuple[pd.DataFrame, list[Row]]:
     """(catalogue, rejected rows), as in `read_pages`. pages: columns id, title and url."""
-    pages = pages[["id", "title", "url"]].astype(object)
-    catalogue = pages.where(pages.notna() & (pages != ""), None).groupby("id").first()
-    is_name = catalogue.index.str.fullmatch(r"[\w-]+", flags=re.ASCII)  # the image file's
-    catalogue = catalogue[is_name & catalogue["title"].notna()]
+    is_name = pages["id"].str.fullmatch(r"[\w-]+", flags=re.ASCII)  # of the image file
+    pages = pages[is_name & (pages["title"] != "")].drop_duplicates("id")
+    catalogue = pages.set_index("id")[["title", "url"]].astype(object)
     if catalogue.empty:
         raise InputError(f"{path}: no item of the log has a page with a title; fetch it again")
     missing = pd.Index(item_ids).difference(catalogue.index)

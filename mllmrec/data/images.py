@@ -140,13 +140,16 @@ def check_image_paths(
     names: paths relative to the file. Links are resolved: a data set of others must not make a
     stage open, or a report show, any file of this machine.
     """
-    allowed = [os.path.realpath(root) for root in (data_dir, *roots)]
+    parent = os.path.dirname(of_file)
+    allowed = tuple(os.path.join(os.path.realpath(root), "") for root in (data_dir, *roots))
+    resolved = cache(os.path.realpath)  # thousands of images lie in one folder
     for name in dict.fromkeys(names):
-        path = os.path.join(os.path.dirname(of_file), name)
-        place = os.path.realpath(path) if os.path.islink(path) else _resolved(os.path.dirname(path))
-        if not any(place == root or place.startswith(root + os.sep) for root in allowed):
+        path = os.path.join(parent, name)
+        is_link = os.path.islink(path)
+        place = os.path.realpath(path) if is_link else resolved(path.rpartition("/")[0]) + "/"
+        if not place.startswith(allowed):
             raise InputError(
-                f"{of_file}: the image {name} lies in {place}, outside {data_dir} and "
+                f"{of_file}: the image {name} lies in {place.rstrip('/')}, outside {data_dir} and "
                 f"--image_roots ({' '.join(roots) or 'none'}); if that is right, name its folder "
                 "with --image_roots, also in the later stages"
             )
@@ -158,11 +161,6 @@ def check_item_images(
     """`check_image_paths` of the lines of items.jsonl that have an image."""
     names = [item["image"] for item in items.values() if item["image"] is not None]
     check_image_paths(names, of_file, data_dir, roots)
-
-
-@cache  # thousands of images lie in one folder
-def _resolved(folder: str) -> str:
-    return os.path.realpath(folder)
 
 
 def image_index(folder: str | Path | None) -> dict[str, str]:

@@ -73,16 +73,17 @@ def _image_files(urls: pd.Series, failed: set[str], options: DataOptions) -> lis
             f"that is fixed: python data_processing/download_images.py --config {options.config} "
             f"--data_dir {options.data_dir} --retry_rejected true"
         )
-    return [f"{folder}/{i}.jpg" if has else None for i, has in zip(urls.index, there, strict=True)]
+    names = zip(urls.index.tolist(), there.tolist(), strict=True)
+    return [f"{folder}/{item_id}.jpg" if is_there else None for item_id, is_there in names]
 
 
 def _write_urls(urls: pd.Series, failed: set[str], path: Path) -> None:
-    """Write image_urls.jsonl, with the URLs of failed downloads, so that they can be tried again."""
+    """Write image_urls.jsonl. URLs of failed downloads stay, so that they can be tried again."""
     earlier = (
         read_by_id(path, "item_id", keys=("item_id", "url")) if failed and path.exists() else {}
     )
     kept = {item_id: row["url"] for item_id, row in earlier.items() if item_id in failed}
-    merged = kept | urls.to_dict()
+    merged = kept | dict(zip(urls.index.tolist(), urls.tolist(), strict=True))
     write_rows(path, ({"item_id": item_id, "url": url} for item_id, url in merged.items()))
 
 
@@ -140,7 +141,7 @@ def _write_items(items: pd.DataFrame, path: Path, options: DataOptions) -> None:
     except InputError as reason:  # here the images of the raw files are those that were named
         check_image_paths(given, path, options.data_dir, [options.raw_dir])
         logger.info(f"note: {reason}")
-    columns = zip(items.index, items["title"], names, strict=True)
+    columns = zip(items.index.tolist(), items["title"].tolist(), names, strict=True)
     write_rows(path, ({"item_id": i, "title": title, "image": name} for i, title, name in columns))
 
 
