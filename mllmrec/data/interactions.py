@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
 Array = np.ndarray[Any, Any]
 PERIOD = 1000  # interactions: the nearest in time to a target

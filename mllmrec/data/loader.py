@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from mllmrec.data.images import check_image_paths
-from mllmrec.data.split import DataOptions, PreparedData, prepare
+from mllmrec.data.split import DataOptions, prepare
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import (
     atomic_file,
@@ -32,7 +32,7 @@ def run_loader(
     options: DataOptions,
     raw_files: Iterable[Path],
     load: Callable[[], tuple[Any, pd.DataFrame, list[Row]]],
-    rules: Callable[..., PreparedData] = prepare,
+    rules: Callable[..., Any] = prepare,
     has_urls: bool = False,
     **settings: Any,
 ) -> None:
@@ -97,18 +97,16 @@ def rejected_rows_path(options: DataOptions) -> Path:
     return Path(options.data_dir) / "interactions.rejected.jsonl"
 
 
-def write_data_set(
-    data: PreparedData, rejected: Sequence[Row], options: DataOptions
-) -> dict[str, int]:
+def write_data_set(data: Any, rejected: Sequence[Row], options: DataOptions) -> dict[str, int]:
     """Write all outputs of a loader, print the statistics; return the counts for the record.
 
-    rejected: rows of the raw files.
+    data: PreparedData or another object with items, statistics and encoded_lines().
     """
     statistics, paths = data.statistics, data_outputs(options)
     for name in ("train", "test"):  # without validation users, the last epoch is kept
         if statistics["written_users"][name] == 0 and not options.limit:
             raise InputError(
-                f"of {len(data.user_ids)} users none is in the {name} split; change "
+                f"of {statistics['users']} users none is in the {name} split; change "
                 "--train_fraction, --validation_fraction or --folds"
             )
     statistics["rejected_rows"] = len(rejected)
@@ -124,7 +122,7 @@ def write_data_set(
     logger.info(f"wrote {paths[0]} and {paths[1]}")
     return {
         "in": statistics["raw"]["interactions"],
-        "users": len(set(data.line_user.tolist())),
+        "out": sum(statistics["written_users"].values()),
         "items": len(data.items),
         "rejected": len(rejected),
     }

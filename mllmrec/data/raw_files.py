@@ -33,11 +33,9 @@ KINDS = {
     rb"PK\x03\x04": "is packed (zip); unpack it",
     rb"\xfd7zXZ\x00": "is packed (xz); unpack it",
     rb"\x28\xb5\x2f\xfd": "is packed (zstd); unpack it",
-    rb"(?s).{257}ustar": "is packed (tar); unpack it",
     GZIP: "is packed (gzip, twice); unpack it once",
     rb"\xff\xfe|\xfe\xff": "is UTF-16 text; save it as UTF-8",
     rb"\s*<(?i:!doctype|html|head|body|\?xml|!--)": "is a web page, not the data; fetch it again",
-    rb"version https://git-lfs": "is a git-lfs pointer; fetch the file with `git lfs pull`",
     rb"(?s).*\x00": "holds NUL bytes, as UTF-16 text and binary files do; save it as UTF-8 text",
     rb"[^\n]*\r[^\n]": "has lines that end with \\r alone; save it with \\n",
 }
@@ -174,18 +172,16 @@ class RawTable:
             )
 
     def _check_json(self) -> None:
-        """Raise InputError for the first line that is no JSON object."""
+        """Raise InputError for the first line that is not JSON."""
         with open_raw(self.path) as file:
             for number, line in enumerate(file, start=1):
-                problem = None
                 try:
-                    if line.strip() and not isinstance(from_json(line), dict | None):
-                        problem = "a line must hold one object"
+                    from_json(line.strip() or b"null")
                 except ValueError as error:
-                    problem = f"not valid JSON ({error})"
-                if problem:
-                    remedy = "fetch the file again or remove the line"
-                    raise InputError(f"{self.path}, line {number}: {problem}; {remedy}")
+                    raise InputError(
+                        f"{self.path}, line {number}: not valid JSON ({error}); fetch the file "
+                        "again or remove the line"
+                    ) from None
 
     def rejected(self, reasons: Iterable[tuple[int, str]]) -> list[Row]:
         """Entries of X.rejected.jsonl. reasons: (row number from 0, reason), in this order."""
