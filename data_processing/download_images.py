@@ -128,7 +128,7 @@ async def fetch(session: aiohttp.ClientSession, url: str, limit: int) -> bytes:
             return bytes(body)  # whole: aiohttp raises ClientPayloadError if it is cut
     except aiohttp.TooManyRedirects:
         raise Failed(f"more than {MAX_REDIRECTS} redirects") from None
-    except ValueError as error:  # aiohttp.InvalidURL, or a host name that cannot be encoded
+    except (ValueError, aiohttp.NonHttpUrlRedirectClientError) as error:
         raise Failed(f"not a valid http or https address: {str(error)[:200]}") from None
     except TimeoutError as error:
         raise Failed(str(error) or "not complete in time (--timeout)", again=True) from None

@@ -1,6 +1,7 @@
 """What all loaders do alike: the log that one has read becomes the files of stage 1, recorded."""
 
 import logging
+import os
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from pathlib import Path
@@ -130,9 +131,9 @@ def write_data_set(data: Any, rejected: Sequence[Row], options: DataOptions) -> 
 
 def _write_items(items: pd.DataFrame, path: Path, options: DataOptions) -> None:
     """Write items.jsonl. Raises InputError for an image outside the folders that are allowed."""
-    folder_of = cache(lambda folder: relative_path(f"{folder}/x", path)[:-1])
-    parts = [image.rpartition("/") if isinstance(image, str) else None for image in items["image"]]
-    names = [folder_of(part[0]) + part[2] if part else None for part in parts]
+    start = cache(lambda folder: relative_path(os.path.join(folder, "x"), path)[:-1])
+    parts = [os.path.split(image) if isinstance(image, str) else None for image in items["image"]]
+    names = [start(part[0]) + part[1] if part else None for part in parts]
     given = [name for name in names if name]
     try:
         check_image_paths(given, path, options.data_dir, options.image_roots)
