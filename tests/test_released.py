@@ -34,7 +34,7 @@ def real_log():
 
 def real_lines(real_log, **options):
     chosen = SplitOptions(config="", require_image=False, history="released", **options)
-    return list(prepare(*real_log, chosen).lines(chosen))
+    return list(prepare(*real_log, chosen).lines())
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +152,7 @@ def test_the_released_split_is_train_test_split_over_users_by_first_interaction(
 def test_sequences_without_times_have_no_released_split(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     raw_folder(tmp_path / "raw", "tsv")
-    with pytest.raises(InputError, match=r"has no timestamps.*give MicroLens-50k_pairs.csv"):
+    with pytest.raises(InputError, match=r"has no timestamps.*give Small_pairs.csv"):
         stage_1(tmp_path)
 
 
@@ -188,7 +188,7 @@ def test_popularity_alone_no_longer_ranks_among_weighted_negatives(real_log):
         counts = dict(zip(data.item_ids, data.popularity, strict=True))
         rows = [
             score_row(line["user_id"], item_id, label, float(counts[item_id]))
-            for line in data.lines(options)
+            for line in data.lines()
             if line["split"] == "test"
             for item_id, label in candidates(line)
         ]
@@ -201,7 +201,7 @@ def test_popularity_alone_no_longer_ranks_among_weighted_negatives(real_log):
 @skip_without_real_data
 def test_a_thousand_negatives_can_be_drawn(real_log):
     options = SplitOptions(config="", require_image=False, negatives=1000, limit=200)
-    lines = [line for line in prepare(*real_log, options).lines(options)]
+    lines = [line for line in prepare(*real_log, options).lines()]
     tested = [line for line in lines if line["split"] == "test"]
     assert tested
     assert all(len(set(line["negatives"])) == 1000 for line in tested)
