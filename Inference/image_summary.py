@@ -9,25 +9,30 @@ Out: {output_dir}/{system}/image_summaries.jsonl  item_id, summary
 `summary: image` describes the image, as the released code does; `summary: fused` follows the paper:
 the image is described, the title is summarised, and a third prompt joins both. An interrupted run
 resumes. Sample: 200 covers in a few seconds on 2 CPU cores. LLaVA-v1.6-Mistral-7B: a GPU; its
-weights take 15 GB in bfloat16; 200 images in 23 s on an H200
-(docs/benchmarks.md).
+weights take 15 GB in bfloat16; 200 images in 23 s on an H200 (docs/benchmarks.md).
 """
 
 from mllmrec.stage.main import run_main
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic.dataclasses import dataclass
 
 from mllmrec.data.images import check_item_images, padded_sizes
-from mllmrec.models.options import GENERATION_SPEED_OPTIONS, GenerationStageOptions
+from mllmrec.models.model_options import GENERATION_SPEED_OPTIONS, GenerationStageOptions
 from mllmrec.prompts import mllm_msr
 from mllmrec.prompts.templates import fill, user_turn
 from mllmrec.stage.jsonl import read_by_id
 from mllmrec.stage.options import option, parse_options, print_options
-from mllmrec.stage.output import SHORTENED, ResumableOutput
+from mllmrec.stage.output import SHORTENED, RowOutput
 from mllmrec.stage.record import Job, file_digests
+from mllmrec.stage.schema import Row
+
+if TYPE_CHECKING:
+    from mllmrec.generation.dialogues import Dialogue
+    from mllmrec.generation.prompt_writer import EncodedImage, PromptWriter
 
 SECTION = "image_summary"
 SPEED_OPTIONS = (*GENERATION_SPEED_OPTIONS, "workers")  # these change no summary
@@ -50,8 +55,8 @@ class Options(GenerationStageOptions):
     )
     pad_images: int = option(
         0,
-        "pad the images of N consecutive items with black to the largest (released code: 8); 0 = "
-        "none",
+        "pad the images of N consecutive items with black to the largest (released code: 8); "
+        "0 = none",
         ge=0,
     )
     image_prompt: str = option(mllm_msr.IMAGE, "template of the image prompt")
@@ -59,11 +64,13 @@ class Options(GenerationStageOptions):
     fusion_prompt: str = option(mllm_msr.FUSION, "template of the fusion prompt (fused)")
 
 
-def summarise(item, image, writer, options):
+def summarise(
+    item: Row, image: "EncodedImage", writer: "PromptWriter", options: Options
+) -> "Dialogue":
     """The dialogue that makes one item's summary (paper, "Multimodal Summarisation").
 
-    item: a row of items.jsonl; image: its EncodedImage; writer: PromptWriter. Each `yield` hands a
-    prompt to the engine and receives the text that the model generated.
+    item: a row of items.jsonl. Each `yield` hands a prompt to the engine and receives the text that
+    the model generated.
     """
     summary = yield writer.image_prompt(image)
     if options.summary == "fused":
@@ -74,50 +81,49 @@ def summarise(item, image, writer, options):
     return {"item_id": item["item_id"], "summary": summary, **writer.nonzero_counts()}
 
 
-def main(argv=None):
+def write_summaries(items: dict[str, Row], output: RowOutput, options: Options) -> None:
+    """Describe the items that `output` lacks; workers read images ahead of the model."""
+    from mllmrec.generation.engine import load_engine, read_ahead, run_dialogues
+    from mllmrec.generation.prompt_writer import ImagePrompts, PromptWriter
+    from mllmrec.generation.text_quality import measure_texts, report_quality
+
+    engine, max_prompt_tokens = load_engine(options.model, options, multimodal=True)
+    chat, folder = engine.chat, Path(options.data_dir)
+    todo = [items[str(item_id)] for item_id in output.todo]
+    sizes = {}
+    if options.pad_images:  # of all items, whichever are left to do
+        paths = [folder / item["image"] if item["image"] else None for item in items.values()]
+        sizes = dict(zip(items, padded_sizes(paths, options.pad_images), strict=True))
+    turn = user_turn(fill(options.image_prompt, options.domain), images=1)
+    is_remote = options.engine == "server"
+    prompts = ImagePrompts(todo, folder, chat, turn, sizes, as_url=is_remote)
+    images = read_ahead(prompts, options.workers, is_remote)
+
+    def new_writer(item: Row) -> PromptWriter:
+        ids = {"item_id": item["item_id"]}
+        return PromptWriter(chat, max_prompt_tokens, options.domain, ids)
+
+    dialogues = (
+        (item["item_id"], summarise(item, image, new_writer(item), options))
+        for item, image in zip(todo, images, strict=True)
+    )
+    template = options.image_prompt if options.summary == "image" else options.fusion_prompt
+    measure_texts(output, "summary", template, engine)
+    output.write_results(run_dialogues(engine, dialogues), "image summaries", "item")
+    report_quality(output)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
     options = parse_options(Options, SECTION, argv, __doc__)
     print_options(options, "stage 2, image summaries")
     items_path = Path(options.data_dir) / "items.jsonl"
     items = read_by_id(items_path, "item_id")
     check_item_images(items, items_path, options.data_dir, options.image_roots)
-    output = ResumableOutput(
-        options.system_dir / "image_summaries.jsonl",
-        "item_id",
-        items,
-        Job.of(options, file_digests(items_path, options.model), SPEED_OPTIONS),
-        options.retry_rejected,
-        SHORTENED,
-    )
+    path = options.system_dir / "image_summaries.jsonl"
+    job = Job.of(options, file_digests(items_path, options.model), SPEED_OPTIONS)
+    output = RowOutput(path, "item_id", items, job, options.retry_rejected, SHORTENED)
     if not output.is_up_to_date():
-        # Imported here, so that --help and a missing input are answered at once.
-        from mllmrec.generation.engine import load_engine, read_ahead, run_dialogues
-        from mllmrec.generation.prompt_writer import ImagePrompts, PromptWriter
-        from mllmrec.generation.text_quality import measure_texts, report_quality
-
-        engine, limit = load_engine(options.model, options, multimodal=True)
-        chat, domain = engine.chat, options.domain
-        turn = user_turn(fill(options.image_prompt, domain), images=1)
-        todo = [items[item_id] for item_id in output.todo]
-        sizes = {}
-        if options.pad_images:  # of all items, whichever are left to do
-            names = [item["image"] for item in items.values()]
-            paths = [items_path.parent / name if name else None for name in names]
-            sizes = dict(zip(items, padded_sizes(paths, options.pad_images), strict=True))
-        is_remote = options.engine == "server"
-        prompts = ImagePrompts(todo, items_path.parent, chat, turn, sizes, as_url=is_remote)
-        images = read_ahead(prompts, options.workers, is_remote)
-
-        def new_writer(item):
-            return PromptWriter(chat, limit, domain, {"item_id": item["item_id"]})
-
-        dialogues = (
-            (item["item_id"], summarise(item, image, new_writer(item), options))
-            for item, image in zip(todo, images, strict=True)
-        )
-        template = options.image_prompt if options.summary == "image" else options.fusion_prompt
-        measure_texts(output, "summary", template, engine)
-        output.write_results(run_dialogues(engine, dialogues), "image summaries", "item")
-        report_quality(output)
+        write_summaries(items, output, options)
     print(f"next: bash scripts/03_preference.sh {options.config}")
 
 

@@ -14,13 +14,23 @@ measured yet.
 
 from mllmrec.stage.main import run_main
 
-from functools import partial
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from pydantic.dataclasses import dataclass
 
-from mllmrec.generation.preferences import PreferenceOptions, open_preferences, read_histories
+from mllmrec.generation.preferences import (
+    PreferenceOptions,
+    UserHistory,
+    open_preferences,
+    read_histories,
+)
 from mllmrec.prompts import mllm_msr as prompts
 from mllmrec.stage.options import option, parse_options, print_options
+
+if TYPE_CHECKING:
+    from mllmrec.generation.dialogues import Dialogue
+    from mllmrec.generation.prompt_writer import PromptWriter
 
 SECTION = "preference"
 
@@ -31,12 +41,11 @@ class Options(PreferenceOptions):
     next_prompt: str = option(prompts.PREFERENCE_NEXT, "not used, likewise")
 
 
-def direct_preference(user, writer, options):
-    """One user's preference from one prompt over the whole history.
+def direct_preference(user: UserHistory, writer: "PromptWriter", options: Options) -> "Dialogue":
+    """One user's preference from one prompt over the whole history, oldest item first.
 
-    user: UserHistory, oldest item first; writer: PromptWriter. The oldest items are left out until
-    the prompt fits without shortening a text; only the text of a single last item is ever
-    shortened.
+    The oldest items are left out until the prompt fits without shortening a text; only the text of
+    a single last item is ever shortened.
     """
     start = 0
     while start < len(user.items) - 1 and not writer.fits_whole(
@@ -51,34 +60,16 @@ def direct_preference(user, writer, options):
     return {**user.ids, "preference": preference, "blocks": [block], **counts}
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
     options = parse_options(Options, SECTION, argv, __doc__)
     print_options(options, "stage 3, user preferences, direct (ablation)")
     histories = read_histories(options)
     output = open_preferences(histories, options)
     if not output.is_up_to_date():
         # Imported here, so that --help and a missing input are answered at once.
-        from mllmrec.generation.engine import load_engine, run_dialogues
-        from mllmrec.generation.prompt_writer import PromptWriter
-        from mllmrec.generation.text_quality import (
-            measure_texts,
-            report_quality,
-            warn_of_long_texts,
-        )
+        from mllmrec.generation.preference_run import run_preferences
 
-        engine, limit = load_engine(options.model, options, multimodal=False)
-        limit = min(options.max_prompt_tokens or limit, limit)
-        new_writer = partial(
-            PromptWriter, engine.chat, limit, options.domain, block_line=options.block_line
-        )
-        dialogues = (
-            (user, direct_preference(histories[user], new_writer(histories[user].ids), options))
-            for user in output.todo
-        )
-        measure_texts(output, "preference", options.first_prompt, engine)
-        warn_of_long_texts(engine.chat, options)
-        output.write_results(run_dialogues(engine, dialogues), "preferences", "user")
-        report_quality(output)
+        run_preferences(histories, output, direct_preference, lambda user: 1, options)
     print(f"next: bash scripts/04_datasets.sh {options.config} --output_dir {options.output_dir}")
 
 

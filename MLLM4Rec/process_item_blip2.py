@@ -16,12 +16,13 @@ each with its reason, and have no caption. A GPU for BLIP-2; not run yet at that
 from mllmrec.stage.main import run_main
 
 import sys
+from collections.abc import Sequence
 
 from mllmrec.stage.options import config_of_dataset
 from mllmrec.stage.scripts import load_script
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
     config, words = config_of_dataset(sys.argv[1:] if argv is None else list(argv), __doc__)
     words = [word.replace("--model_path", "--model", 1) for word in words]
     if not any(word.split("=")[0] == "--system" for word in words):

@@ -24,211 +24,179 @@ ranks, too (scripts/compare_systems.sh). A GPU for Llama-2-7B; not run yet at th
 
 from mllmrec.stage.main import run_main
 
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
-from pydantic.dataclasses import dataclass
 
 from mllmrec.data.candidates import read_users, users_of_split
-from mllmrec.ranking.fine_tuning import Task, fine_tune
-from mllmrec.ranking.options import TRAINING_SPEED_OPTIONS, FineTuningOptions
-from mllmrec.ranking.rows import LETTER_ANSWERS
+from mllmrec.ranking.list_options import ROW_OPTIONS, SCORE_OPTIONS, ListOptions
+from mllmrec.ranking.rows import LETTER_ANSWERS, check_training_rows, first_users
+from mllmrec.ranking.training_options import (
+    TRAINING_SPEED_OPTIONS,
+    check_training_options,
+    training_files,
+)
 from mllmrec.stage.errors import InputError
-from mllmrec.stage.jsonl import read_by_id, read_rows, require, write_json, write_rows
-from mllmrec.stage.options import DatasetCode, option, parse_options, print_options
-from mllmrec.stage.output import ResumableOutput
+from mllmrec.stage.jsonl import read_rows, write_rows
+from mllmrec.stage.options import parse_options, print_options
+from mllmrec.stage.output import RowOutput, WholeOutput
 from mllmrec.stage.progress import progress_bar
 from mllmrec.stage.record import Job, file_digests
-from mllmrec.stage.transaction import writing
 
 SECTION = "ranker"
-SCORE_OPTIONS = ("ranked", "variant", "reuse_prefix", "retrieved", "summaries")  # no new adapter
-ROW_OPTIONS = ("dataset_code", "seed", "model", "captions", "text_tokens", "max_history", "lists")
-ROW_OPTIONS += ("max_text_tokens",)
-ROW_OPTIONS += ("role", "hybrid", "candidates", "prompt_format", "control")
 
 
-@dataclass
-class Options(FineTuningOptions, DatasetCode):
-    system: str = option("mllm4rec", "subfolder of output_dir", pattern=r"^[\w-]+$")
-    lists: Literal["retrieved", "users"] = option(
-        "retrieved", "what is ranked; retrieved: the retriever's items; users: users.jsonl's"
-    )
-    retrieved: str = option("", "the retriever's folder, default: {output_dir}/{system}/retriever")
-    summaries: str = option("", "default: {output_dir}/{system}/image_summaries.jsonl")
-    ranked: str = option("ranked", "folder of the ranker's own scores", pattern=r"^[\w-]+$")
-    variant: str = option("ranker", "folder of the scores", pattern=r"^[\w-]+$")
-    model: str = option("meta-llama/Llama-2-7b-hf", "text model, hub id or folder")
-    llm_base_model: str = option("", "another name of --model, as in the published command")
-    captions: bool = option(True, "false: titles only (ablation: without images)")
-    role: bool = option(True, "false: without the role (ablation)")
-    hybrid: bool = option(True, "false: without the words of the instruction (ablation)")
-    text_tokens: int = option(32, "of a title, and of a caption (published: 32)", ge=1)
-    max_history: int = option(20, "last items in the prompt (published: 20)", ge=1)
-    candidates: int = option(20, "of a training row (published: 20)", ge=2, le=26)
-    control: Literal["none", "shuffled_labels"] = option(
-        "none", "shuffled_labels: a random letter is learned, which should rank by chance"
-    )
-    max_text_tokens: int = option(1536, "of a prompt (published: 1,536)", ge=0)
-    epochs: int = option(1, "epochs (published: 1)", ge=1)
-    learning_rate: float = option(1e-4, "of AdamW (published: 1e-4)", ge=0)
-    lora_dropout: float = option(0.05, "dropout (published: 0.05)", ge=0, lt=1)
-    lora_layers: list[str] = option(["q_proj", "v_proj"], "layers (published: q_proj, v_proj)")
-    reuse_prefix: bool = option(True, "in scoring: compute what prompts share only once")
+def write_questions(options: ListOptions) -> None:
+    """1. Users, items, captions and candidates -> train.jsonl, validation.jsonl and test.jsonl.
 
-
-def input_paths(options):
-    """{name: path} of users, items, captions and candidates, those that the options need."""
-    data_dir, folder = Path(options.data_dir), options.system_dir
-    code = f"--config {options.config}"
-    maker = f"MLLM4Rec/process_item.py {code}"
-    paths = {name: require(data_dir / f"{name}.jsonl", maker=maker) for name in ("users", "items")}
-    captions = Path(options.summaries or folder / "image_summaries.jsonl")
-    if options.captions and (options.summaries or captions.exists()):
-        paths["captions"] = require(captions, maker=f"MLLM4Rec/process_item_blip2.py {code}")
-    if options.lists == "retrieved":
-        maker = f"MLLM4Rec/train_retriever.py {code}"
-        paths["candidates"] = require(retrieved_dir(options) / "candidates.jsonl", maker=maker)
-    return paths
-
-
-def retrieved_dir(options):
-    return Path(options.retrieved or options.system_dir / "retriever")
-
-
-def list_format(paths, options):
-    """ListFormat of the items' texts, with a question's length in tokens of this model."""
-    from mllmrec.models.loading import load_processor
-    from mllmrec.prompts.mllm4rec import ROLES
-    from mllmrec.prompts.templates import user_turn
-    from mllmrec.ranking.lists import ListFormat, item_texts
-    from mllmrec.ranking.reader import chat_processor
-
-    items = read_by_id(paths["items"], "item_id")
-    captions = read_by_id(paths["captions"], "item_id") if "captions" in paths else {}
-    captions = {item_id: row["summary"] for item_id, row in captions.items()}
-    chat = chat_processor(load_processor(options.model, options), options)
-    texts = item_texts(items, captions, chat.tokenizer, options.text_tokens)
-
-    def fits(question):
-        longest = options.max_text_tokens
-        return not longest or chat.count(chat.render([user_turn(question)])) <= longest
-
-    if options.role and not options.dataset_code:
-        raise InputError(
-            f"the config {options.config} is not called like a data set, so the role is unknown; "
-            f"pass --dataset_code {'|'.join(ROLES)} or --role false"
-        )
-    role = ROLES[options.dataset_code] if options.role else ""
-    return ListFormat(texts, LETTER_ANSWERS, role, options.hybrid, options.max_history, fits)
-
-
-def write_questions(options):
-    """Users, items, captions and candidates -> train, validation and test.jsonl."""
-    from mllmrec.ranking.lists import list_rows, own_candidates, shuffle_labels, training_rows
-
-    paths = input_paths(options)
-    outputs = [options.system_dir / f"{split}.jsonl" for split in ("train", "validation", "test")]
+    A training row asks for the target among random negatives, a test row for the target among what
+    was retrieved; candidates are lettered in a random order.
+    """
+    folder, paths = options.system_dir, options.input_paths()
+    outputs = [folder / f"{split}.jsonl" for split in ("train", "validation", "test")]
     others = set(asdict(options)) - set(ROW_OPTIONS)
     job = Job.of(options, file_digests(*paths.values()), ignore=others)
-    with writing(job, outputs) as output:
+    with WholeOutput(job, outputs) as output:
         if not output.is_needed:
             return
-        users, form = read_users(paths["users"]), list_format(paths, options)
+        from mllmrec.ranking import lists
+
+        users, form = read_users(paths["users"]), lists.list_format(paths, options)
         rng = np.random.default_rng([options.seed, 5])
-        rows = training_rows(users_of_split(users, "train"), form, options.candidates, rng)
+        rows = lists.training_rows(users_of_split(users, "train"), form, options.candidates, rng)
         if options.control == "shuffled_labels":
-            rows = shuffle_labels(rows, form.letters, rng)
+            rows = lists.shuffle_labels(rows, form.letters, rng)
         write_rows(outputs[0], rows)
         counts = {"train": len(rows)}
         if options.lists == "users":
-            lines = [own_candidates(user) for user in users]
+            lines = [lists.own_candidates(user) for user in users]
         else:
             lines = read_rows(paths["candidates"])
         for split, path in zip(("validation", "test"), outputs[1:], strict=True):
             own = [line for line in lines if line["split"] == split]
-            by_id = {user["user_id"]: user for user in users_of_split(users, split)}
-            rows = list_rows(own, by_id, form, rng, with_answer=split == "validation")
+            asked = users_of_split(users, split)
+            rows = lists.list_rows(own, asked, form, rng, with_answer=split == "validation")
             write_rows(path, rows)
             counts |= {split: len(rows), f"{split}_not_retrieved": len(own) - len(rows)}
         counts["shortened"] = form.counts["shortened"]  # histories that lost their oldest items
         output.finish(counts)
-        shown = ", ".join(f"{n:,} {name}" for name, n in counts.items())
-        print(f"wrote {options.system_dir}: {shown}")
+    shown = ", ".join(f"{n:,} {name}" for name, n in counts.items())
+    print(f"wrote {folder}: {shown}")
 
 
-def score_questions(options):
-    """test.jsonl, adapter/ -> ranked/scores.jsonl; return its path. Resumes."""
+def fine_tune(options: ListOptions) -> None:
+    """2. LoRA learns the letter of the target: train.jsonl, validation.jsonl -> adapter/.
+
+    The loss is on the letter; the epoch with the highest NDCG@10 on the validation lists is kept.
+    """
+    folder = options.system_dir
+    train_path, validation_path = folder / "train.jsonl", folder / "validation.jsonl"
+    rows, validation = read_rows(train_path), read_rows(validation_path)
+    if not rows:
+        raise InputError(f"{train_path} is empty: there are no training users; make them again")
+    inputs = file_digests(train_path, validation_path, options.model)
+    ignore = (*TRAINING_SPEED_OPTIONS, *SCORE_OPTIONS)
+    job = Job.of(options, inputs, ignore, limit=options.limit)
+    outputs = [folder / "adapter"]
+    with WholeOutput(job, outputs, training_files(options), folder / "checkpoints") as output:
+        if not output.is_needed:
+            return
+        rows = rows[: options.limit or None]
+        validation = first_users(validation, options.validation_users)
+        sizes = check_training_rows(rows, train_path, LETTER_ANSWERS)
+        check_training_rows(validation, validation_path, LETTER_ANSWERS)
+        from transformers import set_seed
+
+        from mllmrec.models.compat import empty_device_cache
+        from mllmrec.ranking.answers import answer_set
+        from mllmrec.ranking.batches import Collator, EpochSampler, EpochSettings
+        from mllmrec.ranking.reader import RowReader
+        from mllmrec.ranking.trainer import RankingTrainer, load_with_lora, save_adapter
+
+        set_seed(options.seed)
+        model, chat = load_with_lora(options)
+        answers = answer_set("letters", options)
+        reader = RowReader(chat, folder, options.max_text_tokens, answers=answers)
+        rows, rejected, shortened = reader.fitting_rows(rows, train_path)
+        validation, more, _ = reader.fitting_rows(validation, validation_path)
+        counts = {"in": len(rows), "shortened": shortened, "validation_rows": len(validation)}
+        lengths = reader.lengths(rows, sizes) if options.group_by == "length" else None
+        sampler = EpochSampler(rows, lengths, EpochSettings.of(options))
+        collator = Collator(reader, options.loss, share_prefix=options.group_by == "item")
+        trainer = RankingTrainer(model, sampler, collator, validation, options, "ndcg@10")
+        trainer.train_or_resume(output)
+        save_adapter(trainer, chat, output, counts, rejected | more)
+        # The trainer's objects refer to each other, and scoring loads a model again.
+        del model, trainer
+        empty_device_cache(collect_garbage=True)
+
+
+def score(options: ListOptions) -> Path:
+    """3. Softmax over the letters' logits: test.jsonl, adapter/ -> {ranked}/scores.jsonl."""
     folder = options.system_dir
     rows, path = read_rows(folder / "test.jsonl"), folder / options.ranked / "scores.jsonl"
     inputs = file_digests(folder / "test.jsonl", options.model, folder / "adapter")
     keys = [(row["user_id"], item) for row in rows for item in row["item_ids"]]
     job = Job.of(options, inputs, (*TRAINING_SPEED_OPTIONS, *SCORE_OPTIONS))
-    output = ResumableOutput(path, ("user_id", "item_id"), keys, job)
+    output = RowOutput(path, ("user_id", "item_id"), keys, job)
     if output.is_up_to_date():
         return path
-    from mllmrec.models.lora import load_adapter
+    from mllmrec.models.adapters import load_adapter
     from mllmrec.ranking.answers import answer_set
     from mllmrec.ranking.reader import RowReader, load_ranker
-    from mllmrec.ranking.scoring import ScoringOptions, score_output
+    from mllmrec.ranking.scoring import (
+        ScoringOptions,
+        candidate_scores,
+        score_rows,
+        unscored_rows,
+    )
 
     model, chat = load_ranker(options)
     model = load_adapter(model, folder / "adapter", options.model)
     answers = answer_set("letters", options)
     reader = RowReader(chat, folder, options.max_text_tokens, answers=answers)
-    scoring = ScoringOptions(options.score_batch_tokens, options.reuse_prefix)
+    shard = (output.rank, output.world)
+    settings = ScoringOptions(options.score_batch_tokens, options.reuse_prefix, shard)
     with output, progress_bar(len(rows), "ranking", "user") as progress:
-        for _ in score_output(model, reader, rows, output, scoring):
+        rows, wanted = unscored_rows(rows, reader, output)
+        for index, logits in score_rows(model, reader, rows, settings, wanted):
+            for line in candidate_scores(rows[index], logits, answers):
+                if (line["user_id"], line["item_id"]) in output.left:  # a list may be half written
+                    output.write(line)
             progress.update()
     output.log_summary()
     return path
 
 
-def combine(ranked_path, options):
-    """Write the lists of all test users, those of the ranker where it ranked, and the metrics."""
-    from mllmrec.evaluation.metrics import evaluate
-
-    folder, retrieved_path = options.system_dir, retrieved_dir(options) / "scores.jsonl"
+def combine(ranked_path: Path, options: ListOptions) -> None:
+    """4. All test users: the ranker's list where the target was retrieved, else the retriever's."""
+    folder, retrieved_path = options.system_dir, options.retrieved_dir / "scores.jsonl"
     outputs = [folder / options.variant / name for name in ("scores.jsonl", "metrics.json")]
-    orders = [folder / f"{name}_order" / "scores.jsonl" for name in ("retriever", "random")]
+    outputs += [folder / f"{name}_order" / "scores.jsonl" for name in ("retriever", "random")]
     job = Job.of(options, file_digests(ranked_path, retrieved_path), TRAINING_SPEED_OPTIONS)
-    with writing(job, [*outputs, *orders]) as output:
+    with WholeOutput(job, outputs) as output:
         if not output.is_needed:
             return
-        ranked, retrieved = read_rows(ranked_path), read_rows(retrieved_path)
-        users = {row["user_id"] for row in ranked}
-        same_lists = [row for row in retrieved if row["user_id"] in users]
-        overall = ranked + [row for row in retrieved if row["user_id"] not in users]
-        write_rows(outputs[0], overall)
-        write_rows(orders[0], same_lists)
-        # Ties count as a random order does on average.
-        write_rows(orders[1], ({**row, "score": 0.0} for row in same_lists))
-        metrics = {
-            "retriever": evaluate(retrieved, retrieved_path, retrieved=True),
-            "retriever_on_ranked": evaluate(same_lists, orders[0]),
-            "ranker_on_ranked": evaluate(ranked, ranked_path),
-            "overall": evaluate(overall, outputs[0], retrieved=True),
-        }
-        write_json(outputs[1], metrics)
-        everybody = len({row["user_id"] for row in retrieved})
-        output.finish({"users": everybody, "ranked": len(users)}, metrics=metrics)
+        from mllmrec.ranking.lists import write_overall_lists
+
+        metrics = write_overall_lists(ranked_path, retrieved_path, output)
         for name, found in metrics.items():
             shown = ", ".join(f"{m} {100 * found[m]:.2f}" for m in ("hr@5", "ndcg@5", "hr@10"))
             print(f"{name:20} {found['users']:>6,} users: {shown} (x100)")
         print(f"wrote {outputs[0]} and {outputs[1]}")
 
 
-def main(argv=None):
-    options = parse_options(Options, SECTION, argv, __doc__)
+def main(argv: Sequence[str] | None = None) -> None:
+    options = parse_options(ListOptions, SECTION, argv, __doc__)
     if options.llm_base_model:
         options = replace(options, model=options.llm_base_model, llm_base_model="")
     print_options(options, "MLLM4Rec, ranker")
+    check_training_options(options)
     write_questions(options)
-    maker = "MLLM4Rec/train_ranker.py"
-    fine_tune(options, Task("letters", "ndcg@10", maker, SCORE_OPTIONS))
-    ranked_path = score_questions(options)
+    fine_tune(options)
+    ranked_path = score(options)
     if options.lists == "retrieved":
         combine(ranked_path, options)
 

@@ -18,18 +18,24 @@ ml-latest-small: see docs/results.md.
 
 from mllmrec.stage.main import run_main
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic.dataclasses import dataclass
 
-from mllmrec.data.candidates import check_known, is_leave_one_out, read_users, score_row
-from mllmrec.sequential.options import SequentialOptions
+from mllmrec.data.candidates import is_leave_one_out, read_users_and_items, score_row
+from mllmrec.sequential.sequential_options import SequentialOptions
 from mllmrec.stage.errors import InputError
-from mllmrec.stage.jsonl import read_by_id, require, write_json, write_rows
+from mllmrec.stage.jsonl import require, write_json, write_rows
 from mllmrec.stage.options import DatasetCode, option, parse_options, print_options
+from mllmrec.stage.output import WholeOutput
 from mllmrec.stage.record import Job, file_digests
-from mllmrec.stage.transaction import writing
+from mllmrec.stage.schema import Row
+
+if TYPE_CHECKING:
+    from mllmrec.sequential.retrieval import Scorer
+    from mllmrec.sequential.sequences import SequenceData
 
 SECTION = "retriever"
 
@@ -53,11 +59,14 @@ class Options(SequentialOptions, DatasetCode):
     retrieved: int = option(20, "items that go to the ranker (published: 20)", ge=2, le=1000)
 
 
-def train(users, data, options):
+def train(
+    users: list[Row], data: "SequenceData", options: Options
+) -> tuple["Scorer", list[Any], int]:
     """(scorer of all items, log of the epochs, best epoch): the retriever, trained."""
     import torch
 
-    from mllmrec.sequential.gru4rec import GRU4Rec
+    from mllmrec.sequential.baseline_run import chosen_device, print_epoch
+    from mllmrec.sequential.gru4rec_model import GRU4Rec
     from mllmrec.sequential.lrurec import LRURec
     from mllmrec.sequential.retrieval import (
         RankedUsers,
@@ -65,8 +74,7 @@ def train(users, data, options):
         popularity_scorer,
         retrieval_metrics,
     )
-    from mllmrec.sequential.run import chosen_device, print_epoch
-    from mllmrec.sequential.sasrec import SASRec
+    from mllmrec.sequential.sasrec_model import SASRec
     from mllmrec.sequential.training import fit
 
     if options.retriever == "popularity":
@@ -79,7 +87,7 @@ def train(users, data, options):
     score = model_scorer(model, options.max_length)
     validation = RankedUsers.of(users, data, "validation")
 
-    def validate():
+    def validate() -> dict[str, float]:
         model.eval()
         return retrieval_metrics(score, validation)
 
@@ -88,11 +96,14 @@ def train(users, data, options):
     return score, found.log, int(found.best["epoch"])
 
 
-def write_candidates(score, users, data, folder, options):
+def write_candidates(
+    score: "Scorer", users: list[Row], data: "SequenceData", folder: Path, options: Options
+) -> dict[str, dict[str, float]]:
     """Write candidates.jsonl, scores.jsonl and metrics.json; return the metrics."""
     from mllmrec.sequential.retrieval import RankedUsers, retrieval_metrics, retrieve
 
-    metrics, lines = {}, []
+    metrics: dict[str, dict[str, float]] = {}
+    lines: list[Row] = []
     for split in ("validation", "test"):
         ranked = RankedUsers.of(users, data, split)
         metrics[split] = retrieval_metrics(score, ranked)
@@ -110,21 +121,18 @@ def write_candidates(score, users, data, folder, options):
     return metrics
 
 
-def read_data(users_path, items_path):
+def read_data(users_path: Path, items_path: Path) -> tuple[list[Row], list[str]]:
     """(lines of users.jsonl, item ids), checked: leave-one-out, and no item that is unknown."""
-    users, items = read_users(users_path), read_by_id(items_path, "item_id")
+    users, items = read_users_and_items(users_path, items_path, ("history", "target"))
     if not is_leave_one_out(users):
         raise InputError(
-            f"{users_path} is split by user, the retriever needs three lines of each; make it "
-            "with --split_by leave_one_out"
+            f"{users_path} is split by user, the retriever needs three lines of each; make it with "
+            "--split_by leave_one_out"
         )
-    for number, user in enumerate(users, start=1):
-        listed = (*user["history"], user["target"])
-        check_known(listed, items, items_path, f"{users_path}, line {number}")
     return users, list(items)
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
     options = parse_options(Options, SECTION, argv, __doc__)
     print_options(options, "MLLM4Rec, retriever")
     maker = f"MLLM4Rec/process_item.py --config {options.config}"
@@ -133,10 +141,10 @@ def main(argv=None):
     job = Job.of(options, file_digests(*paths), ignore=("threads", "device"))
     folder = options.system_dir / (options.variant or "retriever")
     outputs = [folder / name for name in ("candidates.jsonl", "scores.jsonl", "metrics.json")]
-    with writing(job, outputs) as output:
+    with WholeOutput(job, outputs) as output:
         if output.is_needed:
-            from mllmrec.sequential.data import SequenceData
-            from mllmrec.sequential.run import peak_gb
+            from mllmrec.sequential.baseline_run import peak_gb
+            from mllmrec.sequential.sequences import SequenceData
 
             users, items = read_data(*paths)
             data = SequenceData.of(users, items)

@@ -14,26 +14,28 @@ The literals are parsed, never run. An item has an image if its page names one a
 
 from mllmrec.stage.main import run_main
 
+import ast
+import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import pandas as pd
 from pydantic.dataclasses import dataclass
 
-from mllmrec.data.amazon_2014 import read_pages, read_ratings
-from mllmrec.data.amazon_pages import write_image_urls
-from mllmrec.data.raw_files import check_raw_file, only_file
-from mllmrec.data.split import (
-    SplitOptions,
-    data_outputs,
-    prepare,
-    rejected_rows_path,
-    write_data_set,
-)
-from mllmrec.stage.jsonl import read_rejected, rejected_path
+from mllmrec.data.amazon_pages import catalogue_of, item_text
+from mllmrec.data.interactions import Array, InteractionLog
+from mllmrec.data.loader import run_loader
+from mllmrec.data.raw_files import csv_table, only_file, open_raw
+from mllmrec.data.raw_log import read_log
+from mllmrec.data.split import SplitOptions
 from mllmrec.stage.options import NAME, option, parse_options, print_options
-from mllmrec.stage.record import Job, file_digests
-from mllmrec.stage.transaction import writing
+from mllmrec.stage.schema import Row
 
 SECTION = "data"
+RATINGS = ("user", "item", "rating", "timestamp")  # columns, in file order
+LONGEST_PAGE = 1 << 20  # bytes
+SHOWN = 100  # bytes of a rejected line
 
 
 @dataclass
@@ -43,7 +45,7 @@ class Options(SplitOptions):
     )
 
 
-def find_files(raw_dir, category):
+def find_files(raw_dir: str, category: str) -> list[Path]:
     """[ratings file, pages file] of one category in `raw_dir`."""
     files = []
     for stem in (f"ratings_{category}.csv", f"meta_{category}.json"):
@@ -52,28 +54,65 @@ def find_files(raw_dir, category):
             "https://jmcauley.ucsd.edu/data/amazon/ (2014), or name another --raw_dir"
         )
         files.append(only_file(Path(raw_dir), (stem, f"{stem}.gz"), missing))
-    return list(map(check_raw_file, files))
+    return files
 
 
-def main(argv=None):
+def parse_page(line: bytes) -> dict[str, Any]:
+    """One line of meta_<category>.json: a dict of asin, title, imUrl and more.
+
+    Python literals, as published, or JSON. Raises ValueError, with what is wrong, for anything
+    else.
+    """
+    if len(line) > LONGEST_PAGE:
+        raise ValueError(f"the line has more than {LONGEST_PAGE:,} bytes")
+    try:
+        page = ast.literal_eval(line.decode())
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        try:
+            page = json.loads(line)
+        except (ValueError, RecursionError):
+            raise ValueError("the line is neither a Python literal nor JSON") from None
+    if not isinstance(page, dict) or not isinstance(page.get("asin"), str):
+        raise ValueError("the line is no page with an asin")
+    return page
+
+
+def read_pages(path: Path, item_ids: Array) -> tuple[pd.DataFrame, list[Row]]:
+    """(catalogue, rejected rows) of the pages of some items, as `amazon_pages.read_pages`."""
+    known = set(item_ids)
+    rows: list[tuple[str, str, str | None]] = []
+    rejected: list[Row] = []
+    with open_raw(path) as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                page = parse_page(line.strip())
+            except ValueError as reason:
+                row = line[:SHOWN].decode(errors="replace").strip()
+                if row:
+                    entry = {"file": path.name, "line": number, "row": row, "reason": str(reason)}
+                    rejected.append(entry)
+                continue
+            if page["asin"].strip() in known:
+                title, url = (page.get(key) for key in ("title", "imUrl"))
+                title = item_text(title) if isinstance(title, str) else ""
+                rows.append((page["asin"].strip(), title, url if isinstance(url, str) else None))
+    pages = pd.DataFrame(rows, columns=["id", "title", "url"])
+    catalogue, missing = catalogue_of(pages, item_ids, path)
+    return catalogue, rejected + missing
+
+
+def load(ratings: Path, pages: Path) -> tuple[InteractionLog, pd.DataFrame, list[Row]]:
+    """(log, catalogue, rejected rows); every rating is an interaction."""
+    log, rejected = read_log(csv_table(ratings, ("user", "item", "timestamp"), names=RATINGS))
+    catalogue, bad_pages = read_pages(pages, log.item_ids)
+    return log, catalogue, rejected + bad_pages
+
+
+def main(argv: Sequence[str] | None = None) -> None:
     options = parse_options(Options, SECTION, argv, __doc__)
     print_options(options, "stage 1, data: Amazon 2014")
-    ratings, pages = find_files(options.raw_dir, options.category)
-    data_dir = Path(options.data_dir)
-    images_path, urls_path = data_dir / "images.jsonl", data_dir / "image_urls.jsonl"
-    broken = set(read_rejected(images_path, "item_id"))
-    raw_files = [ratings, pages, *([rejected_path(images_path)] if broken else [])]
-    job = Job.of(options, file_digests(*raw_files), limit=options.limit, raw_dir=options.raw_dir)
-    outputs = [*data_outputs(options), urls_path]
-    with writing(job, outputs, [rejected_rows_path(options)]) as output:
-        if output.is_needed:
-            log, rejected = read_ratings(ratings)
-            catalogue, more = read_pages(pages, log.item_ids, data_dir / "images", broken)
-            data = prepare(log.only_items(catalogue.index), catalogue, options)
-            items, counts = write_data_set(data, rejected + more, options)
-            write_image_urls(items, urls_path, broken)
-            output.finish(counts)
-            print(f"wrote {urls_path}; next: data_processing/download_images.py")
+    files = find_files(options.raw_dir, options.category)
+    run_loader(options, files, lambda: load(*files), has_urls=True)
 
 
 if __name__ == "__main__":

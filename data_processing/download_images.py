@@ -32,7 +32,7 @@ from mllmrec.data.images import ImageError, open_image
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import TEMPORARY, atomic_file, read_by_id, require
 from mllmrec.stage.options import CommonOptions, option, parse_options, print_options
-from mllmrec.stage.output import ResumableOutput
+from mllmrec.stage.output import RowOutput
 from mllmrec.stage.record import Job, world_size
 
 SECTION = "download"
@@ -244,7 +244,7 @@ def main(argv=None):
     row_ids = [(item_id, str(row["url"])) for item_id, row in rows.items()]
     # No inputs: if items leave image_urls.jsonl, the images of the others stay valid.
     job = Job.of(options, {}, ignore=SPEED_OPTIONS)
-    output = ResumableOutput(
+    output = RowOutput(
         data_dir / "images.jsonl", ("item_id", "url"), row_ids, job, options.retry_rejected
     )
     if output.is_up_to_date():

@@ -13,35 +13,45 @@ needed. CPU, seconds for ml-latest-small.
 
 from mllmrec.stage.main import run_main
 
-from mllmrec.data import movielens
-from mllmrec.data.split import (
-    SplitOptions,
-    data_outputs,
-    prepare,
-    rejected_rows_path,
-    write_data_set,
-)
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from mllmrec.data.interactions import InteractionLog
+from mllmrec.data.loader import run_loader
+from mllmrec.data.raw_files import csv_table
+from mllmrec.data.raw_log import read_log, read_titles
+from mllmrec.data.split import SplitOptions
 from mllmrec.stage.errors import InputError
+from mllmrec.stage.jsonl import require
 from mllmrec.stage.options import parse_options, print_options
-from mllmrec.stage.record import Job, file_digests
-from mllmrec.stage.transaction import writing
+from mllmrec.stage.schema import Row
 
 SECTION = "data"
+FILES = ("ratings.csv", "movies.csv")
+MAKER = (
+    "you: unpack ml-latest-small.zip of https://grouplens.org/datasets/movielens/ there, or name "
+    "another --raw_dir. Nothing else"
+)
 
 
-def main(argv=None):
+def load(ratings: Path, movies: Path) -> tuple[InteractionLog, pd.DataFrame, list[Row]]:
+    """(log, catalogue, rejected rows)."""
+    catalogue, bad_movies = read_titles(csv_table(movies, ("movieId", "title")))
+    columns = ("userId", "movieId", "timestamp")
+    table = csv_table(ratings, columns)
+    log, rejected = read_log(table, catalogue.index, f"is not in {movies.name}")
+    return log, catalogue.assign(image=None), bad_movies + rejected
+
+
+def main(argv: Sequence[str] | None = None) -> None:
     options = parse_options(SplitOptions, SECTION, argv, __doc__)
     print_options(options, "stage 1, data: MovieLens")
     if options.require_image:
         raise InputError("MovieLens has no images; pass --require_image false")
-    files = movielens.find_files(options.raw_dir)
-    job = Job.of(options, file_digests(*files), limit=options.limit, raw_dir=options.raw_dir)
-    with writing(job, data_outputs(options), [rejected_rows_path(options)]) as output:
-        if output.is_needed:
-            log, catalogue, rejected = movielens.load(*files)
-            data = prepare(log, catalogue, options)
-            _, counts = write_data_set(data, rejected, options)
-            output.finish(counts)
+    files = [require(Path(options.raw_dir) / name, maker=MAKER) for name in FILES]
+    run_loader(options, files, lambda: load(*files))
 
 
 if __name__ == "__main__":

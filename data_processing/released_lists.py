@@ -18,160 +18,137 @@ the negatives. `--limit N` takes the first N users of each file. CPU, minutes fo
 
 from mllmrec.stage.main import run_main
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from pydantic.dataclasses import dataclass
 
-from mllmrec.data.amazon_pages import PageOptions, add_texts, read_pages, write_image_urls
-from mllmrec.data.columns import require_rows
-from mllmrec.data.images import check_image_paths
-from mllmrec.data.raw_files import check_raw_file
-from mllmrec.data.split import write_items
-from mllmrec.data.tables import read_table
+from mllmrec.data.amazon_pages import PageOptions, read_pages
+from mllmrec.data.interactions import log_statistics
+from mllmrec.data.loader import run_loader
+from mllmrec.data.raw_files import check_raw_file, csv_table
+from mllmrec.data.raw_log import require_rows
+from mllmrec.data.split import DataOptions, PreparedData
 from mllmrec.stage.errors import InputError
-from mllmrec.stage.jsonl import (
-    read_rejected,
-    rejected_path,
-    relative_path,
-    write_json,
-    write_rejected,
-    write_rows,
-)
 from mllmrec.stage.options import option, parse_options, print_options
-from mllmrec.stage.record import Job, file_digests
-from mllmrec.stage.transaction import writing
+from mllmrec.stage.schema import Row
 
 SECTION = "data"
 SPLITS = {"train": "train", "val": "validation", "test": "test"}  # ending of the file -> split
+COLUMNS = ("user", "items", "negatives")
 
 
 @dataclass
-class Options(PageOptions):
+class Options(DataOptions, PageOptions):
     raw_dir: str = option("data/raw/amazon", "folder of the raw files", min_length=1)
 
 
-def find_files(raw_dir, category):
+def find_files(raw_dir: str, category: str) -> tuple[dict[str, Path], Path, Path]:
     """(dict split -> list file, item map, pages file) of one category."""
     folder = Path(raw_dir)
     paths = {s: folder / f"{category}_user_items_negs_{end}.csv" for end, s in SPLITS.items()}
     if not paths["validation"].exists():  # not shipped
         del paths["validation"]
     pages = [folder / f"meta_{category}.jsonl{ending}" for ending in ("", ".gz")]
-    page = pages[1] if pages[1].exists() else pages[0]
     lists = {split: check_raw_file(path) for split, path in paths.items()}
-    return lists, check_raw_file(folder / f"{category}_i_map.tsv"), check_raw_file(page)
+    item_map = check_raw_file(folder / f"{category}_i_map.tsv")
+    return lists, item_map, check_raw_file(pages[1] if pages[1].exists() else pages[0])
 
 
-def read_lists(path, split, own_ids):
-    """(lines of users.jsonl, rejected rows) of one list file. own_ids: Series code -> item id."""
-    frame, rejected = read_table(
-        path, ("user", "items", "negatives"), delimiter="\t", header=False, quoted=False
-    )
-    lines = []
-    for row in frame.itertuples(index=False):
-        listed = [[code.strip() for code in text.split(",")] for text in (row.items, row.negatives)]
-        unknown = [code for codes in listed for code in codes if code not in own_ids.index]
-        reason = None
+def read_lists(path: Path, split: str, own_ids: pd.Series) -> tuple[pd.DataFrame, list[Row]]:
+    """(DataFrame of user, items, negatives and split, rejected rows) of one list file.
+
+    own_ids: code -> item id. items and negatives: lists of item ids.
+    """
+    table = csv_table(path, COLUMNS, names=COLUMNS, delimiter="\t", quoted=False)
+    frame, bad = table.frame(), []
+    for column in ("items", "negatives"):
+        frame[column] = [[code.strip() for code in text.split(",")] for text in frame[column]]
+    for row, (_, items, negatives) in enumerate(frame.itertuples(index=False)):
+        unknown = [code for code in (*items, *negatives) if code not in own_ids.index]
         if unknown:
-            reason = f"item {unknown[0]!r} is not in the item map"
-        elif len(listed[0]) < 2:
-            reason = "a list needs a history and a target"
-        elif listed[0][-1] in listed[1]:
-            reason = "the target is among the negatives"
-        elif len(set(listed[1])) < len(listed[1]):
-            reason = "a negative is listed twice"
-        if reason:
-            text = f"{row.user} {row.items} {row.negatives}"[:200]
-            rejected.append({"file": path.name, "line": row.line, "row": text, "reason": reason})
-            continue
-        items, negatives = (own_ids[codes].tolist() for codes in listed)
-        line = {"user_id": row.user, "history": items[:-1], "target": items[-1]}
-        lines.append(line | {"negatives": negatives, "split": split, "fold": None})
-    require_rows(len(lines), path, rejected)
-    return lines, rejected
+            bad.append((row, f"item {unknown[0]!r} is not in the item map"))
+        elif len(items) < 2:
+            bad.append((row, "a list needs a history and a target"))
+        elif items[-1] in negatives:
+            bad.append((row, "the target is among the negatives"))
+        elif len(set(negatives)) < len(negatives):
+            bad.append((row, "a negative is listed twice"))
+    rejected = table.rejected(bad)
+    frame = frame.drop(index=[row for row, _ in bad]).assign(split=split)
+    require_rows(len(frame), table, rejected)
+    for column in ("items", "negatives"):
+        frame[column] = [own_ids[codes].tolist() for codes in frame[column]]
+    return frame, rejected
 
 
-def without_unknown_items(lines, known, rejected):
-    """(lines whose items are all `known`, `rejected` plus the others)."""
-    kept = []
-    for line in lines:
-        items = [*line["history"], line["target"], *line["negatives"]]
-        missing = [item for item in items if item not in known]
+def load(
+    lists: dict[str, Path], item_map: Path, pages: Path, options: Options
+) -> tuple[pd.DataFrame, pd.DataFrame, list[Row]]:
+    """(lists, catalogue, rejected rows). lists: as in `read_lists`, of all files."""
+    table = csv_table(item_map, ("original", "item_id"), delimiter="\t", quoted=False)
+    own_ids = table.frame().set_index("item_id")["original"]
+    found = [read_lists(path, split, own_ids) for split, path in lists.items()]
+    frame = pd.concat([part[: options.limit or None] for part, _ in found], ignore_index=True)
+    rejected = [row for _, bad in found for row in bad]
+    repeated = frame["user"][frame["user"].duplicated()]
+    if len(repeated):
+        names = ", ".join(map(str, lists.values()))
+        raise InputError(f"user {repeated.iloc[0]!r} has two lists in {names}; remove one of them")
+    used = sorted({item for items in (*frame["items"], *frame["negatives"]) for item in items})
+    catalogue, without_page = read_pages(pages, used, options)
+    rejected += without_page
+    known, kept = set(catalogue.index), []
+    for user, items, negatives, _ in frame.itertuples(index=False):
+        missing = [item for item in (*items, *negatives) if item not in known]
+        kept.append(not missing)
         if missing:
             reason = f"item {missing[0]} has no page or no title"
-            rejected = [*rejected, {"user_id": line["user_id"], "reason": reason}]
-        else:
-            kept.append(line)
-    return kept, rejected
+            rejected.append({"user_id": user, "reason": reason})
+    return frame[kept], catalogue, rejected
 
 
-def statistics(lines, rejected):
-    """For stats.json: as for other data sets, of the lists."""
-    splits = pd.Series([line["split"] for line in lines]).value_counts()
-    lengths = [len(line["history"]) + 1 for line in lines]
-    items = {item for line in lines for item in (*line["history"], line["target"])}
-    return {
-        "users": len(lines),
-        "items": len(items),
-        "interactions": int(np.sum(lengths)),
-        "average_length": round(float(np.mean(lengths)), 2),
-        "written_users": {split: int(splits.get(split, 0)) for split in SPLITS.values()},
-        "rejected_rows": len(rejected),
-    }
+def as_they_are(lists: pd.DataFrame, catalogue: pd.DataFrame, options: Options) -> PreparedData:
+    """The lists as the lines of users.jsonl."""
+    item_ids = catalogue.index
+    lengths = lists["items"].str.len().to_numpy()
+    codes = item_ids.get_indexer(lists["items"].explode())
+    ends = np.cumsum(lengths)
+    is_target = np.zeros(len(codes), dtype=bool)
+    is_target[ends - 1] = True
+    negatives = np.full((len(lists), lists["negatives"].str.len().max()), -1)
+    for row, listed in enumerate(lists["negatives"]):
+        negatives[row, : len(listed)] = item_ids.get_indexer(listed)
+    statistics = log_statistics(np.repeat(np.arange(len(lists)), lengths), codes)
+    written = {split: int((lists["split"] == split).sum()) for split in SPLITS.values()}
+    return PreparedData(
+        items=catalogue,
+        statistics={"raw": statistics, **statistics, "written_users": written},
+        user_ids=lists["user"].to_numpy(object),
+        item_ids=item_ids.to_numpy(object),
+        popularity=np.bincount(codes, minlength=len(item_ids)),
+        line_user=np.arange(len(lists)),
+        history=codes[~is_target],
+        ends=ends - np.arange(1, len(lists) + 1),
+        target=codes[is_target],
+        split=lists["split"].to_numpy(object),
+        fold=np.full(len(lists), -1),
+        negatives=negatives,
+    )
 
 
-def write_all(options, files, broken):
-    """Read the lists and pages and write all outputs; return the counts for the record."""
-    lists, map_path, pages = files
-    users_path, items_path, stats_path, urls_path, rejected_rows = outputs_of(options)
-    table, _ = read_table(map_path, ("original", "item_id"), delimiter="\t", quoted=False)
-    own_ids = table.set_index("item_id")["original"]
-    lines, rejected = [], []
-    for split, path in lists.items():
-        more, bad = read_lists(path, split, own_ids)
-        lines, rejected = lines + more[: options.limit or None], rejected + bad
-    repeated = pd.Series([line["user_id"] for line in lines])
-    if repeated.duplicated().any():
-        user = repeated[repeated.duplicated()].iloc[0]
-        raise InputError(f"user {user!r} has two lists in {', '.join(map(str, lists.values()))}")
-    used = {i for line in lines for i in (*line["history"], line["target"], *line["negatives"])}
-    catalogue, without_page = read_pages(pages, np.array(sorted(used), object), options, broken)
-    lines, rejected = without_unknown_items(lines, set(catalogue.index), rejected + without_page)
-    items = add_texts(catalogue, pages, options)
-    found = statistics(lines, rejected)
-    write_rows(users_path, lines)
-    names = [relative_path(image, items_path) for image in items["image"] if image]
-    check_image_paths(names, items_path, options.data_dir, options.image_roots)
-    write_items(items, items_path)
-    write_json(stats_path, found)
-    write_image_urls(items, urls_path, broken)
-    write_rejected(rejected_rows, rejected)
-    print(f"wrote {users_path}: {found['written_users']}, {len(rejected):,} rows rejected")
-    return {"in": len(repeated), "out": len(lines), "items": len(items), "rejected": len(rejected)}
-
-
-def outputs_of(options):
-    """users.jsonl, items.jsonl, stats.json, image_urls.jsonl and the rejected rows."""
-    names = ("users.jsonl", "items.jsonl", "stats.json", "image_urls.jsonl")
-    folder = Path(options.data_dir)
-    return [*(folder / name for name in names), folder / "interactions.rejected.jsonl"]
-
-
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
     options = parse_options(Options, SECTION, argv, __doc__)
     print_options(options, "stage 1, data: the released lists of Amazon")
-    files = find_files(options.raw_dir, options.category)
-    images_path = Path(options.data_dir) / "images.jsonl"
-    broken = set(read_rejected(images_path, "item_id"))
-    raw_files = [*files[0].values(), *files[1:], *([rejected_path(images_path)] if broken else [])]
-    job = Job.of(options, file_digests(*raw_files), limit=options.limit, raw_dir=options.raw_dir)
-    *outputs, rejected_rows = outputs_of(options)
-    with writing(job, outputs, [rejected_rows]) as output:
-        if output.is_needed:
-            output.finish(write_all(options, files, broken))
-    print(f"next: python data_processing/download_images.py --config {options.config}")
+    lists, item_map, pages = find_files(options.raw_dir, options.category)
+    files = [*lists.values(), item_map, pages]
+
+    def load_all() -> tuple[pd.DataFrame, pd.DataFrame, list[Row]]:
+        return load(lists, item_map, pages, options)
+
+    run_loader(options, files, load_all, rules=as_they_are, has_urls=True)
 
 
 if __name__ == "__main__":

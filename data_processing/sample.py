@@ -14,11 +14,13 @@ CPU; about 3 seconds. No downloaded data: the catalogue, titles and covers are m
 
 from mllmrec.stage.main import run_main
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
+from PIL.Image import Image
 from pydantic.dataclasses import dataclass
 
 from mllmrec.data import sample_world as world
@@ -30,13 +32,15 @@ from mllmrec.data.candidates import (
     users_of_split,
 )
 from mllmrec.data.interactions import InteractionLog
-from mllmrec.data.split import SplitOptions, data_outputs, prepare, write_data_set
+from mllmrec.data.loader import data_outputs, write_data_set
+from mllmrec.data.split import SplitOptions, prepare
 from mllmrec.evaluation.metrics import evaluate
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import atomic_file, write_rows
 from mllmrec.stage.options import option, parse_options, print_options
+from mllmrec.stage.output import WholeOutput
 from mllmrec.stage.record import Job
-from mllmrec.stage.transaction import writing
+from mllmrec.stage.schema import Row
 
 SECTION = "data"
 RULES = ("ceiling", "title_only", "no_recency")
@@ -53,7 +57,10 @@ class Options(SplitOptions):
     max_length: int = option(16, "most items of a user, the target included", ge=2)
 
 
-def build_world(options):
+World = tuple[list[world.Item], list[Image], list[tuple[list[int], world.Values]]]
+
+
+def build_world(options: Options) -> World:
     """(items, covers, users) from options.seed; users: (item indices, final favourites) each."""
     rng = np.random.default_rng([options.seed, 0])
     items = world.catalogue(options.n_items, rng)
@@ -64,26 +71,22 @@ def build_world(options):
     return items, covers, [world.simulate_user(items, int(length), rng) for length in lengths]
 
 
-def as_log(items, users, covers_dir):
-    """(InteractionLog, catalogue). Item 7 is called i007, user 7 u0007."""
-    item_ids = [f"i{n:03d}" for n in range(len(items))]
-    user_ids = [f"u{n:04d}" for n in range(len(users))]
-    user = np.repeat(user_ids, [len(chosen) for chosen, _ in users])
+def as_log(drawn: World, cover_paths: Sequence[Path]) -> tuple[InteractionLog, pd.DataFrame]:
+    """(log, catalogue). Item 7 is called i007, user 7 u0007."""
+    items, _, users = drawn
+    item_ids = np.array([path.stem for path in cover_paths])
+    lengths = [len(chosen) for chosen, _ in users]
+    user = np.repeat([f"u{n:04d}" for n in range(len(users))], lengths)
     chosen = np.concatenate([chosen for chosen, _ in users])
-    catalogue = pd.DataFrame(
-        {
-            "title": [item["title"] for item in items],
-            "image": [str(covers_dir / f"{item_id}.png") for item_id in item_ids],
-        },
-        index=item_ids,
-    )
-    log = InteractionLog.from_ids(user, np.array(item_ids)[chosen], np.arange(len(chosen)))
-    return log, catalogue
+    titles = [item["title"] for item in items]
+    catalogue = pd.DataFrame({"title": titles, "image": map(str, cover_paths)}, index=item_ids)
+    return InteractionLog.from_ids(user, item_ids[chosen], np.arange(len(chosen))), catalogue
 
 
-def rule_scores(lines, items, users):
+def rule_scores(lines: Sequence[Row], drawn: World) -> dict[str, list[Row]]:
     """dict rule -> lines of scores.jsonl for the test users. lines: of users.jsonl."""
-    rows = {rule: [] for rule in RULES}
+    items, _, users = drawn
+    rows: dict[str, list[Row]] = {rule: [] for rule in RULES}
     for line in users_of_split(lines, "test"):
         history = [items[int(item_id[1:])] for item_id in line["history"]]
         listed = candidates(line)
@@ -102,60 +105,54 @@ def rule_scores(lines, items, users):
     return rows
 
 
-def most_frequent(history):
+def most_frequent(history: Sequence[world.Item]) -> world.Values:
     """dict attribute -> its most frequent value in the history."""
-    values = {}
-    for attribute in world.ATTRIBUTES:
-        counts = {v: sum(item[attribute] == v for item in history) for v in world.VALUES[attribute]}
-        values[attribute] = max(counts, key=counts.get)
-    return values
+    counts = {
+        attribute: {v: sum(item[attribute] == v for item in history) for v in values}
+        for attribute, values in world.VALUES.items()
+    }
+    return {attribute: max(count, key=lambda v: count[v]) for attribute, count in counts.items()}
 
 
-def write_rules(items, users, options):
+def write_rules(drawn: World, options: Options) -> None:
     """Write the rules' scores and print their metrics beside popularity's."""
     lines = read_users(Path(options.data_dir) / "users.jsonl")
-    rules = rule_scores(lines, items, users)
+    rules = rule_scores(lines, drawn)
     for rule, path in rule_outputs(options).items():
         write_rows(path, rules[rule])
     print(f"\n{'rule':12} AUC   HR@5  (test users; what can be known without a model)")
     for rule, rows in {**rules, "popularity": popularity_scores(lines)}.items():
-        metrics = evaluate(rows, resamples=1)
+        metrics: Any = evaluate(rows, resamples=1)
         print(f"{rule:12} {metrics['auc']:.3f} {metrics['hr@5']:.3f}")
 
 
-def rule_outputs(options):
+def rule_outputs(options: Options) -> dict[str, Path]:
     """dict rule -> its scores.jsonl."""
     folder = Path(options.output_dir) / "bounds"
     return {rule: folder / rule / "scores.jsonl" for rule in RULES}
 
 
-def check_options(options):
-    """Raise InputError for lengths of histories that no user can have."""
+def main(argv: Sequence[str] | None = None) -> None:
+    options = parse_options(Options, SECTION, argv, __doc__)
     if not options.min_length <= options.max_length <= options.n_items:
         raise InputError(
             "--min_length, --max_length and --n_items must rise in this order, since no item "
             f"repeats, not {options.min_length}, {options.max_length}, {options.n_items}"
         )
-
-
-def main(argv=None):
-    options = parse_options(Options, SECTION, argv, __doc__)
-    check_options(options)
     print_options(options, "stage 1, data: the bundled sample")
-    covers_dir = Path(options.data_dir) / "covers"
-    cover_paths = [covers_dir / f"i{number:03d}.png" for number in range(options.n_items)]
+    folder = Path(options.data_dir) / "covers"
+    cover_paths = [folder / f"i{number:03d}.png" for number in range(options.n_items)]
     job = Job.of(options, {}, limit=options.limit)
     outputs = [*data_outputs(options), *rule_outputs(options).values(), *cover_paths]
-    with writing(job, outputs) as output:
+    with WholeOutput(job, outputs) as output:
         if output.is_needed:
-            items, covers, users = build_world(options)
-            covers_dir.mkdir(parents=True, exist_ok=True)
-            for cover, path in zip(covers, cover_paths, strict=True):
+            drawn = build_world(options)
+            for cover, path in zip(drawn[1], cover_paths, strict=True):
                 with atomic_file(path) as file:
                     cover.save(file, "PNG")
-            data = prepare(*as_log(items, users, covers_dir), options)
-            _, counts = write_data_set(data, [], options)
-            write_rules(items, users, options)
+            data = prepare(*as_log(drawn, cover_paths), options)
+            counts = write_data_set(data, [], options)
+            write_rules(drawn, options)
             output.finish(counts)
     print(f"next: bash scripts/02_image_summary.sh {options.config}")
 

@@ -1,5 +1,4 @@
-"""The library behind the stage scripts: reading and writing files, models, generation, ranking,
-evaluation.
+"""The library behind the stage scripts: files, models, generation, ranking, evaluation.
 
 It imports none of the stage folders (`data_processing`, `Inference`, `MLLM-MSR`), so a second
 system can use it in the same way.

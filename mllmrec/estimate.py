@@ -20,12 +20,12 @@ from mllmrec.data.images import size_or_none
 from mllmrec.generation.preferences import PreferenceOptions
 from mllmrec.models.chat import ChatProcessor
 from mllmrec.models.loading import load_processor, read_config
-from mllmrec.models.options import ModelOptions
+from mllmrec.models.model_options import ModelOptions
 from mllmrec.models.size import WEIGHT_BYTES, ModelSize, model_size
 from mllmrec.prompts.mllm_msr import BLOCK_LINE, IMAGE, PREFERENCE_NEXT
 from mllmrec.prompts.templates import user_turn
-from mllmrec.ranking.options import FineTuningOptions
 from mllmrec.ranking.rows import question_text
+from mllmrec.ranking.training_options import FineTuningOptions
 from mllmrec.stage.jsonl import read_by_id, read_rows
 from mllmrec.stage.options import load_config
 from mllmrec.stage.output import duration

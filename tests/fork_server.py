@@ -6,7 +6,6 @@ together; a line of its stdout is their exit codes and processor times.
 """
 
 import atexit
-import functools
 import gc
 import importlib
 import json
@@ -15,8 +14,6 @@ import runpy
 import signal
 import subprocess
 import sys
-import time
-from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,7 +24,6 @@ HEAVY = (*LIGHT, "torch", "transformers", "peft", "accelerate", "datasets", "tra
 HEAVY += ("transformers.models.llava_next.modeling_llava_next",)
 HEAVY += ("transformers.models.llama.modeling_llama",)
 LIMIT = 300  # seconds until a script is killed
-CALLS = ("replace", "rename", "unlink", "remove", "rmdir")  # of os: what changes names in a folder
 
 
 class ForkServer:
@@ -45,27 +41,22 @@ class ForkServer:
         )
         self.import_seconds = float(self.process.stdout.readline())  # of processor time
 
-    def run(self, *words, kill_after=0, fault=None, **environment):
+    def run(self, *words, kill_after=0, **environment):
         """One script; words: its path and command line, from the root of the repository.
 
-        kill_after: kill -9 in the middle of a row, after so many rows; fault: further keys of the
-        job. Returns returncode (negative: of a signal), stdout, stderr, modules (names of all that
-        were imported), calls (see `signal_at`) and seconds of processor time.
+        kill_after: kill -9 in the middle of a row, after so many rows. Returns returncode
+        (negative: of a signal), stdout, stderr, modules (names of all that were imported) and
+        seconds of processor time.
         """
         job = {"words": words, "environment": environment, "kill_after": kill_after}
-        return self.run_together({**job, **(fault or {})})[0]
+        return self.run_together(job)[0]
 
     def run_together(self, *jobs):
-        """Several scripts at the same time; jobs: dicts of words, environment and kill_after.
-
-        Optional keys: send: [seconds, signal], sent from outside; kill_within: a folder, whose
-        calls are counted, and kill_at: number of the call before which the process is killed;
-        signal: instead of SIGKILL, for kill_at and kill_after.
-        """
+        """Several scripts at the same time; jobs: dicts of words, environment and kill_after."""
         files = []
         for _ in jobs:
             self.n_jobs += 1
-            names = ("stdout", "stderr", "modules", "calls")
+            names = ("stdout", "stderr", "modules")
             files.append({name: str(self.folder / f"{self.n_jobs}.{name}") for name in names})
         line = json.dumps([{**job, **names} for job, names in zip(jobs, files, strict=True)])
         self.process.stdin.write(line + "\n")
@@ -94,28 +85,10 @@ def serve(modules):
             pids.append(os.fork())
             if pids[-1] == 0:
                 run_job(job)
-        send_signals(
-            {pid: job["send"] for pid, job in zip(pids, jobs, strict=True) if job.get("send")}
-        )
         ended = [os.wait4(pid, 0) for pid in pids]
         codes = [os.waitstatus_to_exitcode(status) for _, status, _ in ended]
         seconds = [usage.ru_utime + usage.ru_stime for _, _, usage in ended]
         print(json.dumps(list(zip(codes, seconds, strict=True))), flush=True)
-
-
-def send_signals(signals):
-    """Send each process its [seconds, signal], if it still runs then."""
-    started = time.monotonic()
-    for pid, (seconds, number) in sorted(signals.items(), key=lambda pair: pair[1]):
-        while time.monotonic() < started + seconds and not has_ended(pid):
-            time.sleep(0.002)
-        if not has_ended(pid):
-            with suppress(ProcessLookupError):
-                os.kill(pid, number)
-
-
-def has_ended(pid):
-    return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
 def run_job(job):
@@ -128,61 +101,27 @@ def run_job(job):
     sys.argv = job["words"]
     sys.path[0] = str(Path(sys.argv[0]).parent.absolute())
     atexit.register(lambda: Path(job["modules"]).write_text(" ".join(sys.modules)))
-    number = job.get("signal", signal.SIGKILL)
-    if number == signal.SIGINT:  # a shell lets processes in the background ignore it
-        signal.signal(number, signal.default_int_handler)
-    if job.get("kill_within"):
-        count = signal_at(job.get("kill_at", 0), job["kill_within"], number)
-        atexit.register(lambda: Path(job["calls"]).write_text(str(count())))
     if job["kill_after"]:
-        kill_after(job["kill_after"], number)
+        kill_after(job["kill_after"])
     runpy.run_path(sys.argv[0], run_name="__main__")
     sys.exit()
 
 
-def signal_at(number, folder, signal_number=signal.SIGKILL, calls=CALLS):
-    """Make this process get a signal right before its `number`-th call, 0: never, of `calls`.
+def kill_after(n_rows):
+    """Make this process kill itself after `n_rows` rows, in the middle of the next one."""
+    from mllmrec.stage.output import RowOutput
 
-    Counted are calls on paths in `folder`, and those relative to an open folder, as rmtree makes
-    them. Returns a function that returns the number of calls so far.
-    """
-    count, inside = 0, os.path.abspath(folder)
-
-    def counted(call):
-        @functools.wraps(call)
-        def count_and_call(*paths, **options):
-            nonlocal count
-            names = [os.path.abspath(p) for p in paths if isinstance(p, str | os.PathLike)]
-            is_relative = options.get("dir_fd") is not None
-            if is_relative or any(name.startswith(inside) for name in names):
-                count += 1
-                if count == number:
-                    os.kill(os.getpid(), signal_number)
-            return call(*paths, **options)
-
-        return count_and_call
-
-    for name in calls:
-        setattr(os, name, counted(getattr(os, name)))
-    return lambda: count
-
-
-def kill_after(n_rows, number=signal.SIGKILL):
-    """Make the stage send itself a signal after `n_rows` rows, in the middle of the next one."""
-    from mllmrec.stage.output import ResumableOutput
-
-    write_row, left = ResumableOutput.write, n_rows
+    write_row, left = RowOutput.write, n_rows
 
     def write(self, row):
         nonlocal left
         write_row(self, row)
         left -= 1
         if left == 0:
-            self._rows.write(b'{"half a li')
-            self._rows.flush()
-            os.kill(os.getpid(), number)
+            os.write(self._rows.fileno(), b'{"half a li')  # what is in a buffer is lost
+            os.kill(os.getpid(), signal.SIGKILL)
 
-    ResumableOutput.write = write
+    RowOutput.write = write
 
 
 if __name__ == "__main__":

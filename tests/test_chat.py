@@ -17,8 +17,9 @@ from mllmrec.models.chat import ChatProcessor, shorten_to_fit
 from mllmrec.prompts import mllm_msr as prompts
 from mllmrec.prompts.templates import assistant_turn, cut, plain_text, user_turn
 from mllmrec.ranking.answers import YES_NO, answer_tokens
+from mllmrec.ranking.questions import Candidate, QuestionFormat, candidate_row
 from mllmrec.ranking.reader import RowReader
-from mllmrec.ranking.rows import Candidate, QuestionFormat, candidate_row, question_text
+from mllmrec.ranking.rows import question_text
 from mllmrec.stage.errors import InputError
 
 

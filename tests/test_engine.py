@@ -7,24 +7,20 @@ import pytest
 import torch
 from conftest import TINY
 from PIL import Image
+from random_models import random_llama, random_llava, random_qwen3, random_qwen_vl
 
 from mllmrec.data import sample_world as world
 from mllmrec.generation import engine as engine_module
 from mllmrec.generation import sampling
 from mllmrec.generation.dialogues import Prompt, RejectedError
-from mllmrec.generation.engine import (
-    GenerationEngine,
-    GenerationOptions,
-    read_ahead,
-    run_dialogues,
-)
+from mllmrec.generation.engine import GenerationEngine, read_ahead, run_dialogues
 from mllmrec.generation.preferences import HistoryItem, UserHistory
 from mllmrec.generation.prompt_writer import EncodedImage, ImagePrompts, PromptWriter
 from mllmrec.models import compat
 from mllmrec.models.chat import ChatProcessor
 from mllmrec.models.compat import packed_linears
 from mllmrec.models.loading import load_multimodal, load_text
-from mllmrec.models.random_models import random_llama, random_llava, random_qwen3, random_qwen_vl
+from mllmrec.models.model_options import GenerationStageOptions
 from mllmrec.prompts import mllm_msr as prompts
 from mllmrec.prompts.templates import fill, user_turn
 from mllmrec.stage.errors import InputError
@@ -89,7 +85,9 @@ def simulated_histories(n, seed=3):
 
 
 def new_engine(model, chat, max_new_tokens=40, chunk_tokens=None, **options):
-    engine = GenerationEngine(model, chat, GenerationOptions(max_new_tokens, **options))
+    engine = GenerationEngine(
+        model, chat, GenerationStageOptions(max_new_tokens=max_new_tokens, **options)
+    )
     engine.chunk_tokens = chunk_tokens or engine.chunk_tokens
     return engine
 
@@ -414,7 +412,7 @@ def test_a_rejected_dialogue_has_its_reason_and_the_others_continue(llama):
 
 def test_a_long_prompt_is_shortened_by_its_summaries_and_counted(llama):
     _, chat = llama
-    writer = PromptWriter(chat, limit=120, domain="video")
+    writer = PromptWriter(chat, max_prompt_tokens=120, domain="video")
     summary = "A red star on a plain ground. " * 20
     block = [HistoryItem(str(n), "music: quiet garden", summary) for n in range(3)]
     prompt = writer.history_prompt(prompts.PREFERENCE_FIRST, block)

@@ -6,11 +6,12 @@ import re
 import pytest
 import torch
 from conftest import ROOT, TINY, call
+from random_models import llama_config, llava_config
 
 from mllmrec.estimate import bytes_beside_weights, main, stage_options
-from mllmrec.models.loading import load_multimodal, load_text, read_config
+from mllmrec.models.loading import load_multimodal, load_processor, load_text, read_config
 from mllmrec.models.lora import add_lora
-from mllmrec.models.options import LoraOptions, ModelOptions
+from mllmrec.models.model_options import LoraOptions, ModelOptions
 from mllmrec.models.size import model_size
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.options import load_config
@@ -103,8 +104,13 @@ def test_quantised_weights_take_what_bitsandbytes_takes(quantization):
 
 def test_full_size_takes_what_a_gpu_was_seen_to_take():
     """Peaks of one H200 with random weights, docs/benchmarks.md ("Full size"): within 15%."""
-    sizes = load_script("scripts/rehearsal/checkpoints.py").CONFIGS
-    llava, llama = model_size(sizes["llava"]("full")), model_size(sizes["llama3"]("full"))
+    processor, tokenizer = (
+        load_processor(str(TINY / name), ModelOptions("")) for name in ("llava", "llama")
+    )
+    llava, llama = (
+        model_size(llava_config("7b", processor)),
+        model_size(llama_config("8b", tokenizer)),
+    )
     measured = json.loads((ROOT / "results/benchmarks/h200_train.json").read_text())
     assert llava.parameters == pytest.approx(measured["parameters"], rel=0.01)
     assert llama.parameters == 8_030_261_248

@@ -10,9 +10,9 @@ from test_scoring import data  # noqa: F401  (fixture)
 from mllmrec.models.chat import ChatProcessor
 from mllmrec.models.loading import load_multimodal
 from mllmrec.models.lora import add_lora
-from mllmrec.models.options import LoraOptions
+from mllmrec.models.model_options import LoraOptions
 from mllmrec.prompts.templates import assistant_turn
-from mllmrec.ranking.collator import Collator
+from mllmrec.ranking.batches import Collator
 from mllmrec.ranking.reader import RowReader
 from mllmrec.ranking.rows import YES_NO_ANSWERS, question_text
 from mllmrec.stage.jsonl import read_rows, write_rows

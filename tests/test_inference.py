@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from conftest import ROOT, TINY, saved, unusual_images
 from PIL import Image
+from random_models import random_llava, random_qwen3, random_qwen_vl
 
-from mllmrec.models.options import ModelOptions
-from mllmrec.models.random_models import random_llava, random_qwen3, random_qwen_vl
+from mllmrec.models.model_options import ModelOptions
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import read_rows, write_rows
 from mllmrec.stage.output import duration

@@ -5,8 +5,8 @@ import json
 
 import pytest
 import yaml
-
 from mllmrec.data.amazon_2014 import parse_page
+
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import read_rows
 from mllmrec.stage.scripts import load_script

@@ -15,17 +15,20 @@ from conftest import TINY
 from safetensors.numpy import load_file, save_file
 
 from mllmrec.generation.dialogues import Prompt
-from mllmrec.generation.engine import GenerationEngine, GenerationOptions, run_dialogues
+from mllmrec.generation.engine import GenerationEngine, run_dialogues
+from mllmrec.models.adapters import adapter_base, check_adapter, load_adapter
 from mllmrec.models.chat import ChatProcessor
 from mllmrec.models.loading import load_multimodal, load_text
-from mllmrec.models.lora import adapter_base, check_adapter, load_adapter
+from mllmrec.models.model_options import GenerationStageOptions
 from mllmrec.prompts.templates import user_turn
-from mllmrec.ranking import fine_tuning
 from mllmrec.ranking.reader import RowReader
 from mllmrec.ranking.scoring import score_rows
+from mllmrec.ranking.trainer import load_with_lora, save_adapter
+from mllmrec.ranking.training_options import FineTuningOptions
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import read_rows
-from mllmrec.stage.scripts import load_script
+from mllmrec.stage.output import WholeOutput
+from mllmrec.stage.record import Job
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 TRAIN = "MLLM-MSR/train/train_llava_sft.py"
@@ -188,7 +191,7 @@ def broken_head():
 
 def test_generation_stops_at_logits_that_are_not_finite(broken_head):
     model, chat = broken_head
-    engine = GenerationEngine(model, chat, GenerationOptions(max_new_tokens=3))
+    engine = GenerationEngine(model, chat, GenerationStageOptions(max_new_tokens=3))
 
     def dialogue():
         text = chat.render([user_turn("A question.")])
@@ -219,16 +222,15 @@ def test_a_training_that_diverges_stops_and_writes_no_adapter(small_run, tmp_pat
     assert not (tmp_path / "mllm_msr" / "adapter").exists()
 
 
-def test_the_training_script_checks_the_adapter_before_it_is_saved(small_run, monkeypatch):
-    stage = load_script(TRAIN)
-    model, _ = fine_tuning.load_model(
-        stage.Options(model=str(TINY / "llama"), lora_layers=["q_proj"])
-    )
+def test_an_adapter_is_checked_before_it_is_saved(tmp_path):
+    options = FineTuningOptions(model=str(TINY / "llama"), lora_layers=["q_proj"])
+    model, _ = load_with_lora(options)
     with torch.no_grad():
         next(p for p in model.parameters() if p.requires_grad)[0, 0] = torch.inf
     trainer = type("T", (), {"is_fsdp_enabled": False, "model": model})()
     trainer.is_world_process_zero = lambda: True
     trainer.state = None
-    job = type("J", (), {"options": stage.Options()})()
+    output = WholeOutput(Job.of(options, {}), [tmp_path / "adapter"])
     with pytest.raises(InputError, match="of the trained adapter are not all finite"):
-        fine_tuning.save_adapter(trainer, None, {}, job, 0.0)
+        save_adapter(trainer, None, output, {}, {})
+    assert not output.path.exists()

@@ -1,140 +1,68 @@
-"""The output of a long stage: neither interruptions nor the number of processes change a byte."""
+"""Outputs of a stage and their records: shared, resumed, refused or up to date.
+
+Kills and other faults are in test_kills.py.
+"""
 
 import json
-import os
-import signal
-import subprocess
-import sys
 
 import pytest
-from pydantic.dataclasses import dataclass
+from toy_jobs import (
+    IDS,
+    append_rows,
+    open_files,
+    open_rows,
+    open_training,
+    toy_job,
+    train_adapter,
+    write_files,
+)
 
 from mllmrec.stage import record
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import read_rows
-from mllmrec.stage.options import CommonOptions
-from mllmrec.stage.output import ResumableOutput
-from mllmrec.stage.record import Job, file_digests, read_record
+from mllmrec.stage.output import RowOutput
+from mllmrec.stage.record import file_digests, read_record, read_state
 
-IDS = [f"i{n}" for n in range(10)]
-
-
-@dataclass
-class Options(CommonOptions):
-    tone: str = "low"
+OPEN = {"files": open_files, "rows": open_rows, "training": open_training}
+FINISH = {"files": write_files, "rows": append_rows, "training": train_adapter}
+NAMES = {"files": "one.jsonl", "rows": "x.jsonl", "training": "adapter"}
 
 
-def open_output(tmp_path, ids=IDS, inputs=None, retry_rejected=False, **options):
-    job = Job.of(Options(config="none", **options), inputs or {})
-    return ResumableOutput(tmp_path / "x.jsonl", "item_id", ids, job, retry_rejected)
+@pytest.fixture
+def interrupted(tmp_path):
+    """A folder with the rows i0, i1, i3 and a rejected one."""
+    with pytest.raises(RuntimeError):
+        append_rows(tmp_path, stop_after=4)
+    return tmp_path
 
 
-def work(output, stop_after=None, bad=()):
-    """Write a row per id; return the ids that were processed. Crash after `stop_after` rows."""
-    done = []
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_smaller_pilot_afterwards_removes_nothing(tmp_path):
+    assert append_rows(tmp_path, limit=3) == IDS[:3]
+    assert len(read_rows(tmp_path / "x.jsonl")) == 2
+    assert append_rows(tmp_path) == IDS[3:]
+    before = contents(tmp_path)
+    assert append_rows(tmp_path, limit=3) == []
+    assert contents(tmp_path) == before
+
+
+def test_the_record_says_what_was_done(tmp_path):
+    output = RowOutput(tmp_path / "x.jsonl", "item_id", IDS, toy_job({"items.jsonl": "abc"}))
     with output:
-        for item_id in output.todo:
-            if stop_after is not None and len(done) == stop_after:
-                raise RuntimeError("crash")
-            if item_id in bad:
-                output.reject(item_id, "bad")
-            else:
-                output.write({"item_id": item_id, "summary": f"of {item_id}"})
-            done.append(item_id)
-    return done
-
-
-def undisturbed(tmp_path):
-    folder = tmp_path / "undisturbed"
-    folder.mkdir()
-    work(open_output(folder))
-    return (folder / "x.jsonl").read_bytes()
-
-
-def test_a_crash_loses_nothing_and_repeats_nothing(tmp_path):
-    with pytest.raises(RuntimeError):
-        work(open_output(tmp_path), stop_after=4)
-    assert not (tmp_path / "x.jsonl").exists(), "no incomplete file under the final name"
-    assert not open_output(tmp_path).is_up_to_date()
-    assert work(open_output(tmp_path)) == IDS[4:]
-    assert (tmp_path / "x.jsonl").read_bytes() == undisturbed(tmp_path)
-    assert open_output(tmp_path).is_up_to_date()
-    assert not (tmp_path / "x.jsonl.parts").exists()
-
-
-def test_a_truncated_last_line_is_dropped_and_computed_again(tmp_path):
-    with pytest.raises(RuntimeError):
-        work(open_output(tmp_path), stop_after=4)
-    part = tmp_path / "x.jsonl.parts" / "rank-0.jsonl"
-    part.write_bytes(part.read_bytes()[:-7])
-    assert work(open_output(tmp_path)) == IDS[3:]
-    assert (tmp_path / "x.jsonl").read_bytes() == undisturbed(tmp_path)
-
-
-def test_processes_share_the_work_and_the_bytes(tmp_path, monkeypatch):
-    expected, worked = undisturbed(tmp_path), []
-    for rank in ("1", "0", "2"):
-        monkeypatch.setenv("RANK", rank)
-        monkeypatch.setenv("WORLD_SIZE", "3")
-        worked += work(open_output(tmp_path))
-    assert sorted(worked) == IDS
-    assert (tmp_path / "x.jsonl").read_bytes() == expected
-
-
-def test_another_number_of_processes_resumes(tmp_path, monkeypatch):
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    first = work(open_output(tmp_path))
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    assert sorted(first + work(open_output(tmp_path))) == IDS
-    assert (tmp_path / "x.jsonl").read_bytes() == undisturbed(tmp_path)
-
-
-def test_a_pilot_is_kept_by_the_full_run(tmp_path):
-    assert work(open_output(tmp_path, limit=3)) == IDS[:3]
-    assert len(read_rows(tmp_path / "x.jsonl")) == 3
-    assert work(open_output(tmp_path)) == IDS[3:]
-    assert (tmp_path / "x.jsonl").read_bytes() == undisturbed(tmp_path)
-    smaller = open_output(tmp_path, limit=3)
-    assert smaller.is_up_to_date(), "a smaller pilot afterwards removes nothing"
-
-
-def test_rejected_rows_are_kept_with_their_reason_and_can_be_retried(tmp_path):
-    work(open_output(tmp_path), bad=("i2",))
-    assert read_rows(tmp_path / "x.rejected.jsonl") == [{"item_id": "i2", "reason": "bad"}]
-    assert read_record(tmp_path / "x.jsonl")["rows"]["rejected"] == 1
-    assert open_output(tmp_path).is_up_to_date()
-    assert work(open_output(tmp_path, retry_rejected=True)) == ["i2"]
-    assert (tmp_path / "x.jsonl").read_bytes() == undisturbed(tmp_path)
-    assert not (tmp_path / "x.rejected.jsonl").exists()
-
-
-@pytest.mark.parametrize("crash", [True, False])
-def test_other_settings_or_inputs_are_an_error_unless_overwritten(tmp_path, crash):
-    if crash:
-        with pytest.raises(RuntimeError):
-            work(open_output(tmp_path), stop_after=4)
-    else:
-        work(open_output(tmp_path))
-    message = r"other settings \(tone was low, is high\).*--overwrite true"
-    with pytest.raises(InputError, match=message):
-        open_output(tmp_path, tone="high")
-    with pytest.raises(InputError, match=r"other inputs \(items.jsonl was None, is abc\)"):
-        open_output(tmp_path, inputs={"items.jsonl": "abc"})
-    assert work(open_output(tmp_path, tone="high", overwrite=True)) == IDS
-    assert read_record(tmp_path / "x.jsonl")["settings"]["tone"] == "high"
-
-
-def test_two_processes_of_one_rank_do_not_write_together(tmp_path):
-    with open_output(tmp_path), pytest.raises(InputError, match="being written by another process"):
-        work(open_output(tmp_path))
-
-
-def test_an_output_without_a_record_is_an_error(tmp_path):
-    (tmp_path / "x.jsonl").write_text('{"item_id": "i0"}\n')
-    with pytest.raises(InputError, match="no run record"):
-        open_output(tmp_path)
+        for item_id in IDS[1:]:
+            output.write({"item_id": item_id})
+        output.reject("i0", "bad")
+    with pytest.raises(InputError, match=r"other inputs \(items.jsonl was abc, is None\); choose"):
+        open_rows(tmp_path)
+    written = read_record(tmp_path / "x.jsonl")
+    assert written["arguments"]["tone"] == "low"
+    assert written["inputs"] == {"items.jsonl": "abc"}
+    assert written["rows"] == {"asked": 12, "out": 11, "rejected": 1, "written_by_this_run": 11}
+    assert {"git_commit", "packages", "device", "seconds", "python"} <= written.keys()
+    assert read_rows(tmp_path / "x.rejected.jsonl") == [{"item_id": "i0", "reason": "bad"}]
 
 
 def test_generation_is_stopped_when_a_row_cannot_be_written(tmp_path, monkeypatch):
@@ -142,68 +70,163 @@ def test_generation_is_stopped_when_a_row_cannot_be_written(tmp_path, monkeypatc
 
     def results():
         try:
-            yield from ((item, {"item_id": item}, None) for item in "ab")
+            yield from ((item_id, {"item_id": item_id}, None) for item_id in IDS)
         finally:
             stopped.append(True)
 
     def full(self, row):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(ResumableOutput, "write", full)
+    monkeypatch.setattr(RowOutput, "write", full)
     with pytest.raises(OSError, match="No space left") as caught:
-        open_output(tmp_path, ["a", "b"]).write_results(results(), "rows", "row")
+        open_rows(tmp_path).write_results(results(), "rows", "row")
     assert stopped, "while the error is still being raised"
     assert caught
 
 
-KILLED = """
-import sys, time
-from pathlib import Path
-sys.path.insert(0, sys.argv[2])
-from test_output import open_output
-output = open_output(Path(sys.argv[1]))
-with output:
-    for n, item_id in enumerate(output.todo):
-        output.write({"item_id": item_id, "summary": f"of {item_id}"})
-        print(n, flush=True)
-        time.sleep(0.02)
-"""
+def test_an_id_that_is_there_twice_is_an_error(tmp_path):
+    with pytest.raises(InputError, match="would hold an id twice; the input names one id in two"):
+        RowOutput(tmp_path / "x.jsonl", "item_id", ["a", "b", "a"], toy_job())
 
 
-def test_kill_9_loses_no_finished_row(tmp_path):
-    process = subprocess.Popen(
-        [sys.executable, "-c", KILLED, str(tmp_path), os.path.dirname(__file__)],
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    for line in process.stdout:
-        if line.strip() == "4":
-            process.send_signal(signal.SIGKILL)
-            break
-    process.wait()
-    output = open_output(tmp_path)
-    assert output.todo[0] in IDS[5:7], "the five rows that were reported are done"
-    work(output)
-    assert (tmp_path / "x.jsonl").read_bytes() == undisturbed(tmp_path)
+# Another job
 
 
-def test_the_record_says_what_was_done(tmp_path):
-    work(open_output(tmp_path, inputs={"items.jsonl": "abc"}))
+@pytest.mark.parametrize("stop_after", [2, None])
+@pytest.mark.parametrize("kind", ["rows", "training"])
+def test_another_job_is_refused_and_with_overwrite_deletes_when_it_begins(
+    tmp_path, kind, stop_after
+):
+    finish, opened, name = FINISH[kind], OPEN[kind], NAMES[kind]
+    try:
+        finish(tmp_path, stop_after=stop_after)
+    except RuntimeError:
+        assert stop_after
+    message = rf"{name} was made with other settings \(tone was low, is high\); choose another "
+    with pytest.raises(InputError, match=f"{message}--output_dir, or delete it with --overwrite"):
+        finish(tmp_path, tone="high")
+    before = contents(tmp_path)
+    overwriting = opened(tmp_path, tone="high", overwrite=True)
+    assert contents(tmp_path) == before, "while a model is loaded, which may fail, nothing goes"
+    with overwriting:
+        if kind == "training":
+            assert contents(tmp_path) == before
+            overwriting.begin()
+        left = {path.name for path in contents(tmp_path) if path.suffix != ".lock"}
+        assert left <= {"state.json", "rank-0.jsonl", "rejected-0.jsonl"}
+        assert not (tmp_path / name).exists()
+    finish(tmp_path, tone="high", overwrite=True)
+    assert read_record(tmp_path / name)["settings"]["tone"] == "high"
+
+
+def test_files_are_written_again_for_another_job_or_when_one_is_missing(tmp_path):
+    write_files(tmp_path)
+    before = contents(tmp_path)
+    write_files(tmp_path)
+    assert contents(tmp_path) == before
+    (tmp_path / "two.jsonl").unlink()
+    write_files(tmp_path)
+    assert contents(tmp_path).keys() == before.keys()
+    with open_files(tmp_path, tone="high") as output:
+        assert output.is_needed
+        assert read_record(output.path) is None, "it goes before the files are touched"
+
+
+def test_a_training_that_another_number_of_processes_began_is_refused(tmp_path, monkeypatch):
+    with open_training(tmp_path) as output:
+        output.begin()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match=r"other settings \(processes was 1, is 2\)"):
+        train_adapter(tmp_path)
+    with pytest.raises(InputError, match=r"--overwrite cannot be used with several processes; del"):
+        train_adapter(tmp_path, overwrite=True)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("kind", OPEN)
+def test_a_second_process_does_not_write_the_same_output(tmp_path, kind, overwrite):
+    message = f"{NAMES[kind]} is being written by another process; wait for it or stop it"
+    with OPEN[kind](tmp_path), pytest.raises(InputError, match=message):
+        FINISH[kind](tmp_path, overwrite=overwrite)
+
+
+# Damaged files and records
+
+
+@pytest.mark.parametrize("kind", FINISH)
+def test_a_changed_file_or_a_missing_record_is_refused(tmp_path, kind):
+    FINISH[kind](tmp_path)
+    path = tmp_path / NAMES[kind]
+    path = path / "weights.json" if path.is_dir() else path
+    content = path.read_bytes()
+    path.write_bytes(content + b"\n")
+    message = r" was changed after it was written: .*run.json describes another file; restore it, "
+    with pytest.raises(InputError, match=f"{path.name}{message}choose another --output_dir"):
+        FINISH[kind](tmp_path)
+    path.write_bytes(content)
+    for record_or_state in (*tmp_path.rglob("*run.json"), *tmp_path.glob("*/state.json")):
+        record_or_state.unlink()
+    if kind == "files":  # written again
+        FINISH[kind](tmp_path)
+        return
+    with pytest.raises(InputError, match=r"has no run record \(.*run.json\), so .*; move it away"):
+        FINISH[kind](tmp_path)
+
+
+NO_RECORD = [b"", b"[]", b"<html>", b"\xff\xfe", b'{"settings": {}', b'{"settings": 5}']
+
+
+@pytest.mark.parametrize("content", NO_RECORD)
+def test_a_damaged_record_is_one_sentence(tmp_path, content):
+    append_rows(tmp_path)
+    (tmp_path / "x.run.json").write_bytes(content)
+    message = r"x.run.json is no run record of this version \(.*\); delete it together with .*jsonl"
+    with pytest.raises(InputError, match=message):
+        append_rows(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("settings", None), ("inputs", 5), ("outputs", []), ("rows", {"out": "a"})]
+)
+def test_a_record_of_another_version_is_one_sentence(tmp_path, key, value):
+    append_rows(tmp_path)
     written = read_record(tmp_path / "x.jsonl")
-    assert written["arguments"]["tone"] == "low"
-    assert written["inputs"] == {"items.jsonl": "abc"}
-    assert written["rows"] == {"asked": 10, "out": 10, "rejected": 0, "written_by_this_run": 10}
-    for key in ("git_commit", "packages", "device", "seconds", "python"):
-        assert key in written
-    json.dumps(written)
+    for changed in ({**written, key: value}, {k: v for k, v in written.items() if k != key}):
+        (tmp_path / "x.run.json").write_text(json.dumps(changed))
+        with pytest.raises(InputError, match=rf"no run record of this version \(.*{key}"):
+            append_rows(tmp_path)
+
+
+@pytest.mark.parametrize("content", NO_RECORD)
+def test_a_damaged_state_is_one_sentence(interrupted, content):
+    state = interrupted / "x.jsonl.parts" / "state.json"
+    state.write_bytes(content)
+    with pytest.raises(InputError, match=r"state.json is damaged .*; start again with --overwrite"):
+        append_rows(interrupted)
+    state.unlink()
+    with pytest.raises(InputError, match=r"has rows, but no state.json that says how they were ma"):
+        append_rows(interrupted)
+    assert append_rows(interrupted, overwrite=True) == IDS
+    assert read_state(state) is None
+
+
+@pytest.mark.parametrize("line", [b'{"item_id": ', b"[]", b"\xff", b'{"summary": "a"}', b""])
+def test_a_damaged_part_is_one_sentence(interrupted, line):
+    part = interrupted / "x.jsonl.parts" / "rank-0.jsonl"
+    lines = part.read_bytes().split(b"\n")
+    part.write_bytes(b"\n".join([*lines[:1], line, *lines[2:]]))
+    message = r"rank-0.jsonl, line 2: no row of this stage; remove the line, or start with --overwr"
+    with pytest.raises(InputError, match=message):
+        append_rows(interrupted)
 
 
 def test_very_large_files_of_one_size_have_different_digests(tmp_path, monkeypatch):
     """Weights of two models of one shape; parts of them are read instead of all."""
-    (tmp_path / "one").write_bytes(bytes(4000))
-    whole = file_digests(tmp_path / "one")
+    path = tmp_path / "one"
+    path.write_bytes(bytes(4000))
+    whole = file_digests(path)
     monkeypatch.setattr(record, "HASH_LIMIT", 1000)
-    one = file_digests(tmp_path / "one")
-    assert one == file_digests(tmp_path / "one") != whole
-    (tmp_path / "one").write_bytes(bytes(3999) + b"1")
-    assert file_digests(tmp_path / "one") != one
+    one = file_digests(path)
+    assert one == file_digests(path) != whole
+    path.write_bytes(bytes(3999) + b"1")
+    assert file_digests(path) != one

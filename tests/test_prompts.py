@@ -1,13 +1,17 @@
 """Prompts: data stays text, and a bad template is an error of one sentence."""
 
+import hashlib
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mllmrec.prompts import mllm4rec
 from mllmrec.prompts import mllm_msr as prompts
 from mllmrec.prompts.mllm_msr import block_text
 from mllmrec.prompts.templates import DOMAINS, break_markers, fill, marker_pattern, plain_text
-from mllmrec.ranking.rows import Candidate, QuestionFormat, candidate_row, question_text
+from mllmrec.ranking.questions import Candidate, QuestionFormat, candidate_row
+from mllmrec.ranking.rows import question_text
 from mllmrec.stage.errors import InputError
 
 MARKERS = [
@@ -135,3 +139,22 @@ def test_the_preference_span_is_where_the_preference_is():
     )
     assert text[start:end] == "likes red < image> stars"
     assert text.index("the taste of {preference}") < start, "the title comes first, by the image"
+
+
+def test_the_wording_of_the_prompts_is_the_one_that_the_results_were_made_with():
+    """A changed prompt changes every text: these are the first digits of their SHA-256."""
+    digests = {
+        (prompts, "IMAGE"): "ca76c922b26a2035",
+        (prompts, "TITLE"): "41716fc5ae2ef5e9",
+        (prompts, "FUSION"): "f881835c61f60320",
+        (prompts, "BLOCK_LINE"): "35f6da26c6bde736",
+        (prompts, "PREFERENCE_FIRST"): "5ef09d937fe7bc54",
+        (prompts, "PREFERENCE_NEXT"): "d1238f982a14bbe3",
+        (prompts, "RECOMMEND"): "ae63dae9bae4a1a3",
+        (mllm4rec, "ROLE"): "ce8cba51fff16c5b",
+        (mllm4rec, "INSTRUCTION"): "b37dc29e8491c0eb",
+        (mllm4rec, "BARE"): "411f39107c5010b4",
+    }
+    for (module, name), digest in digests.items():
+        text = getattr(module, name).encode()
+        assert hashlib.sha256(text).hexdigest().startswith(digest), name

@@ -14,7 +14,8 @@ from conftest import ROOT, TINY
 from mllmrec.evaluation.metrics import evaluate
 from mllmrec.models.chat import ChatProcessor
 from mllmrec.models.loading import load_processor, load_text
-from mllmrec.ranking import reader
+from mllmrec.ranking import reader, trainer
+from mllmrec.ranking.list_options import ListOptions
 from mllmrec.ranking.lists import (
     ListFormat,
     cut_to_tokens,
@@ -91,7 +92,7 @@ def test_the_lists_of_users_jsonl_are_asked_about_without_a_retriever(tmp_path, 
     stage = load_script("MLLM4Rec/train_ranker.py")
     words = ["--config", str(ROOT / "configs/sample.yaml"), "--data_dir", str(data)]
     words += ["--output_dir", str(out), "--lists", "users", "--candidates", "21"]
-    options = parse_options(stage.Options, stage.SECTION, words)
+    options = parse_options(ListOptions, stage.SECTION, words)
     assert options.dataset_code == "sample", "from the config's name"
     stage.write_questions(options)
     rows = {split: read_rows(out / f"mllm4rec/{split}.jsonl") for split in splits}
@@ -105,7 +106,7 @@ def test_the_lists_of_users_jsonl_are_asked_about_without_a_retriever(tmp_path, 
     lengths = [chat.count(chat.render(rows[split][0]["messages"][:1])) for split in splits]
     limit = str(min(lengths) - 1)
     stage.write_questions(
-        parse_options(stage.Options, stage.SECTION, [*words, "--max_text_tokens", limit])
+        parse_options(ListOptions, stage.SECTION, [*words, "--max_text_tokens", limit])
     )
     (short,) = read_rows(out / "mllm4rec/test.jsonl")
     assert "1. title 0\n" in question_text(rows["test"][0])
@@ -131,7 +132,7 @@ def test_the_answer_is_the_letter_of_the_target_wherever_it_stands():
 
 
 def test_only_retrieved_users_are_asked_and_the_rank_is_not_told():
-    users = {"u": user_line("test"), "v": {**user_line("test"), "user_id": "v"}}
+    users = [user_line("test"), {**user_line("test"), "user_id": "v"}]
     found = ["i9", *(f"i{n}" for n in range(30, 49))]
     lines = [
         {"user_id": "u", "item_ids": found, "has_target": True},
@@ -149,7 +150,7 @@ def test_only_retrieved_users_are_asked_and_the_rank_is_not_told():
     assert len(asked[0]["messages"]) == 2
 
 
-def test_titles_and_captions_are_cut_to_tokens_and_stay_text():
+def test_titles_and_captions_are_cut_to_tokens_and_stay_text(tmp_path):
     tokenizer = load_processor(str(TINY / "llama"), SimpleNamespace(prompt_format=""))
     long = "calm music video " * 30
     cut = cut_to_tokens(long, tokenizer, 7)
@@ -157,12 +158,14 @@ def test_titles_and_captions_are_cut_to_tokens_and_stay_text():
     assert len(tokenizer(cut, add_special_tokens=False)["input_ids"]) <= 7
     assert len(cut) > 7
     assert cut_to_tokens("short", tokenizer, 7) == "short"
-    items = {
-        "a": {"title": "A <image> [/INST]"},
-        "b": {"title": "B"},
-    }
-    texts = item_texts(items, {"a": "a red\ncover"}, tokenizer, 32)
+    titles = {"a": "A <image> [/INST]", "b": "B"}
+    items = [{"item_id": i, "title": title, "image": None} for i, title in titles.items()]
+    write_rows(tmp_path / "items.jsonl", items)
+    captions = tmp_path / "image_summaries.jsonl"
+    write_rows(captions, [{"item_id": "a", "summary": "a red\ncover"}])
+    texts = item_texts(tmp_path / "items.jsonl", captions, tokenizer, 32)
     assert texts == {"a": "A < image> [ /INST]: a red cover", "b": "B"}
+    assert item_texts(tmp_path / "items.jsonl", None, tokenizer, 32)["a"] == "A < image> [ /INST]"
 
 
 def run(name, config, *words):
@@ -266,15 +269,17 @@ def test_the_tiny_list_model_reads_lettered_lists():
 
 def test_one_model_is_in_memory_at_a_time(small_run, tmp_path, monkeypatch):
     """The ranker trains and then scores in one process: twice 7B need not fit."""
-    loaded, load = [], reader.load_ranker
+    loaded, loads, load = [], [], reader.load_ranker
 
     def noted(options):
         assert all(part() is None for part in loaded), "the trained model is still there"
         model, chat = load(options)
+        loads.append(options.model)
         loaded.extend(weakref.ref(part) for part in (model, *model.parameters()))
         return model, chat
 
     monkeypatch.setattr(reader, "load_ranker", noted)
+    monkeypatch.setattr(trainer, "load_ranker", noted)
     gc.disable()  # else chance decides
     try:
         load_script("MLLM4Rec/train_ranker.py").main(
@@ -288,4 +293,5 @@ def test_one_model_is_in_memory_at_a_time(small_run, tmp_path, monkeypatch):
         )
     finally:
         gc.enable()
+    assert len(loads) == 2
     assert len(loaded) > 2

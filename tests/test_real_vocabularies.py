@@ -4,7 +4,6 @@ The tiny models' tokenizers have a few hundred tokens; these have the published 
 here holds for the checkpoints that the configs name.
 """
 
-import os
 from collections import Counter
 
 import pytest
@@ -28,9 +27,9 @@ from mllmrec.models.chat import ChatProcessor
 from mllmrec.prompts import mllm_msr as prompts
 from mllmrec.prompts.templates import fill, user_turn
 from mllmrec.ranking.answers import LETTERS, YES_NO, answer_tokens
-from mllmrec.ranking.collator import Collator
+from mllmrec.ranking.batches import Collator
+from mllmrec.ranking.questions import Candidate, QuestionFormat, candidate_row
 from mllmrec.ranking.reader import RowReader
-from mllmrec.ranking.rows import Candidate, QuestionFormat, candidate_row
 
 # Titles as an attacker, or an unlucky catalogue, would have them.
 TITLES = [
@@ -59,21 +58,11 @@ PREFERENCE = "The user appears to have a preference for jazz."
 
 
 @pytest.fixture(scope="session")
-def folder(tmp_path_factory):
-    """A folder that all processes of this test run share, for the rebuilt tokenizers."""
-    base = tmp_path_factory.getbasetemp()
-    # A worker of pytest-xdist has a folder of its own within that of the run.
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "real_vocabularies"
-    folder.mkdir(exist_ok=True)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def chats(folder):
+def chats():
     """Vocabulary -> ChatProcessor."""
     return {
-        "mistral": ChatProcessor(llava_processor(folder)),
-        "llama3": ChatProcessor(llama3_tokenizer(folder)),
+        "mistral": ChatProcessor(llava_processor()),
+        "llama3": ChatProcessor(llama3_tokenizer()),
     }
 
 

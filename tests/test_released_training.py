@@ -12,11 +12,12 @@ from mllmrec.generation.engine import GenerationEngine
 from mllmrec.models.chat import ChatProcessor
 from mllmrec.models.loading import load_multimodal, load_text
 from mllmrec.models.lora import add_lora
-from mllmrec.ranking import fine_tuning
-from mllmrec.ranking.answers import AnswerSet, answer_tokens, yes_no
-from mllmrec.ranking.collator import Collator
+from mllmrec.ranking.answers import AnswerSet, answer_set, answer_tokens
+from mllmrec.ranking.batches import Collator
 from mllmrec.ranking.reader import RowReader
 from mllmrec.ranking.scoring import score_rows
+from mllmrec.ranking.trainer import training_arguments
+from mllmrec.ranking.training_options import FineTuningOptions, check_training_options
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import read_rows
 from mllmrec.stage.scripts import load_script
@@ -27,9 +28,8 @@ TRAIN, SCORE = "MLLM-MSR/train/train_llava_sft.py", "MLLM-MSR/test/test_with_lla
 
 def trainable(**options):
     """Modules with LoRA weights, of the tiny LLaVA."""
-    stage = load_script(TRAIN)
     model, _ = load_multimodal(str(TINY / "llava"))
-    adapted = add_lora(model, stage.Options(**options))
+    adapted = add_lora(model, FineTuningOptions(**options))
     names = [name for name, p in adapted.named_parameters() if p.requires_grad]
     return adapted, sorted({name.split(".lora_")[0] for name in names})
 
@@ -61,17 +61,16 @@ def test_gaussian_initialisation_of_lora():
 
 
 def test_the_optimiser_is_that_of_the_options(small_run):
-    stage = load_script(TRAIN)
     where = {"config": "c", "output_dir": str(small_run.folder), "dtype": "float32"}
-    plain = fine_tuning.training_arguments(stage.Options(**where), True)
+    plain = training_arguments(FineTuningOptions(**where), True, "auc")
     assert (plain.weight_decay, plain.load_best_model_at_end) == (0.0, True)
     assert plain.lr_scheduler_type == "linear"
     released = {"weight_decay": 0.01, "schedule": "constant", "keep": "last"}
-    arguments = fine_tuning.training_arguments(stage.Options(**where, **released), True)
+    arguments = training_arguments(FineTuningOptions(**where, **released), True, "auc")
     assert (arguments.weight_decay, arguments.load_best_model_at_end) == (0.01, False)
     assert arguments.lr_scheduler_type == "constant"
     with pytest.raises(InputError, match="--keep last would not keep"):
-        fine_tuning.check_options(stage.Options(**where, keep="last", patience=1))
+        check_training_options(FineTuningOptions(**where, keep="last", patience=1))
 
 
 @pytest.fixture(scope="module")
@@ -133,11 +132,11 @@ def test_the_options_reach_the_score(llava, small_run):
     rows = read_rows(small_run.system / "test.jsonl")[:3]
     stage, found = load_script(SCORE), {}
     for kind in ("rendered", "bare"):
-        answers = yes_no(stage.Options(config="c", answer_token=kind))
+        answers = answer_set("yes_no", stage.Options(config="c", answer_token=kind))
         reader = RowReader(chat, small_run.system, answers=answers)
         found[kind] = [logits for _, logits in score_rows(model, reader, rows)]
     assert all(a != b for a, b in zip(found["rendered"], found["bare"], strict=True))
-    assert not yes_no(stage.Options(config="c", end_token=False)).end_token
+    assert not answer_set("yes_no", stage.Options(config="c", end_token=False)).end_token
 
 
 def test_padding_makes_a_score_depend_on_its_batch(llava, small_run, tmp_path):

@@ -8,8 +8,8 @@ import subprocess
 import pytest
 from conftest import ROOT
 
-from mllmrec.evaluation.report import stage_rows
-from mllmrec.evaluation.tables import difference_rows, metric_rows
+from mllmrec.evaluation.report_page import stage_rows
+from mllmrec.evaluation.result_tables import difference_rows, metric_rows
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import read_rows, write_rows
 from mllmrec.stage.scripts import load_script

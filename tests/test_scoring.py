@@ -5,15 +5,16 @@ import pytest
 import torch
 from conftest import TINY
 from PIL import Image
+from random_models import random_llava
 
 from mllmrec.data import sample_world as world
+from mllmrec.models.adapters import load_adapter
 from mllmrec.models.chat import ChatProcessor
 from mllmrec.models.loading import load_multimodal
-from mllmrec.models.lora import load_adapter
-from mllmrec.models.random_models import random_llava
 from mllmrec.ranking.answers import answer_tokens
+from mllmrec.ranking.questions import Candidate, QuestionFormat, candidate_row
 from mllmrec.ranking.reader import PromptTooLongError, RowReader
-from mllmrec.ranking.rows import Candidate, QuestionFormat, candidate_row, group_rows
+from mllmrec.ranking.rows import group_rows
 from mllmrec.ranking.scoring import ScoringOptions, probability, score_rows
 from mllmrec.stage.errors import InputError
 

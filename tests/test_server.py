@@ -20,7 +20,7 @@ from mllmrec.generation.engine import load_engine, run_dialogues
 from mllmrec.generation.sampling import stream_id
 from mllmrec.generation.server import ServerEngine, messages
 from mllmrec.models.chat import ChatProcessor
-from mllmrec.models.options import GenerationStageOptions
+from mllmrec.models.model_options import GenerationStageOptions
 from mllmrec.prompts.templates import user_turn
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import read_rows

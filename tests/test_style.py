@@ -1,7 +1,9 @@
 """Rules of style that no linter checks: sizes of functions, annotations and docstrings, words."""
 
 import ast
+import io
 import re
+import tokenize
 
 import pytest
 from conftest import ROOT
@@ -103,4 +105,73 @@ def test_private_parts_of_other_libraries_are_used_in_one_module_only():
         for number, line in enumerate(path.read_text().splitlines(), start=1):
             if private.search(line):
                 found.append(f"{path.relative_to(ROOT)}:{number}: {line.strip()}")
+    assert found == []
+
+
+def split_strings(path):
+    """(line, texts of the pieces, columns that one line would take) of strings in several lines."""
+    pieces = []
+    for token in tokenize.generate_tokens(io.StringIO(path.read_text()).readline):
+        if token.type == tokenize.STRING and '"""' not in token.string:
+            pieces.append(token)
+        elif token.type != tokenize.NL:
+            if len({piece.start[0] for piece in pieces}) > 1:
+                texts = [piece.string.lstrip("f").strip('"') for piece in pieces]
+                whole = pieces[0].start[1] + sum(map(len, texts)) + len('f"",')
+                yield pieces[0].start[0], texts, whole
+            pieces = []
+
+
+def test_no_string_is_split_that_fits_one_line_and_no_piece_is_a_word_or_two():
+    found = []
+    for path in CODE:
+        for line, texts, whole in split_strings(path):
+            name = f"{path.relative_to(ROOT)}:{line}"
+            if whole <= 100 and not any("\\n" in text for text in texts):
+                found.append(f"{name}: fits one line")
+            short = [text for text in texts[:-1] if len(text.split()) <= 2 and len(text) < 40]
+            found += [f"{name}: the piece {text!r}" for text in short]
+    assert found == []
+
+
+def first_sentences(path):
+    """(line, first line of the text that ends in the second, words on the second) of docstrings."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Module)
+        text = ast.get_docstring(node) if isinstance(node, kinds) else None
+        lines = (text or "").split("\n")
+        if len(lines) > 1 and lines[1]:
+            sentence_ends = re.match(r"^(\S+(?: \S+)?[.:])(?:$| )", lines[1])
+            if sentence_ends and len(lines[1].split()) <= 2:
+                yield node.body[0].lineno, lines[0]
+
+
+def test_first_sentences_do_not_spill_a_word_or_two_onto_the_next_line():
+    found = [
+        f"{path.relative_to(ROOT)}:{line}: {text}"
+        for path in CODE
+        for line, text in first_sentences(path)
+    ]
+    assert found == []
+
+
+def test_file_names_are_unique():
+    """But for packages, the published launchers, and benchmarks, which are called like their topic."""
+    others = (ROOT / "Inference/microlens", ROOT / "scripts/benchmarks")
+    paths = [path for path in CODE if path.parent not in others]
+    names = [path.name for path in paths if path.name != "__init__.py"]
+    assert sorted({name for name in names if names.count(name) > 1}) == []
+
+
+# Packages of the library, each with those that it may import.
+LAYERS = ("stage", "prompts", "data", "evaluation", "models", "sequential", "generation", "ranking")
+
+
+def test_no_package_of_the_library_imports_one_above_it():
+    found = []
+    for path in LIBRARY:
+        package = path.relative_to(ROOT / "mllmrec").parts[0]
+        for imported in re.findall(r"^ *(?:from|import) mllmrec\.(\w+)", path.read_text(), re.M):
+            if package in LAYERS and imported in LAYERS[LAYERS.index(package) + 1 :]:
+                found.append(f"{path.relative_to(ROOT)} imports mllmrec.{imported}")
     assert found == []

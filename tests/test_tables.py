@@ -14,10 +14,7 @@ import pytest
 from conftest import REAL, skip_without_real_data
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from mllmrec.data import raw_files, tables
 from mllmrec.data.columns import BLANKS, clean_ids, require_rows
-from mllmrec.data.raw_files import check_raw_file
 from mllmrec.data.tables import (
     first_fields,
     read_table,
@@ -26,6 +23,9 @@ from mllmrec.data.tables import (
     stream_table,
 )
 from mllmrec.data.timestamps import parse_timestamps
+
+from mllmrec.data import raw_files, tables
+from mllmrec.data.raw_files import check_raw_file
 from mllmrec.stage.errors import InputError
 
 COLUMNS = ("user", "item", "timestamp")

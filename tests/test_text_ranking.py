@@ -7,22 +7,23 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY, saved
+from random_models import random_llama
 
 from mllmrec.data.candidates import candidates, users_of_split
 from mllmrec.evaluation.metrics import CandidateLists, evaluate, pooled_auc
 from mllmrec.models.chat import ChatProcessor
 from mllmrec.models.loading import load_text
-from mllmrec.models.random_models import random_llama
 from mllmrec.prompts.templates import user_turn
-from mllmrec.ranking import fine_tuning
 from mllmrec.ranking.answers import LETTERS, YES_NO, AnswerSet, answer_tokens
-from mllmrec.ranking.collator import Collator
+from mllmrec.ranking.batches import Collator, EpochSampler, EpochSettings
+from mllmrec.ranking.questions import list_row
 from mllmrec.ranking.reader import RowReader
-from mllmrec.ranking.rows import check_training_rows, list_row
+from mllmrec.ranking.rows import check_training_rows
 from mllmrec.ranking.scoring import ScoringOptions, candidate_scores, score_rows
+from mllmrec.ranking.trainer import RankingTrainer, load_with_lora
+from mllmrec.ranking.training_options import FineTuningOptions
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import read_by_id, read_rows
-from mllmrec.stage.scripts import load_script
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 TRAIN, SCORE = "MLLM-MSR/train/train_llava_sft.py", "MLLM-MSR/test/test_with_llava_sft.py"
@@ -85,9 +86,7 @@ def test_a_text_model_trains_and_scores_through_the_same_stages(text_run, small_
     assert 'class="block"' in page, "histories are shown without preferences, too"
     log = read_rows(text_run.folder / "training_log.jsonl")
     assert [row for row in log if "eval_auc" in row], "validated by ranking"
-    model = fine_tuning.load_model(
-        load_script(TRAIN).Options(model=str(TINY / "llama"), lora_layers=["q_proj"])
-    )[0]
+    model, _ = load_with_lora(FineTuningOptions(model=str(TINY / "llama"), lora_layers=["q_proj"]))
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
     assert trained
     assert all("q_proj" in name for name in trained)
@@ -124,8 +123,7 @@ def test_an_answer_set_whose_answers_start_alike_is_refused(llama):
 def test_the_same_users_are_trained_and_scored_with_letters(text_run, titles, tmp_path):
     """The trainer learns which letter is right (always the same one), and scores rank by it."""
     users, names = titles
-    stage = load_script(TRAIN)
-    options = stage.Options(
+    options = FineTuningOptions(
         model=str(TINY / "llama"),
         output_dir=str(tmp_path),
         epochs=4,
@@ -146,15 +144,14 @@ def test_the_same_users_are_trained_and_scored_with_letters(text_run, titles, tm
     assert len(train) > 10
     assert len(held_out) > 10
     assert check_training_rows(rows, "train.jsonl", LETTERS.answers) == {}
-    model, chat = fine_tuning.load_model(options)
+    model, chat = load_with_lora(options)
     reader = RowReader(chat, tmp_path, answers=LETTERS)
     batch = Collator(reader, "answer")(train[:2])
     letter = answer_tokens(chat, LETTERS).first_ids[1]
     assert batch["labels"][:, 0].tolist() == [letter, letter]
-    arguments = fine_tuning.training_arguments(options, with_validation=True)
-    trainer = fine_tuning.supervised_fine_tuning(
-        model, reader, fine_tuning.TrainingRows(train, held_out), arguments, options
-    )
+    sampler = EpochSampler(train, None, EpochSettings.of(options))
+    collator = Collator(reader, share_prefix=True)
+    trainer = RankingTrainer(model, sampler, collator, held_out, options, best_by="auc")
     before = trainer.evaluate()["eval_auc"]
     trainer.train()
     assert trainer.evaluate()["eval_auc"] > max(before, 0.95)

@@ -5,9 +5,10 @@ from conftest import TINY
 from test_scoring import data, model  # noqa: F401  (fixtures)
 
 from mllmrec.generation.dialogues import Prompt
-from mllmrec.generation.engine import GenerationEngine, GenerationOptions, run_dialogues
+from mllmrec.generation.engine import GenerationEngine, run_dialogues
 from mllmrec.models.chat import ChatProcessor
 from mllmrec.models.loading import load_text
+from mllmrec.models.model_options import GenerationStageOptions
 from mllmrec.ranking.reader import RowReader
 from mllmrec.ranking.scoring import ScoringOptions, score_rows
 from mllmrec.ranking.token_counts import dialogue_tokens, scoring_tokens
@@ -54,7 +55,7 @@ def test_a_dialogue_has_the_tokens_that_the_engine_saw():
         return texts
 
     asked = {"u": ["music", "a red square"], "v": ["cooking"]}
-    engine = GenerationEngine(llama, chat, GenerationOptions(max_new_tokens=12))
+    engine = GenerationEngine(llama, chat, GenerationStageOptions(max_new_tokens=12))
     sent, generated, generate = [], [], llama.generate
 
     def count(**batch):

@@ -7,21 +7,28 @@ import shutil
 import pytest
 import torch
 from conftest import TINY, saved, small_config
+from random_models import random_llava, random_qwen_vl
 from safetensors.torch import load_file
 from transformers import AutoConfig
 
+from mllmrec.models.adapters import check_adapter
 from mllmrec.models.chat import ChatProcessor
 from mllmrec.models.loading import load_multimodal
-from mllmrec.models.lora import add_lora, check_adapter, decoder_layer_class
-from mllmrec.models.random_models import random_llava, random_qwen_vl
-from mllmrec.ranking import fine_tuning
+from mllmrec.models.lora import add_lora, decoder_layer_class
 from mllmrec.ranking.answers import answer_tokens
-from mllmrec.ranking.callbacks import CheckpointCallback, mean_loss
-from mllmrec.ranking.collator import Collator
-from mllmrec.ranking.options import RankerOptions
+from mllmrec.ranking.batches import Collator, EpochSampler, EpochSettings, pack_into_batches
 from mllmrec.ranking.reader import RowReader, load_ranker
-from mllmrec.ranking.sampler import EpochSampler, EpochSettings, pack_into_batches
-from mllmrec.ranking.trainer import check_plain_positions, check_shared_prefix
+from mllmrec.ranking.trainer import (
+    TrainingEvents,
+    load_with_lora,
+    mean_loss,
+    training_arguments,
+)
+from mllmrec.ranking.training_options import (
+    FineTuningOptions,
+    RankerOptions,
+    check_training_options,
+)
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import read_rows, write_rows
 from mllmrec.stage.record import file_digests
@@ -83,10 +90,10 @@ def gradients(model, batch):
 
 
 @pytest.mark.parametrize("kind", ["next", "1.5"])
-def test_a_shared_prefix_changes_neither_loss_nor_gradients(kind, stage, data):
+def test_a_shared_prefix_changes_neither_loss_nor_gradients(kind, data):
     """Rows of one item with texts of different lengths, beside an item with one row."""
     model, processor = MODELS[kind]()
-    model = add_lora(model, stage.Options(lora_dropout=0.0)).eval()
+    model = add_lora(model, FineTuningOptions(lora_dropout=0.0)).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:  # they start as zeros, and so would half of the gradients
@@ -128,22 +135,26 @@ def of_one_item(rows):
     return made
 
 
-def test_a_shared_prefix_is_refused_where_it_cannot_work(stage):
-    check_shared_prefix("answer", 8, RankerOptions())
-    check_plain_positions(random_llava("tiny")[0])
-    with pytest.raises(InputError, match="--group_by item needs --loss answer"):
-        check_shared_prefix("sequence", 8, RankerOptions())
-    with pytest.raises(
-        InputError,
-        match="--group_by item shares nothing with one row in a batch; set --batch_size to 2",
-    ):
-        check_shared_prefix("answer", 1, RankerOptions())
-    with pytest.raises(
-        InputError, match=r"needs --attention sdpa, .* not eager"
-    ):  # there a mask of True and False would be added
-        check_shared_prefix("answer", 8, RankerOptions(attention="eager"))
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"loss": "sequence"}, "--group_by item needs --loss answer"),
+        ({"batch_size": 1}, "--group_by item shares nothing with one row in a batch; set --batch"),
+        # There a mask of True and False would be added.
+        ({"attention": "eager"}, r"needs --attention sdpa, .* not eager"),
+        ({"pad_images": 2}, "--pad_images needs --group_by none"),
+    ],
+)
+def test_a_shared_prefix_is_refused_where_it_cannot_work(options, message):
+    check_training_options(FineTuningOptions(group_by="item", batch_size=8))
+    with pytest.raises(InputError, match=message):
+        check_training_options(FineTuningOptions(**{"group_by": "item", "batch_size": 8} | options))
+
+
+def test_a_shared_prefix_needs_plain_positions(tmp_path):
+    model = saved(random_qwen_vl(), tmp_path)
     with pytest.raises(InputError, match=r"needs a model without M-RoPE, not qwen2_5_vl"):
-        check_plain_positions(random_qwen_vl()[0])
+        load_with_lora(FineTuningOptions(model=model, group_by="item", batch_size=8))
 
 
 @pytest.mark.parametrize("group_by", ["none", "length", "item"])
@@ -182,8 +193,8 @@ def test_chunks_are_packed_into_full_micro_batches():
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
-def test_a_step_of_qlora_trains_the_adapter_only(stage, data, quantization):
-    args = stage.Options(
+def test_a_step_of_qlora_trains_the_adapter_only(data, quantization):
+    args = FineTuningOptions(
         model=str(TINY / "llava"), quantization=quantization, gradient_checkpointing=True
     )
     model, chat = load_ranker(args)
@@ -337,8 +348,8 @@ def tiny_qwen_25_vl():
     [lambda: load_multimodal(str(TINY / "llava"))[0], tiny_llava_15, tiny_qwen_25_vl],
     ids=["next", "1.5", "qwen"],
 )
-def test_lora_is_on_the_language_model_and_nowhere_else(stage, make):
-    model = add_lora(make(), stage.Options())
+def test_lora_is_on_the_language_model_and_nowhere_else(make):
+    model = add_lora(make(), FineTuningOptions())
     trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     assert trainable
     assert all("language_model" in name and "lora_" in name for name in trainable)
@@ -352,11 +363,11 @@ def test_lora_is_on_the_language_model_and_nowhere_else(stage, make):
 
 
 def test_lora_layers_can_be_chosen_and_unknown_ones_are_refused(stage):
-    model = add_lora(tiny_llava_15(), stage.Options(lora_layers=["q_proj", "v_proj"]))
+    model = add_lora(tiny_llava_15(), FineTuningOptions(lora_layers=["q_proj", "v_proj"]))
     trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     assert {name.split(".lora_")[0].rsplit(".", 1)[1] for name in trainable} == {"q_proj", "v_proj"}
     with pytest.raises(InputError, match="no linear layers called 'query'; it has down_proj"):
-        add_lora(tiny_llava_15(), stage.Options(lora_layers=["query"]))
+        add_lora(tiny_llava_15(), FineTuningOptions(lora_layers=["query"]))
 
 
 @pytest.fixture(scope="module")
@@ -518,7 +529,7 @@ def test_the_adapter_of_another_base_is_refused(small_run, tmp_path, monkeypatch
     record["outputs"] |= file_digests(hub / "adapter_config.json")
     (hub / "run.json").write_text(json.dumps(record))
     with monkeypatch.context() as patch:
-        patch.setattr("mllmrec.models.lora.model_identity", lambda name: record["base"])
+        patch.setattr("mllmrec.models.adapters.model_identity", lambda name: record["base"])
         check_adapter(hub, "one/model")
         with pytest.raises(
             InputError,
@@ -535,21 +546,21 @@ def test_the_adapter_of_another_base_is_refused(small_run, tmp_path, monkeypatch
         check_adapter(adapter, str(moved))
 
 
-def test_fsdp_wraps_layers_that_every_model_has(stage, monkeypatch):
+def test_fsdp_wraps_layers_that_every_model_has(monkeypatch):
     """PEFT takes the names from the environment, else from a list that LLaVA does not match."""
     from peft.utils.other import fsdp_auto_wrap_policy
 
     for make in MODELS.values():
-        model = add_lora(make()[0], stage.Options())
+        model = add_lora(make()[0], FineTuningOptions())
         monkeypatch.setenv("FSDP_TRANSFORMER_CLS_TO_WRAP", decoder_layer_class(model))
         assert fsdp_auto_wrap_policy(model)
 
 
-def test_with_several_gpus_in_sight_a_process_uses_one(stage, tmp_path, monkeypatch):
+def test_with_several_gpus_in_sight_a_process_uses_one(tmp_path, monkeypatch):
     monkeypatch.setattr(
         "transformers.TrainingArguments.n_gpu", property(lambda self: getattr(self, "_n_gpu", 4))
     )
-    options = fine_tuning.training_arguments(stage.Options(output_dir=str(tmp_path)), True)
+    options = training_arguments(FineTuningOptions(output_dir=str(tmp_path)), True, "auc")
     assert options.n_gpu <= 1
 
 
@@ -561,7 +572,7 @@ def test_no_checkpoint_is_saved_between_an_epochs_last_step_and_its_validation()
     saves, logs = [], []
     for step in range(1, 21):
         control = TrainerControl()
-        CheckpointCallback(5).on_step_end(
+        TrainingEvents(None, FineTuningOptions(checkpoint_steps=5)).on_step_end(
             SimpleNamespace(num_train_epochs=2.0),
             TrainerState(global_step=step, max_steps=20),
             control,
@@ -581,8 +592,8 @@ def test_the_mean_loss_counts_every_step_once():
     assert mean_loss(log) == pytest.approx((10 * 1 + 3 * 3 + 7 * 2) / 20)
 
 
-def test_the_options_of_the_config_reach_the_trainer(stage, tmp_path):
-    args = stage.Options(
+def test_the_options_of_the_config_reach_the_trainer(tmp_path):
+    args = FineTuningOptions(
         output_dir=str(tmp_path),
         dtype="bfloat16",
         epochs=3,
@@ -598,7 +609,7 @@ def test_the_options_of_the_config_reach_the_trainer(stage, tmp_path):
         save_total=5,
         logging_steps=6,
     )
-    options = fine_tuning.training_arguments(args, True)
+    options = training_arguments(args, True, "auc")
     assert (options.num_train_epochs, options.learning_rate, options.seed) == (3, 1e-4, 7)
     assert (options.per_device_train_batch_size, options.gradient_accumulation_steps) == (2, 4)
     assert (options.get_warmup_steps(100), options.lr_scheduler_type, options.max_grad_norm) == (
@@ -614,7 +625,7 @@ def test_the_options_of_the_config_reach_the_trainer(stage, tmp_path):
     )
     assert options.output_dir == str(tmp_path / "mllm_msr" / "checkpoints")
     args.dtype = "float16"
-    assert fine_tuning.training_arguments(args, True).fp16
+    assert training_arguments(args, True, "auc").fp16
 
 
 def test_a_text_model_is_refused_where_images_are_needed():

@@ -9,10 +9,9 @@ from conftest import ROOT, TINY, call, free_port, saved, write_unchecked
 from fork_server import HEAVY, ForkServer
 from peft import PeftModel
 from peft.utils import load_peft_weights
+from random_models import random_llava, random_qwen_vl
 from transformers import AutoModelForImageTextToText, AutoTokenizer, Trainer
 
-from mllmrec.models.random_models import random_llava, random_qwen_vl
-from mllmrec.ranking import fine_tuning
 from mllmrec.ranking.trainer import RankingTrainer
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import read_rows, write_rows
@@ -22,7 +21,7 @@ from mllmrec.stage.scripts import load_script
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 STAGE = "MLLM-MSR/train/train_llava_sft.py"
-TRAINING_MODULES = tuple(f"mllmrec.ranking.{name}" for name in ("trainer", "collator", "callbacks"))
+TRAINING_MODULES = ("mllmrec.ranking.trainer",)
 # Kills itself at the start of micro-batch number argv[1], with SIGKILL.
 KILLED = """
 import os, runpy, signal, sys
@@ -179,7 +178,7 @@ def test_the_items_of_a_micro_batch_train_one_after_the_other_as_in_one_pass(
         with monkeypatch.context() as patch:
             patch.setattr(RankingTrainer, "compute_loss", compute_loss, raising=False)
             if name == "together":
-                patch.setattr(fine_tuning, "needs_equal_passes", lambda _: True)
+                patch.setattr("mllmrec.ranking.trainer.needs_equal_passes", lambda _: True)
             stage.main([*command[1:], *more, "--logging_steps", "1"])
     assert max(images["apart"]) == 1 < max(images["together"])
     assert sum(images["apart"]) == sum(images["together"])
@@ -394,7 +393,7 @@ def test_a_shared_prefix_uses_the_attention_that_takes_its_mask(
         asked.append(args.attention)
         raise InputError("seen")
 
-    monkeypatch.setattr("mllmrec.ranking.reader.load_ranker", load)
+    monkeypatch.setattr("mllmrec.ranking.trainer.load_ranker", load)
     with pytest.raises(InputError, match="seen"):
         stage.main([*prepared(small_run, tmp_path / "run")[1:], "--group_by", group_by])
     assert asked == [attention]

@@ -18,9 +18,11 @@ training users only; the epoch is chosen on validation users. MicroLens-50k: see
 
 from mllmrec.stage.main import run_main
 
+from collections.abc import Sequence
+
 from pydantic.dataclasses import dataclass
 
-from mllmrec.sequential.options import SequentialOptions
+from mllmrec.sequential.sequential_options import SequentialOptions
 from mllmrec.stage.options import option, parse_options, print_options
 
 SECTION = "gru4rec"
@@ -34,12 +36,12 @@ class Options(SequentialOptions):
     )
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
     options = parse_options(Options, SECTION, argv, __doc__)
     print_options(options, "baseline: GRU4Rec")
     # Imported here, so that --help and a wrong option are answered at once.
-    from mllmrec.sequential.gru4rec import GRU4Rec
-    from mllmrec.sequential.run import run_baseline
+    from mllmrec.sequential.baseline_run import run_baseline
+    from mllmrec.sequential.gru4rec_model import GRU4Rec
 
     run_baseline("gru4rec", GRU4Rec, options)
 

@@ -1,6 +1,6 @@
 """Baseline without a model: a candidate's score is its number of interactions.
 
-In:  {data_dir}/users.jsonl
+In:  {data_dir}/users.jsonl, items.jsonl
 Out: {output_dir}/baselines/popularity/scores.jsonl   score = interactions in all histories and in
                                                       the training users' targets
      popularity_uniform_negatives/scores.jsonl, popularity_weighted_negatives/scores.jsonl, beside
@@ -14,21 +14,20 @@ Every learned row should be compared with this one. CPU, seconds.
 
 from mllmrec.stage.main import run_main
 
-import functools
+from collections.abc import Sequence
 from pathlib import Path
 
 from pydantic.dataclasses import dataclass
 
 from mllmrec.data.candidates import (
-    check_negatives,
     popularity_scores,
-    read_users,
+    read_users_and_items,
     redraw_negatives,
 )
 from mllmrec.stage.jsonl import require, write_rows
 from mllmrec.stage.options import NAME, CommonOptions, option, parse_options, print_options
+from mllmrec.stage.output import WholeOutput
 from mllmrec.stage.record import Job, file_digests
-from mllmrec.stage.transaction import writing
 
 SECTION = "popularity"
 # variant -> how the negatives of its lists are drawn, "" for those of users.jsonl.
@@ -44,28 +43,18 @@ class Options(CommonOptions):
     system: str = option("baselines", "subfolder of output_dir for the scores", pattern=NAME)
 
 
-def read_lists(users_path):
-    """Lines of users.jsonl, each of which must have negatives."""
-    users = read_users(users_path)
-    for number, user in enumerate(users, start=1):
-        check_negatives(user, f"{users_path}, line {number}")
-    return users
-
-
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
     options = parse_options(Options, SECTION, argv, __doc__)
     print_options(options, "baseline: popularity")
     users_path = Path(options.data_dir) / "users.jsonl"
     job = Job.of(options, file_digests(require(users_path)))
-    lists = functools.cache(lambda: read_lists(users_path))  # read if a variant needs it
+    users, _ = read_users_and_items(users_path, users_path.with_name("items.jsonl"))
     for variant, sampling in VARIANTS.items():
         path = options.system_dir / variant / "scores.jsonl"
-        with writing(job, [path]) as output:
+        with WholeOutput(job, [path]) as output:
             if output.is_needed:
-                users = lists()
-                if sampling:
-                    users = redraw_negatives(users, sampling, options.seed)
-                rows = popularity_scores(users)
+                drawn = redraw_negatives(users, sampling, options.seed) if sampling else users
+                rows = popularity_scores(drawn)
                 write_rows(path, rows)
                 output.finish({"out": len(rows)})
                 print(f"wrote {path}: {len(rows):,} scores")

@@ -18,9 +18,11 @@ the epoch is chosen on validation users. MicroLens-50k: see docs/results.md.
 
 from mllmrec.stage.main import run_main
 
+from collections.abc import Sequence
+
 from pydantic.dataclasses import dataclass
 
-from mllmrec.sequential.options import SequentialOptions
+from mllmrec.sequential.sequential_options import SequentialOptions
 from mllmrec.stage.options import option, parse_options, print_options
 
 SECTION = "sasrec"
@@ -32,12 +34,12 @@ class Options(SequentialOptions):
     heads: int = option(2, "attention heads (published: 1)", ge=1)
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
     options = parse_options(Options, SECTION, argv, __doc__)
     print_options(options, "baseline: SASRec")
     # Imported here, so that --help and a wrong option are answered at once.
-    from mllmrec.sequential.run import run_baseline
-    from mllmrec.sequential.sasrec import SASRec
+    from mllmrec.sequential.baseline_run import run_baseline
+    from mllmrec.sequential.sasrec_model import SASRec
 
     run_baseline("sasrec", SASRec, options)
 

@@ -17,16 +17,18 @@ what stages 2 and 3 are worth. CPU, seconds.
 
 from mllmrec.stage.main import run_main
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from pydantic.dataclasses import dataclass
 
-from mllmrec.data.candidates import check_known, is_leave_one_out, read_users
+from mllmrec.data.candidates import is_leave_one_out, read_users_and_items
 from mllmrec.prompts.templates import cut
-from mllmrec.stage.jsonl import read_by_id, require, write_rows
+from mllmrec.stage.jsonl import require, write_rows
 from mllmrec.stage.options import CommonOptions, option, parse_options, print_options
+from mllmrec.stage.output import WholeOutput
 from mllmrec.stage.record import Job, file_digests
-from mllmrec.stage.transaction import writing
+from mllmrec.stage.schema import Row
 
 SECTION = "title_history"
 
@@ -37,7 +39,7 @@ class Options(CommonOptions):
     max_title_characters: int = option(100, "longer titles are cut, 0 = no limit", ge=0)
 
 
-def title_history(titles, options):
+def title_history(titles: Sequence[str], options: Options) -> str:
     """One text with the titles of a history, oldest first."""
     shown = titles[-options.max_titles :] if options.max_titles else titles
     if options.max_title_characters:
@@ -45,26 +47,25 @@ def title_history(titles, options):
     return "; ".join(f"{number}. {title}" for number, title in enumerate(shown, start=1))
 
 
-def history_rows(users_path, items_path, options):
+def history_rows(users_path: Path, items_path: Path, options: Options) -> Iterator[Row]:
     """Lines of user_preferences.jsonl, from users.jsonl and items.jsonl."""
-    users, items = read_users(users_path), read_by_id(items_path, "item_id")
+    users, items = read_users_and_items(users_path, items_path, ("history",))
     leave_one_out = is_leave_one_out(users)
-    for number, user in enumerate(users, start=1):
-        check_known(user["history"], items, items_path, f"{users_path}, line {number}")
+    for user in users:
         text = title_history([items[item]["title"] for item in user["history"]], options)
         row = {"user_id": user["user_id"], "preference": text}
         row["blocks"] = [{"items": user["history"], "preference": text}]
         yield row | ({"split": user["split"]} if leave_one_out else {})
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
     options = parse_options(Options, SECTION, argv, __doc__)
     print_options(options, "baseline: titles of the history")
     users_path = Path(options.data_dir) / "users.jsonl"
     items_path = Path(options.data_dir) / "items.jsonl"
     job = Job.of(options, file_digests(require(users_path), require(items_path)))
     path = options.system_dir / "user_preferences.jsonl"
-    with writing(job, [path]) as output:
+    with WholeOutput(job, [path]) as output:
         if output.is_needed:
             rows = list(history_rows(users_path, items_path, options))
             write_rows(path, rows)

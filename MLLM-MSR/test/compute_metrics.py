@@ -14,17 +14,19 @@ users; over several runs (folds or seeds) Student's t over the runs. CPU, second
 
 from mllmrec.stage.main import run_main
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from pydantic.dataclasses import dataclass
 
 from mllmrec.evaluation.metrics import aggregate, evaluate
-from mllmrec.evaluation.tables import print_metrics, read_metrics, score_files
+from mllmrec.evaluation.result_tables import print_metrics, read_metrics, score_files
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import read_rows, write_json
 from mllmrec.stage.options import CommonOptions, option, parse_options, print_options
+from mllmrec.stage.output import WholeOutput
 from mllmrec.stage.record import Job, check_described, named_digests, read_record
-from mllmrec.stage.transaction import writing
 
 SECTION = "metrics"
 
@@ -37,12 +39,12 @@ class Options(CommonOptions):
     resamples: int = option(1000, "bootstrap samples of the users", ge=1)
 
 
-def measure(files, options):
+def measure(files: Mapping[str, Mapping[str, Path]], options: Options) -> dict[str, Any]:
     """dict variant -> its metrics, of several runs their means.
 
     files: dict folder of a run -> dict variant -> scores.jsonl.
     """
-    runs = {}  # variant -> its metrics in each run
+    runs: dict[str, list[dict[str, Any]]] = {}  # variant -> its metrics in each run
     for variants in files.values():
         for name, path in variants.items():
             metrics = evaluate(
@@ -54,7 +56,7 @@ def measure(files, options):
     }
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
     options = parse_options(Options, SECTION, argv, __doc__)
     print_options(options, "stage 7, metrics")
     folders = options.runs or [options.output_dir]
@@ -64,8 +66,8 @@ def main(argv=None):
     for folder, variants in files.items():
         if not variants:
             raise InputError(
-                f"the output folder {folder!r} has no */*/scores.jsonl; scripts/06_score.sh makes "
-                "them"
+                f"the output folder {folder!r} has no */*/scores.jsonl; "
+                "scripts/06_score.sh makes them"
             )
     for variants in files.values():
         for scores in variants.values():
@@ -81,15 +83,15 @@ def main(argv=None):
         }
     )
     job = Job.of(options, inputs)
-    with writing(job, [path]) as output:
+    with WholeOutput(job, [path]) as output:
         if output.is_needed:
             metrics = measure(files, options)
             write_json(path, metrics)
             output.finish({"variants": len(metrics)})
     print_metrics(read_metrics(path))
     print(
-        f"next: python MLLM-MSR/test/report.py --config {options.config} "
-        f"--output_dir {options.output_dir}"
+        "next: python MLLM-MSR/test/report.py --config "
+        f"{options.config} --output_dir {options.output_dir}"
     )
 
 

@@ -15,13 +15,15 @@ CPU, seconds.
 
 from mllmrec.stage.main import run_main
 
+from collections.abc import Sequence
+
 from mllmrec.ranking.datasets import DatasetOptions, write_splits
 from mllmrec.stage.options import parse_options, print_options
 
 SECTION = "datasets"
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
     options = parse_options(DatasetOptions, SECTION, argv, __doc__)
     print_options(options, "stage 4, test rows")
     write_splits(("test",), options, with_answer=False)

@@ -15,12 +15,14 @@ and selected, `report.html#user-17` opens at one. CPU, seconds.
 
 from mllmrec.stage.main import run_main
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 from pydantic.dataclasses import dataclass
 
-from mllmrec.evaluation.tables import (
+from mllmrec.evaluation.result_tables import (
     DIFFERENCES,
     GROUPS,
     as_markdown,
@@ -32,8 +34,8 @@ from mllmrec.evaluation.tables import (
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import atomic_file, require
 from mllmrec.stage.options import CommonOptions, option, parse_options, print_options
+from mllmrec.stage.output import WholeOutput
 from mllmrec.stage.record import Job, file_digests
-from mllmrec.stage.transaction import writing
 
 SECTION = "report"
 PLOTTED = ("sft", "zero_shot", "popularity")  # variants with curves; the first one has the examples
@@ -47,7 +49,7 @@ class Options(CommonOptions):
     users: int = option(12, "users that are shown in detail", ge=0)
 
 
-def stage_outputs(options):
+def stage_outputs(options: Options) -> list[tuple[str, Path]]:
     """[(stage, its main output)], in order."""
     system = options.system_dir
     return [
@@ -60,7 +62,7 @@ def stage_outputs(options):
     ]
 
 
-def read_published(name):
+def read_published(name: str) -> list[Any]:
     """[(system, source, AUC, HR@5, MRR@5)] of one data set, x100."""
     text = (Path(__file__).parent / "published.yaml").read_text(encoding="utf-8")
     known = yaml.safe_load(text)
@@ -71,9 +73,11 @@ def read_published(name):
     return known.get(name, [])
 
 
-def write_report(metrics_path, outputs, published, options):
+def write_report(
+    metrics_path: Path, outputs: Sequence[Path], published: list[Any], options: Options
+) -> int:
     """Write report.html and report.md; return the number of variants. published: rows to show."""
-    from mllmrec.evaluation import report
+    from mllmrec.evaluation import report_page as report
 
     folder, data_dir = Path(options.output_dir), Path(options.data_dir)
     metrics, scores = read_metrics(metrics_path), score_files(folder)
@@ -103,7 +107,7 @@ def write_report(metrics_path, outputs, published, options):
     return len(metrics)
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
     options = parse_options(Options, SECTION, argv, __doc__)
     print_options(options, "stage 7, report")
     published = read_published(options.published)
@@ -118,7 +122,7 @@ def main(argv=None):
         options.system_dir / "user_preferences.jsonl",
     )
     job = Job.of(options, inputs)
-    with writing(job, outputs) as output:
+    with WholeOutput(job, outputs) as output:
         if output.is_needed:
             n_variants = write_report(metrics_path, outputs, published, options)
             output.finish({"variants": n_variants})

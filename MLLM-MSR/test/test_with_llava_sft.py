@@ -19,21 +19,24 @@ take 15 GB in bfloat16; 20 rows a second on an H200 (docs/benchmarks.md).
 
 from mllmrec.stage.main import run_main
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic.dataclasses import dataclass
 
-from mllmrec.data.images import check_image_paths
-from mllmrec.ranking.options import RankerOptions
-from mllmrec.ranking.rows import first_users, image_names, replace_preference
+from mllmrec.data.candidates import score_row
+from mllmrec.evaluation.metrics import CandidateLists
+from mllmrec.ranking.rows import check_row_images, first_users, replace_preference
+from mllmrec.ranking.training_options import RankerOptions
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import read_rows
 from mllmrec.stage.options import CommonOptions, option, parse_options, print_options
-from mllmrec.stage.output import ResumableOutput
+from mllmrec.stage.output import RowOutput
 from mllmrec.stage.progress import progress_bar
-from mllmrec.stage.record import Job, file_digests
+from mllmrec.stage.record import Digests, Job, file_digests
+from mllmrec.stage.schema import Row
 
 SECTION = "score"
 SPEED_OPTIONS = ("batch_tokens", "reuse_prefix", "adapter", "variant", "hide")
@@ -61,7 +64,40 @@ class Options(RankerOptions):
     )
 
 
-def variant_name(options, hidden):
+def score(
+    rows: list[Row], hidden: str, output: RowOutput, model: Any, chat: Any, options: Options
+) -> None:
+    """Score the rows that `output` lacks: p = p(yes) / (p(yes) + p(no)) (paper, equation 1).
+
+    Both probabilities come from one forward pass, from the logits at the last position of the
+    prompt. Prompts of one item begin with the same image and title, those without image with one
+    user's preference: rows are grouped by that prefix, whose keys and values are computed once.
+    """
+    from mllmrec.ranking.answers import answer_set
+    from mllmrec.ranking.reader import RowReader
+    from mllmrec.ranking.scoring import ScoringOptions, probability, score_rows, unscored_rows
+
+    answers, gray = answer_set("yes_no", options), hidden == "image"
+    reader = RowReader(chat, options.system_dir, options.max_text_tokens, gray, answers)
+    reader.pad_images(rows, options.pad_images)
+    rows = rows[: len(output.wanted)]
+    if hidden == "preference":
+        rows = [replace_preference(row, "") for row in rows]
+    shard = (output.rank, output.world)
+    settings = ScoringOptions(options.batch_tokens, options.reuse_prefix, shard)
+    name = f"scores, {output.path.parent.name}"
+    with output, progress_bar(len(output.todo), name, "row") as progress:
+        rows, wanted = unscored_rows(rows, reader, output)
+        for index, (no, yes) in score_rows(model, reader, rows, settings, wanted):
+            row = rows[index]
+            p, logits = probability(yes, no), {"No": no, "Yes": yes}
+            output.write(score_row(row["user_id"], row["item_id"], row["label"], p, logits))
+            progress.update()
+        output.counts["shortened"] = reader.shortened
+    output.log_summary()
+
+
+def variant_name(options: Options, hidden: str) -> str:
     """Folder of the scores, and name of the row in metrics.json."""
     name = options.variant or ("zero_shot" if options.adapter == "none" else "sft")
     if not options.variant and options.system != CommonOptions().system:
@@ -69,64 +105,45 @@ def variant_name(options, hidden):
     return name if hidden == "nothing" else f"{name}_no_{hidden}"
 
 
-def open_outputs(rows, inputs, options):
-    """dict what is hidden -> ResumableOutput, of the variants that are not up to date."""
+def open_outputs(rows: list[Row], inputs: Digests, options: Options) -> dict[str, RowOutput]:
+    """What is hidden -> its scores.jsonl, of the variants that are not up to date."""
     keys = [(row["user_id"], row["item_id"]) for row in rows]
     limit = len(first_users(rows, options.limit))  # --limit counts users
-    outputs = {}
+    outputs: dict[str, RowOutput] = {}
     for hidden in dict.fromkeys(options.hide):
         path = options.system_dir / variant_name(options, hidden) / "scores.jsonl"
         job = Job.of(options, inputs, SPEED_OPTIONS, hidden=hidden)
-        output = ResumableOutput(path, ("user_id", "item_id"), keys, replace(job, limit=limit))
+        output = RowOutput(path, ("user_id", "item_id"), keys, replace(job, limit=limit))
         if not output.is_up_to_date():
             outputs[hidden] = output
     return outputs
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
     options = parse_options(Options, SECTION, argv, __doc__)
     print_options(options, "stage 6, scoring")
-    folder = options.system_dir
-    test_path = folder / "test.jsonl"
+    folder, test_path = options.system_dir, options.system_dir / "test.jsonl"
     rows = read_rows(test_path)
     if len({(row["user_id"], row["item_id"]) for row in rows}) != len(rows):
         raise InputError(f"{test_path} has a row twice; make it again with scripts/04_datasets.sh")
-    names = image_names(rows)
-    check_image_paths(names, test_path, options.data_dir, options.image_roots)
+    check_row_images(rows, test_path, options)
+    # Imported here, so that --help and a missing input are answered at once.
+    from mllmrec.models.adapters import check_adapter, load_adapter
+    from mllmrec.ranking.reader import load_ranker
+
     adapter = None if options.adapter == "none" else Path(options.adapter or folder / "adapter")
     if adapter is not None:
-        from mllmrec.models.lora import check_adapter
-
         check_adapter(adapter, options.model, options.image_tiles)
     inputs = file_digests(test_path, options.model, *([adapter] if adapter else []))
     outputs = open_outputs(rows, inputs, options)
     if outputs:
-        # Imported here, so that --help and a missing input are answered at once.
-        from mllmrec.evaluation.metrics import CandidateLists
-        from mllmrec.models.lora import load_adapter
-        from mllmrec.ranking.answers import yes_no
-        from mllmrec.ranking.reader import RowReader, load_ranker
-        from mllmrec.ranking.scoring import ScoringOptions, score_output
-
         # Lists that cannot be ranked are refused before the model is loaded.
         CandidateLists.of([{**row, "score": 0.0} for row in rows], test_path)
         model, chat = load_ranker(options)
         if adapter is not None:
             model = load_adapter(model, adapter, options.model)
-        scoring = ScoringOptions(options.batch_tokens, options.reuse_prefix)
         for hidden, output in outputs.items():
-            gray = hidden == "image"
-            reader = RowReader(chat, folder, options.max_text_tokens, gray, yes_no(options))
-            reader.pad_images(rows, options.pad_images)
-            shown = rows[: len(output.wanted)]
-            if hidden == "preference":
-                shown = [replace_preference(row, "") for row in shown]
-            name = f"scores, {output.path.parent.name}"
-            with output, progress_bar(len(output.todo), name, "row") as progress:
-                for _ in score_output(model, reader, shown, output, scoring):
-                    progress.update()
-                output.counts["shortened"] = reader.shortened
-            output.log_summary()
+            score(rows, hidden, output, model, chat, options)
     print("next: python MLLM-MSR/test/compute_metrics.py")
 
 

@@ -18,13 +18,15 @@ files. CPU, seconds.
 
 from mllmrec.stage.main import run_main
 
+from collections.abc import Sequence
+
 from mllmrec.ranking.datasets import DatasetOptions, write_splits
 from mllmrec.stage.options import parse_options, print_options
 
 SECTION = "datasets"
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
     options = parse_options(DatasetOptions, SECTION, argv, __doc__)
     print_options(options, "stage 4, training and validation rows")
     write_splits(("train", "validation"), options, with_answer=True)

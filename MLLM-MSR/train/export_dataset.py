@@ -13,17 +13,22 @@ Preferences are as long as --max_text_tokens of stage 5 lets them be, for the mo
 
 from mllmrec.stage.main import run_main
 
-from typing import Literal
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic.dataclasses import dataclass
 
-from mllmrec.data.images import check_image_paths
-from mllmrec.ranking.options import FineTuningOptions
-from mllmrec.ranking.rows import image_names
+from mllmrec.ranking.rows import check_row_images
+from mllmrec.ranking.training_options import FineTuningOptions
 from mllmrec.stage.jsonl import read_rows, require, write_json, write_rows
 from mllmrec.stage.options import option, parse_options, print_options
+from mllmrec.stage.output import WholeOutput
 from mllmrec.stage.record import Job, file_digests
-from mllmrec.stage.transaction import writing
+from mllmrec.stage.schema import Row
+
+if TYPE_CHECKING:
+    from mllmrec.ranking.reader import RowReader
 
 SECTION = "train"
 ROW_OPTIONS = ("format", "model", "max_text_tokens", "image_tiles", "prompt_format")
@@ -34,7 +39,7 @@ class Options(FineTuningOptions):
     format: Literal["trl", "llamafactory", "swift"] = option("trl", "the trainer that reads it")
 
 
-def trl_row(row, images, reader):
+def trl_row(row: Row, images: list[str], reader: "RowReader") -> Row:
     """A line for TRL's SFTTrainer: rendered prompt and completion, special tokens as text.
 
     Rendered here, because TRL adds no BOS token, and a template may end an answer in another way.
@@ -46,7 +51,7 @@ def trl_row(row, images, reader):
     return {"prompt": prompt, "completion": completion, "images": images}
 
 
-def messages_row(row, images, reader):
+def messages_row(row: Row, images: list[str], reader: "RowReader") -> Row:
     """A line for LLaMA-Factory and ms-swift: strings, <image> where the image stands."""
     text = "<image>" * len(images) + reader.question(row)
     turns = [("user", text), ("assistant", reader.answers.text(row["label"]))]
@@ -54,7 +59,7 @@ def messages_row(row, images, reader):
     return {"messages": messages, "images": images}
 
 
-def dataset_info(names):
+def dataset_info(names: Sequence[str]) -> dict[str, Any]:
     """LLaMA-Factory's description of the files. names: of the splits."""
     tags = {"role_tag": "role", "content_tag": "content"}
     tags |= {"user_tag": "user", "assistant_tag": "assistant"}
@@ -70,29 +75,29 @@ def dataset_info(names):
     }
 
 
-def exported(path, options):
+def exported(path: Path, options: Options) -> tuple[list[Row], int]:
     """(lines of train.jsonl or validation.jsonl in the other form, number of rejected users).
 
     As in stage 5, users with a question that is too long are rejected.
     """
+
     from mllmrec.models.loading import load_processor
-    from mllmrec.ranking.fine_tuning import without_too_long
     from mllmrec.ranking.reader import RowReader, chat_processor
 
     rows = read_rows(path)
-    check_image_paths(image_names(rows), path, options.data_dir, options.image_roots)
+    check_row_images(rows, path, options)
     chat = chat_processor(load_processor(options.model, options), options)
     reader = RowReader(chat, path.parent, options.max_text_tokens)
     new_row = trl_row if options.format == "trl" else messages_row
-    kept, too_long, _ = without_too_long(rows, reader, path)
+    kept, too_long, _ = reader.fitting_rows(rows, path)
 
-    def images(row):
+    def images(row: Row) -> list[str]:
         return [str((path.parent / name).resolve()) for name in row["images"]]
 
     return [new_row(row, images(row), reader) for row in kept], len(too_long)
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
     options = parse_options(Options, SECTION, argv, __doc__)
     print_options(options, f"export for {options.format}")
     folder = options.system_dir
@@ -103,10 +108,10 @@ def main(argv=None):
     extra = [out / "dataset_info.json"] if options.format == "llamafactory" else []
     others = [name for name in vars(options) if name not in ROW_OPTIONS]
     job = Job.of(options, file_digests(*paths, options.model), others)
-    with writing(job, [*outputs, *extra]) as output:
+    with WholeOutput(job, [*outputs, *extra]) as output:
         if not output.is_needed:
             return
-        counts = {}
+        counts: dict[str, int] = {}
         for split, path, exported_path in zip(splits, paths, outputs, strict=True):
             rows, rejected = exported(path, options)
             counts |= {split: len(rows), f"{split}_rejected_users": rejected}

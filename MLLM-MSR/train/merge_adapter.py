@@ -12,15 +12,16 @@ unless --dtype is set.
 
 from mllmrec.stage.main import run_main
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from pydantic.dataclasses import dataclass
 
-from mllmrec.models.options import ModelOptions
+from mllmrec.models.model_options import ModelOptions
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.options import option, parse_options, print_options
+from mllmrec.stage.output import WholeOutput, new_folder
 from mllmrec.stage.record import Job, file_digests, read_record
-from mllmrec.stage.transaction import new_folder, writing
 
 SECTION = "merge"
 
@@ -32,10 +33,10 @@ class Options(ModelOptions):
     merged: str = option("", "default: {output_dir}/{system}/merged")
 
 
-def merge(name, adapter, merged, options):
+def merge(name: str, adapter: Path, merged: Path, options: Options) -> None:
     """W + (alpha / r) B A for every adapted layer, saved as a plain model."""
+    from mllmrec.models.adapters import load_adapter
     from mllmrec.models.loading import load_multimodal
-    from mllmrec.models.lora import load_adapter
 
     model, processor = load_multimodal(name, options)
     model = load_adapter(model, adapter, name).merge_and_unload(safe_merge=True)
@@ -43,7 +44,7 @@ def merge(name, adapter, merged, options):
     processor.save_pretrained(merged)
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
     options = parse_options(Options, SECTION, argv, __doc__)
     print_options(options, "merging the adapter into its base model")
     adapter = Path(options.adapter or options.system_dir / "adapter")
@@ -51,22 +52,21 @@ def main(argv=None):
     if options.quantization != "none":
         raise InputError(
             "an adapter cannot be merged exactly into a quantised model; merge without "
-            "--quantization, "
-            "then load the result with it"
+            "--quantization, then load the result with it"
         )
     if merged.exists() and read_record(merged) is None:  # it would be deleted
         raise InputError(
-            f"{merged} is there and is no merged model of this script; move it away or name "
-            "another --merged"
+            f"{merged} is there and is no merged model of this script; move it away or "
+            "name another --merged"
         )
-    from mllmrec.models.lora import adapter_base, check_adapter
+    from mllmrec.models.adapters import adapter_base, check_adapter
     from mllmrec.models.model_card import write_model_card
 
     name = options.model or adapter_base(adapter)
     check_adapter(adapter, name)
     job = Job.of(options, file_digests(adapter, name), ("adapter", "merged", "model"))
     record = read_record(adapter) or {}
-    with writing(job, [merged]) as output:
+    with WholeOutput(job, [merged]) as output:
         if not output.is_needed:
             return
         if options.dtype == "auto":

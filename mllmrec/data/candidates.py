@@ -1,7 +1,7 @@
 """Candidate lists of users, and lines of scores.jsonl."""
 
 from collections import Counter
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,7 +9,7 @@ import pandas as pd
 
 from mllmrec.data.interactions import sample_negatives
 from mllmrec.stage.errors import InputError
-from mllmrec.stage.jsonl import PathLike, read_lines
+from mllmrec.stage.jsonl import PathLike, read_by_id, read_lines
 from mllmrec.stage.schema import Row
 
 
@@ -54,13 +54,32 @@ def read_users(path: PathLike) -> list[Row]:
     return users
 
 
-def check_negatives(user: Row, where: str) -> None:
-    """Raise InputError if a line of users.jsonl has no negatives. where: file and line."""
-    if not user["negatives"]:
-        raise InputError(
-            f"{where}: user {user['user_id']!r} has no negatives, so nothing could be ranked; make "
-            "the file again with --negatives and --train_negatives above 0"
-        )
+def read_users_and_items(
+    users_path: PathLike,
+    items_path: PathLike,
+    parts: Sequence[str] = ("history", "target", "negatives"),
+) -> tuple[list[Row], dict[str, Row]]:
+    """(lines of users.jsonl, lines of items.jsonl by id).
+
+    parts: of a line that must be there. Raises InputError, naming the line, for an item of these
+    parts that is not in items.jsonl, and for a user without negatives if they are among the parts.
+    """
+    users, items = read_users(users_path), read_by_id(items_path, "item_id")
+    for number, user in enumerate(users, start=1):
+        where = f"{users_path}, line {number}"
+        if "negatives" in parts and not user["negatives"]:
+            raise InputError(
+                f"{where}: user {user['user_id']!r} has no negatives, so nothing could be ranked; "
+                "make the file again with --negatives and --train_negatives above 0"
+            )
+        listed = [i for part in parts if part != "target" for i in user[part]]
+        for item_id in (*listed, *([user["target"]] if "target" in parts else [])):
+            if item_id not in items:
+                raise InputError(
+                    f"{where}: item {item_id!r} is not in {items_path}; "
+                    "scripts/01_prepare_data.sh makes both again"
+                )
+    return users, items
 
 
 def training_negatives(user: Row, how_many: int) -> list[str]:
@@ -73,32 +92,13 @@ def training_negatives(user: Row, how_many: int) -> list[str]:
     return list(user["negatives"][:how_many])
 
 
-def check_known(
-    item_ids: Iterable[str], items: Container[str], items_path: PathLike, where: str
-) -> None:
-    """Raise InputError if an item of a line of users.jsonl is not in items.jsonl.
-
-    items: ids in it; where: file and line.
-    """
-    for item_id in item_ids:
-        if item_id not in items:
-            raise InputError(
-                f"{where}: item {item_id!r} is not in {items_path}; scripts/01_prepare_data.sh "
-                "makes both again"
-            )
-
-
 def is_leave_one_out(users: Sequence[Row]) -> bool:
-    """True if users.jsonl has one line per user and split, as `split_by: leave_one_out` writes
-    it.
-    """
+    """True if users.jsonl has a line per user and split, as `split_by: leave_one_out` writes it."""
     return len({user["user_id"] for user in users}) < len(users)
 
 
 def user_key(user: Row, leave_one_out: bool) -> Any:
-    """What identifies a line of users.jsonl: the user id, or (user id, split) if a user has
-    several.
-    """
+    """What identifies a line: the user id, or (user id, split) if a user has several."""
     return (user["user_id"], user["split"]) if leave_one_out else user["user_id"]
 
 

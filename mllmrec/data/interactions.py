@@ -1,10 +1,9 @@
-"""Interactions as columns, and the rules that make candidate lists of them: k-core, split,
-negatives.
+"""Interactions as columns, and the rules that make candidate lists: k-core, split, negatives.
 
 No loop runs over interactions. Codes are integers into arrays of ids.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,9 +15,10 @@ PERIOD = 1000  # interactions: the nearest in time to a target
 
 @dataclass
 class InteractionLog:
-    """Interactions as columns of one length, in raw order.
+    """Interactions as columns of one length, sorted by user and time, ties in raw order.
 
-    user, item: integer codes into user_ids, item_ids; time: integers of any one unit, or ranks.
+    user_ids, item_ids: shorter ids first, then by the alphabet; user, item: integer codes into
+    them; time: integers of any one unit; first_row: of each user, its first row in the raw file.
     """
 
     user_ids: Array
@@ -26,41 +26,33 @@ class InteractionLog:
     user: Array
     item: Array
     time: Array
+    first_row: Array
 
     @classmethod
     def from_ids(cls, users: Any, items: Any, times: Any) -> "InteractionLog":
-        """From three columns: ids as strings, times as integers."""
-        user, user_ids = pd.factorize(pd.Series(users, dtype="str"))
-        item, item_ids = pd.factorize(pd.Series(items, dtype="str"))
-        return cls(
-            user_ids.to_numpy(object),
-            item_ids.to_numpy(object),
-            user,
-            item,
-            np.asarray(times, dtype=np.int64),
-        )
+        """From three columns in raw order: ids as strings, times as integers."""
+        user_ids, user = np.unique(np.asarray(users, dtype=object), return_inverse=True)
+        item_ids, item = np.unique(np.asarray(items, dtype=object), return_inverse=True)
+        (user_ids, user), (item_ids, item) = _sorted(user_ids, user), _sorted(item_ids, item)
+        times = np.asarray(times, dtype=np.int64)
+        order = np.lexsort((times, user))
+        first_row = np.unique(user, return_index=True)[1]
+        return cls(user_ids, item_ids, user[order], item[order], times[order], first_row)
 
     def only_items(self, known: Any) -> "InteractionLog":
-        """The log without interactions with items that are not in `known` (an index of item
-        ids).
-        """
+        """The log without interactions with items that are not in `known`, an index of ids."""
         keep = pd.Index(self.item_ids).isin(known)[self.item]
         if keep.all():
             return self
-        return InteractionLog(
-            self.user_ids, self.item_ids, self.user[keep], self.item[keep], self.time[keep]
-        )
+        return replace(self, user=self.user[keep], item=self.item[keep], time=self.time[keep])
 
 
-def keep_earliest(user: Array, item: Array, order: Array) -> Array:
-    """Mask of the rows that are the first of their (user, item) in `order` (row numbers, oldest
-    first).
-    """
-    pair = user.astype(np.int64) * (item.max(initial=0) + 1) + item
-    first = ~pd.Series(pair[order]).duplicated().to_numpy()
-    mask = np.zeros(len(order), dtype=bool)
-    mask[order[first]] = True
-    return mask
+def _sorted(ids: Array, codes: Array) -> tuple[Array, Array]:
+    """(ids, shorter ones first, then by the alphabet; their codes), of ids by the alphabet."""
+    order = np.argsort([len(name) for name in ids], kind="stable")
+    rank = np.empty(len(ids), dtype=np.int32)
+    rank[order] = np.arange(len(ids))
+    return ids[order], rank[codes]
 
 
 def k_core(user: Array, item: Array, user_core: int, item_core: int) -> Array:
@@ -175,18 +167,10 @@ def split_users(
     return np.where(place < train, "train", rest), np.full(n_users, -1)
 
 
-def rank_by_id(ids: Array, codes: Array) -> tuple[Array, Array]:
-    """(rank of each code among the codes in use, -1 for the others; the ids in use in rank order).
-
-    Shorter ids come first, then the alphabet decides, so nothing depends on the order of the raw
-    file.
-    """
-    used = np.flatnonzero(np.bincount(codes, minlength=len(ids)))  # much faster than np.unique
-    names = ids[used].astype(str)
-    order = np.lexsort((names, np.char.str_len(names)))
-    rank = np.full(len(ids), -1, dtype=np.int32)  # int32: half the memory for random access
-    rank[used[order]] = np.arange(len(used), dtype=np.int32)
-    return rank, ids[used[order]]
+def ranks_in_use(codes: Array, number: int) -> tuple[Array, Array]:
+    """(rank of each of `number` codes among those in use, -1 for the others; mask of the used)."""
+    used = np.bincount(codes, minlength=number) > 0
+    return np.where(used, np.cumsum(used, dtype=np.int32) - 1, -1), used
 
 
 def log_statistics(user: Array, item: Array) -> dict[str, float]:

@@ -1,43 +1,80 @@
-"""Opening raw files: recognised by their content, read in blocks of whole lines.
+"""Raw files as tables: DuckDB parses them, strictly, and one sentence says what is wrong.
 
-A file may be plain or gzipped, with or without a UTF-8 byte order mark, whatever its name says.
+A file may be plain or gzipped, with or without a UTF-8 byte order mark, whatever its name says. A
+CSV file with a line that is no row is refused. Lines are counted from 1, blank ones included.
 """
 
+import csv
 import gzip
+import io
 import re
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+import duckdb
+import pandas as pd
+from pydantic_core import from_json
+
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import PathLike
+from mllmrec.stage.schema import Row
 
-BLOCK = 16 << 20  # bytes that are parsed at a time
+GZIP, BOM = b"\x1f\x8b", b"\xef\xbb\xbf"
 HEAD = 4096  # bytes that show what kind of file it is
-BOM = b"\xef\xbb\xbf"
-PACKED = {
-    rb"BZh[1-9](1AY&SY|\x17rE8P)": "bzip2",
-    rb"PK\x03\x04": "zip",
-    rb"\xfd7zXZ\x00": "xz",
-    rb"\x28\xb5\x2f\xfd": "zstd",
-    rb"7z\xbc\xaf\x27\x1c": "7z",
-    rb"(?s).{257}ustar": "tar",
-    rb"\x1f\x8b": "gzip, twice",
+# How files start whose text cannot be read, and what to do about it.
+KINDS = {
+    rb"\s*$": "is empty; fetch it again",
+    rb"BZh[1-9]": "is packed (bzip2); unpack it",
+    rb"PK\x03\x04": "is packed (zip); unpack it",
+    rb"\xfd7zXZ\x00": "is packed (xz); unpack it",
+    rb"\x28\xb5\x2f\xfd": "is packed (zstd); unpack it",
+    rb"(?s).{257}ustar": "is packed (tar); unpack it",
+    GZIP: "is packed (gzip, twice); unpack it once",
+    rb"\xff\xfe|\xfe\xff": "is UTF-16 text; save it as UTF-8",
+    rb"\s*<(?i:!doctype|html|head|body|\?xml|!--)": "is a web page, not the data; fetch it again",
+    rb"version https://git-lfs": "is a git-lfs pointer; fetch the file with `git lfs pull`",
+    rb"(?s).*\x00": "holds NUL bytes, as UTF-16 text and binary files do; save it as UTF-8 text",
+    rb"[^\n]*\r[^\n]": "has lines that end with \\r alone; save it with \\n",
 }
-WEB_PAGE = re.compile(rb"\s*<(!doctype|html|head|body|\?xml|!--)", re.IGNORECASE)
-LFS_POINTER = b"version https://git-lfs"
+OPENS_QUOTE = (
+    "a double quote opens a field and is not closed in it; close it, or write it twice if it "
+    "belongs to the text"
+)
+# DuckDB's names for lines that are no rows.
+FAULTS = {
+    "MISSING COLUMNS": "too few fields",
+    "TOO MANY COLUMNS": "too many fields",
+    "UNQUOTED VALUE": OPENS_QUOTE,
+    "INVALID ENCODING": "bytes that are not UTF-8; save the file as UTF-8",
+}
+MOST_LINE_BREAKS = 10  # of one field of a table of texts
+SHOWN = 200  # characters of a rejected row
 
 
 def check_raw_file(path: PathLike) -> Path:
     """`path` as a Path. Raises InputError if it is no file whose text can be read."""
-    with open_raw(Path(path)):
-        return Path(path)
+    path = Path(path)
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; put the file of this name there")
+    if not path.exists():
+        raise InputError(
+            f"{path} is missing; the README (Real data) says where to get it and where to put it"
+        )
+    with open_raw(path) as file:
+        head = file.read(HEAD)
+    for start, problem in KINDS.items():
+        if re.match(start, head):
+            raise InputError(f"{path} {problem}")
+    return path
 
 
 def only_file(folder: Path, names: Sequence[str], missing: str) -> Path:
-    """The one of the files `names` that is in the folder.
+    """The one of the files `names` that is in the folder, checked.
 
     missing: message of the InputError if none is. Raises InputError if there are two, too.
     """
@@ -48,110 +85,194 @@ def only_file(folder: Path, names: Sequence[str], missing: str) -> Path:
         raise InputError(
             f"{folder} has both {paths[0].name} and {paths[1].name}; keep one of them there"
         )
-    return paths[0]
+    return check_raw_file(paths[0])
 
 
-def open_raw(path: Path) -> IO[bytes]:
+@contextmanager
+def open_raw(path: Path) -> Iterator[IO[bytes]]:
     """The unpacked bytes of a raw file, after a byte order mark.
 
-    Raises InputError if it is missing, empty, packed in another way, or no UTF-8 text at all.
+    Raises InputError where the file turns out to be truncated.
     """
-    if path.is_dir():
-        raise InputError(f"{path} is a folder; put the file of this name there")
-    if not path.exists():
-        raise InputError(
-            f"{path} is missing; the README (Real data) says where to get it and where to put it"
-        )
+    opener: Any = gzip.open if _is_gzipped(path) else open
     try:
-        with open(path, "rb") as file:
-            packed = file.read(2) == b"\x1f\x8b"
-        opener: Any = gzip.open if packed else open
-        file = opener(path, "rb")
-        head = file.read(HEAD)
-        file.seek(len(BOM) if head.startswith(BOM) else 0)
-    except (OSError, EOFError, zlib.error) as error:
+        with opener(path, "rb") as file:
+            file.seek(len(BOM) if file.read(len(BOM)) == BOM else 0)
+            yield file
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise _damaged(path, error) from None
-    fault = _fault_of(head)
-    if fault:
-        file.close()
-        raise InputError(f"{path} {fault}")
-    return file
 
 
-def _fault_of(head: bytes) -> str | None:
-    """What is wrong with a file that starts like this, with the remedy."""
-    if not head.removeprefix(BOM):
-        return "is empty; fetch it again"
-    for magic, name in PACKED.items():
-        if re.match(magic, head):
-            return f"is packed ({name}); unpack it and give the unpacked file this name"
-    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
-        return "is UTF-16 text; save it as UTF-8"
-    if WEB_PAGE.match(head.removeprefix(BOM)):
-        return "is a web page and not the data; fetch the file again"
-    if head.startswith(LFS_POINTER):
-        return "is a git-lfs pointer and not the data; fetch the file with `git lfs pull`"
-    if b"\0" in head:
-        return "holds NUL bytes, as UTF-16 text and binary files do; save it as UTF-8 text"
-    return None
+def _is_gzipped(path: Path) -> bool:
+    with open(path, "rb") as file:
+        return file.read(len(GZIP)) == GZIP
 
 
 def _damaged(path: Path, error: Exception) -> InputError:
-    """The error for a file that cannot be read to its end."""
-    if isinstance(error, PermissionError):
-        return InputError(f"{path} cannot be opened ({error.strerror}); make it readable")
-    line = 0
-    try:
-        with gzip.open(path) as file:
-            for _ in file:
-                line += 1
-    except (OSError, EOFError, zlib.error):
-        pass
-    return InputError(f"{path} is truncated or damaged after line {line} ({error}); fetch it again")
+    return InputError(f"{path} is truncated or damaged ({error}); fetch it again")
 
 
-def blocks_of(path: Path) -> Iterator[bytes]:
-    """The content of a raw file in blocks of whole lines (that end with \\n).
+@dataclass(frozen=True)
+class RawTable:
+    """A raw file and how DuckDB reads it.
 
-    The next block is read and unpacked in a thread while the caller works on the last one.
+    columns: name -> SQL of its text; scan: SQL of the table, of which $path is the file; form: of a
+    CSV file, options of csv.reader; None: JSONL; row: SQL of a row's number, from 0.
     """
-    blocks = _read_blocks(path)
+
+    path: Path
+    columns: Mapping[str, str]
+    scan: str
+    form: Mapping[str, Any] | None = None
+    has_header: bool = False
+    row: str = "rowid"
+
+    def frame(self) -> pd.DataFrame:
+        """The columns as strings, for tables of texts: a field may have some line breaks."""
+        fields = ", ".join(f'{sql} AS "{name}"' for name, sql in self.columns.items())
+        with duckdb.connect() as database:
+            self.create(database, f"SELECT {fields} FROM {self.scan}")
+            frame = run(database, "SELECT * FROM raw ORDER BY rowid").df().astype("str")
+        for name in frame:
+            broken = frame[name].str.count("\n") > MOST_LINE_BREAKS
+            if broken.any():
+                [entry] = self.rejected([(int(broken.argmax()), OPENS_QUOTE)])
+                raise InputError(f"{self.path}, line {entry['line']}: {OPENS_QUOTE}")
+        return frame
+
+    def create(self, database: duckdb.DuckDBPyConnection, query: str, **parameters: Any) -> None:
+        """Create the table `raw` of a query about the scan.
+
+        Raises InputError, naming the first line that is no row, for a file that is no such table.
+        """
+        parameters |= {"path": str(self.path)}
+        try:
+            run(database, f"CREATE TABLE raw AS {query}", **parameters)
+        except duckdb.OutOfMemoryException as error:
+            raise MemoryError(str(error)) from None
+        except duckdb.Error as error:
+            if "GZIP" in str(error):
+                raise _damaged(self.path, error) from None
+            if self.form is None:
+                self._check_json()
+            reason = str(error).splitlines()[0].partition("Error: ")[2]
+            raise InputError(f"{self.path}: {reason}; correct the file or fetch it again") from None
+        if self.form is not None:
+            self._check_no_faults(database)
+
+    def _check_no_faults(self, database: duckdb.DuckDBPyConnection) -> None:
+        first = "arg_min(error_type, line), arg_min(line_byte_position, line)"
+        faults = f"SELECT count(DISTINCT line), {first} FROM reject_errors"
+        number, kind, position = run(database, faults).fetchall()[0]
+        if number:
+            with open_raw(self.path) as file:  # DuckDB does not count line breaks inside fields
+                line = 1 + file.read(position - 1 - file.tell()).count(b"\n")
+            more = f" (and {number - 1} more such lines)" if number > 1 else ""
+            raise InputError(
+                f"{self.path}, line {line}: {FAULTS.get(kind, kind.lower())}{more}; correct the "
+                "file or fetch it again"
+            )
+
+    def _check_json(self) -> None:
+        """Raise InputError for the first line that is no JSON object."""
+        with open_raw(self.path) as file:
+            for number, line in enumerate(file, start=1):
+                problem = None
+                try:
+                    if line.strip() and not isinstance(from_json(line), dict | None):
+                        problem = "a line must hold one object"
+                except ValueError as error:
+                    problem = f"not valid JSON ({error})"
+                if problem:
+                    remedy = "fetch the file again or remove the line"
+                    raise InputError(f"{self.path}, line {number}: {problem}; {remedy}")
+
+    def rejected(self, reasons: Iterable[tuple[int, str]]) -> list[Row]:
+        """Entries of X.rejected.jsonl. reasons: (row number from 0, reason), in this order."""
+        entries: list[Row] = []
+        with open_raw(self.path) as file:
+            records = enumerate(self._records(file), start=-self.has_header)
+            row, (line, text) = next(records)
+            for wanted, reason in reasons:
+                while row < wanted:
+                    row, (line, text) = next(records)
+                entry = {"file": self.path.name, "line": line, "row": text[:SHOWN]}
+                entries.append(entry | {"reason": reason})
+        return entries
+
+    def _records(self, file: IO[bytes]) -> Iterator[tuple[int, str]]:
+        """(line, text) of the header and the rows, without blank lines."""
+        lines = io.TextIOWrapper(file, "utf-8", newline="")
+        if self.form is None:
+            yield from ((n, line.strip()) for n, line in enumerate(lines, 1) if line.strip())
+            return
+        csv.field_size_limit(1 << 30)
+        reader, start = csv.reader(lines, **self.form), 1
+        for fields in reader:
+            if fields:
+                yield start, self.form["delimiter"].join(fields)
+            start = reader.line_num + 1
+
+
+def csv_table(
+    path: PathLike,
+    columns: Sequence[str],
+    names: Sequence[str] = (),
+    delimiter: str = ",",
+    quoted: bool = True,
+) -> RawTable:
+    """The columns of a CSV file. names: of all its columns, for a file without a header.
+
+    Raises InputError for a file of another kind or a header that lacks a column.
+    """
+    path = check_raw_file(path)
+    found = names or header_of(path, columns, delimiter)
+    kinds = ", ".join(f"'c{n}': 'VARCHAR'" for n in range(len(found)))
+    quote = '"' if quoted else ""
+    scan = (
+        f"read_csv($path, columns={{{kinds}}}, auto_detect=false, header={not names}, "
+        f"delim='{delimiter}', quote='{quote}', escape='{quote}', strict_mode=true, "
+        f"store_rejects=true, compression='{'gzip' if _is_gzipped(path) else 'none'}')"
+    )
+    fields = {name: f"coalesce(c{found.index(name)}, '')" for name in columns}
+    form = {"delimiter": delimiter, "quoting": csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE}
+    return RawTable(path, fields, scan, form, has_header=not names)
+
+
+def header_of(path: PathLike, wanted: Sequence[str] = (), delimiter: str = ",") -> list[str]:
+    """The fields of a CSV file's first line. Raises InputError if a wanted one is missing."""
+    with open_raw(check_raw_file(path)) as file:
+        line = file.readline().decode("utf-8", "replace")
+    names = [name.strip() for name in next(csv.reader([line], delimiter=delimiter), [""])]
+    for name in wanted:
+        if names.count(name) != 1:
+            problem = "is missing" if name not in names else "is there twice"
+            raise InputError(
+                f"{path}, line 1: column {name!r} {problem}; the header is {line.strip()[:300]!r}, "
+                f"the README (Real data) has the expected form, with {delimiter!r} between columns"
+            )
+    return names
+
+
+def json_table(path: PathLike, keys: Sequence[str]) -> RawTable:
+    """Keys of the objects in a JSONL file; what is no string is JSON text."""
+    path = check_raw_file(path)
+    kinds = ", ".join(f"'{key}': 'VARCHAR'" for key in keys)
+    scan = (
+        f"read_json($path, columns={{{kinds}}}, format='newline_delimited', "
+        f"compression='{'gzip' if _is_gzipped(path) else 'none'}')"
+    )
+    return RawTable(path, {key: f"coalesce(\"{key}\", '')" for key in keys}, scan)
+
+
+def run(
+    database: duckdb.DuckDBPyConnection, query: str, **parameters: Any
+) -> duckdb.DuckDBPyConnection:
+    """The result of a query, from a thread: in the main one DuckDB would swallow Ctrl-C."""
     with ThreadPoolExecutor(1) as pool:
-        ahead = pool.submit(next, blocks, b"")
-        while block := ahead.result():
-            ahead = pool.submit(next, blocks, b"")
-            yield block
-
-
-def _read_blocks(path: Path) -> Iterator[bytes]:
-    rest: list[bytes] = []
-    with open_raw(path) as file:
-        while True:
-            try:
-                piece = file.read(BLOCK)
-            except (OSError, EOFError, zlib.error) as error:
-                raise _damaged(path, error) from None
-            if not piece:
-                break
-            end = piece.rfind(b"\n") + 1
-            if end:
-                yield b"".join([*rest, memoryview(piece)[:end]])
-                rest = []
-            if end < len(piece):
-                rest.append(piece[end:])
-    if rest:
-        yield b"".join(rest)
-
-
-def check_utf8(path: Path, block: bytes, first: int) -> None:
-    """Raise InputError naming line and byte. first: line number of the block's start."""
-    if block.isascii():
-        return
-    try:
-        block.decode()
-    except UnicodeDecodeError as error:
-        before = (block[: error.start] + b"x").splitlines()
-        raise InputError(
-            f"{path}, line {first + len(before) - 1}: byte {len(before[-1])} is not UTF-8; save "
-            "the file as UTF-8"
-        ) from None
+        result = pool.submit(database.execute, query, parameters or None)
+        try:
+            return result.result()
+        except BaseException:
+            database.interrupt()
+            raise

@@ -17,51 +17,49 @@ Rules, in this order:
    their interactions, or among the items that others had when the user had the target.
 """
 
-import logging
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 from pydantic.dataclasses import dataclass as options_dataclass
 
-from mllmrec.data.images import check_image_paths
 from mllmrec.data.interactions import (
     Array,
     InteractionLog,
     k_core,
-    keep_earliest,
     log_statistics,
-    rank_by_id,
+    ranks_in_use,
     sample_negatives,
     sample_negatives_of_period,
     split_users,
 )
 from mllmrec.stage.errors import InputError
-from mllmrec.stage.jsonl import (
-    atomic_file,
-    encode_checked,
-    relative_path,
-    write_json,
-    write_rejected,
-    write_rows,
-)
 from mllmrec.stage.options import CommonOptions, option
 from mllmrec.stage.schema import Row
-
-logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "validation", "test")
 RELEASED_ITEMS = 6  # of a user, target included, in the released code
 
 
 @options_dataclass
-class SplitOptions(CommonOptions):
-    """Options of every loader: what becomes of the log once it is read."""
+class DataOptions(CommonOptions):
+    """Options of every loader."""
 
     raw_dir: str = option("data/raw", "folder of the raw files", min_length=1)
+    paper_users: int = option(0, "the paper's number, printed beside ours; 0 = none", ge=0)
+    paper_items: int = option(0, "likewise", ge=0)
+    paper_interactions: int = option(0, "likewise", ge=0)
+    paper_average_length: float = option(0.0, "likewise", ge=0)
+    paper_sparsity: float = option(0.0, "likewise, in per cent", ge=0, le=100)
+
+
+@options_dataclass
+class SplitOptions(DataOptions):
+    """Options of what becomes of a log once it is read."""
+
     user_core: int = option(
         6, "fewest interactions of a user (6 gives the paper's 25,411 users)", ge=2
     )
@@ -99,11 +97,6 @@ class SplitOptions(CommonOptions):
         "the 1,000 interactions nearest in time to the target's, since uniform ones are mostly "
         "older or newer than what a user could have seen",
     )
-    paper_users: int = option(0, "the paper's number, printed beside ours; 0 = none", ge=0)
-    paper_items: int = option(0, "likewise", ge=0)
-    paper_interactions: int = option(0, "likewise", ge=0)
-    paper_average_length: float = option(0.0, "likewise", ge=0)
-    paper_sparsity: float = option(0.0, "likewise, in per cent", ge=0, le=100)
 
 
 @dataclass
@@ -111,55 +104,46 @@ class PreparedData:
     """The core of a log, and its candidate lists.
 
     items: DataFrame indexed by item_id, columns title and image; statistics: for stats.json;
-    user_ids, item_ids: of the core, in id order; sequences: item codes of all users, each user's
-    oldest first, user by user; ends: where in `sequences` each user ends; popularity: interactions
-    of each item.
+    user_ids, item_ids: of the core, in id order; popularity: interactions of each item.
 
-    Lines of users.jsonl, as columns: line_user: codes into user_ids; line_skip: how many of the
-    user's last items lie behind the line's target; split; fold (-1: none); negatives: item codes,
-    -1: none.
+    Lines of users.jsonl, as columns: line_user: codes into user_ids; history: item codes of all
+    lines, line by line; ends: where in `history` each line ends; target: item codes; split; fold
+    (-1: none); negatives: item codes of shape (lines, most negatives), -1: none.
     """
 
     items: pd.DataFrame
     statistics: dict[str, Any]
     user_ids: Array
     item_ids: Array
-    sequences: Array
-    ends: Array
     popularity: Array
     line_user: Array
-    line_skip: Array
+    history: Array
+    ends: Array
+    target: Array
     split: Array
     fold: Array
     negatives: Array
 
-    def lines(self, options: SplitOptions) -> Iterator[Row]:
+    def lines(self) -> Iterator[Row]:
+        """The lines of users.jsonl as dicts."""
+        return map(json.loads, self.encoded_lines())
+
+    def encoded_lines(self) -> Iterator[str]:
         """The lines of users.jsonl: users in id order, or in that of the released split."""
-        for line, user in enumerate(self.line_user):
-            start = self.ends[user - 1] if user else 0
-            seen = self.sequences[start : self.ends[user] - self.line_skip[line]]
-            if options.history == "released":
-                seen = seen[self._released_places(seen, options.released_order)]
-            history, target = seen[:-1], seen[-1]
-            if options.max_history:
-                history = history[-options.max_history :]
-            negatives = self.negatives[line]
-            yield {
-                "user_id": self.user_ids[user],
-                "history": self.item_ids[history].tolist(),
-                "target": self.item_ids[target],
-                "negatives": self.item_ids[negatives[negatives >= 0]].tolist(),
-                "split": str(self.split[line]),
-                "fold": int(self.fold[line]) if options.folds else None,
-            }
-
-    def _released_places(self, seen: Array, order: str) -> Array:
-        """Which of a user's items the released code keeps, in its order: the six most popular.
-
-        seen: item codes, oldest first; of equally popular items the oldest come first.
-        """
-        places = np.argsort(-self.popularity[seen], kind="stable")[:RELEASED_ITEMS]
-        return np.sort(places) if order == "time" else places
+        # Faster by far than a dict for each line; there may be millions.
+        encode = json.JSONEncoder(ensure_ascii=False).encode
+        items = np.array([encode(item_id) for item_id in self.item_ids], dtype=object)
+        start = 0
+        columns = (self.line_user, self.ends, self.target, self.split, self.fold, self.negatives)
+        for user, end, target, split, fold, negatives in zip(*columns, strict=True):
+            history = ", ".join(items[self.history[start:end]])
+            drawn = ", ".join(items[negatives[: np.count_nonzero(negatives >= 0)]])
+            yield (
+                f'{{"user_id": {encode(self.user_ids[user])}, "history": [{history}], '
+                f'"target": {items[target]}, "negatives": [{drawn}], "split": "{split}", '
+                f'"fold": {fold if fold >= 0 else "null"}}}\n'
+            )
+            start = end
 
 
 def check_options(options: SplitOptions) -> None:
@@ -203,65 +187,69 @@ def check_options(options: SplitOptions) -> None:
 def prepare(log: InteractionLog, catalogue: pd.DataFrame, options: SplitOptions) -> PreparedData:
     """Apply the rules of this module's docstring.
 
-    catalogue: indexed by item_id, columns title and image (path or None); it must hold every item
-    of the log.
+    catalogue: indexed by item_id, columns title and image (path or None). Interactions with items
+    that it lacks are left out; the loader has rejected those items.
     """
     check_options(options)
-    order = np.lexsort((log.time, log.user))  # stable: ties stay in the order of the raw file
-    keep, statistics = _core(log, catalogue, order, options)
-    item_rank, item_ids = rank_by_id(log.item_ids, log.item[keep])
-    user_rank, user_ids = rank_by_id(log.user_ids, log.user[keep])
-    user, item = user_rank[log.user], item_rank[log.item]  # -1 outside the core
-    n_users, n_items = len(user_ids), len(item_ids)
-    in_core = (user >= 0) & (item >= 0)
-    touched = np.sort(user[in_core].astype(np.int64) * n_items + item[in_core])  # of the WHOLE log
-
-    rows = order[keep[order]]
-    by_user = rows[np.argsort(user[rows], kind="stable")]
-    sequences, times = item[by_user], log.time[by_user]
-    ends = np.cumsum(np.bincount(user[rows], minlength=n_users))
-    popularity = np.bincount(sequences, minlength=n_items)
+    log = log.only_items(catalogue.index)
+    pair = log.user.astype(np.int64) * len(log.item_ids) + log.item
+    earliest = np.unique(pair, return_index=True)[1]  # of each pair, sorted by user and item
+    del pair  # as large as the log
+    keep, statistics = _core(log, catalogue, earliest, options)
+    user_rank, users = ranks_in_use(log.user[keep], len(log.user_ids))
+    item_rank, items = ranks_in_use(log.item[keep], len(log.item_ids))
+    user_ids, item_ids = log.user_ids[users], log.item_ids[items]
+    touched = _touched(user_rank[log.user[earliest]], item_rank[log.item[earliest]], len(item_ids))
+    sequences, times = item_rank[log.item[keep]], log.time[keep]
+    ends = np.cumsum(np.bincount(user_rank[log.user[keep]], minlength=len(user_ids)))
+    starts = np.append(0, ends[:-1])
+    popularity = np.bincount(sequences, minlength=len(item_ids))
     if options.split_by == "leave_one_out":
-        columns = _leave_one_out_lines(n_users, options)
+        columns = _leave_one_out_lines(len(user_ids), options)
     elif options.split_by == "released":
-        by_time = rows[np.argsort(log.time[rows], kind="stable")]
-        columns = _released_split_lines(pd.unique(user[by_time]), options)
-    elif options.folds > n_users:
-        raise InputError(f"--folds {options.folds} are more than the {n_users} users; lower it")
+        by_time = np.lexsort((log.first_row[users], times[starts]))
+        columns = _released_split_lines(by_time, options)
     else:
-        columns = _user_split_lines(n_users, options)
+        columns = _user_split_lines(len(user_ids), options)
     line_user, line_skip, split, fold = columns
+    last = ends[line_user] - 1 - line_skip  # place of each line's target
     draw = _Negatives(touched, user_ids, popularity, (sequences, times), options)
-    negatives = draw.of_lines(line_user, split, times[ends[line_user] - 1 - line_skip])
-    chosen = np.isin(line_user, _pilot_users(n_users, split, options))
+    negatives = draw.of_lines(line_user, split, times[last])
+    chosen = np.isin(line_user, _pilot_users(len(user_ids), split, options))
+    spans = (starts[line_user[chosen]], last[chosen])
+    history, history_ends, target = _histories(sequences, spans, popularity, options)
     statistics["written_users"] = {name: int((split[chosen] == name).sum()) for name in SPLITS}
-    return PreparedData(
+    data = PreparedData(
         items=catalogue.loc[item_ids],
         statistics=statistics,
         user_ids=user_ids,
         item_ids=item_ids,
-        sequences=sequences,
-        ends=ends,
         popularity=popularity,
         line_user=line_user[chosen],
-        line_skip=line_skip[chosen],
+        history=history,
+        ends=history_ends,
+        target=target,
         split=split[chosen],
         fold=fold[chosen],
         negatives=negatives[chosen],
     )
+    if not chosen.all():  # only the items that the lines name
+        named = np.concatenate([history, target, data.negatives[data.negatives >= 0]])
+        data.items = data.items.iloc[np.unique(named)]
+    return data
 
 
 def _core(
-    log: InteractionLog, catalogue: pd.DataFrame, order: Array, options: SplitOptions
+    log: InteractionLog, catalogue: pd.DataFrame, earliest: Array, options: SplitOptions
 ) -> tuple[Array, dict[str, Any]]:
     """(mask of the rows of the log that rules 1 to 3 keep, statistics)."""
     statistics: dict[str, Any] = {"raw": log_statistics(log.user, log.item)}
     image = catalogue["image"].reindex(log.item_ids)
-    keep = np.ones(len(log.item), dtype=bool)
+    keep = np.zeros(len(log.item), dtype=bool)
+    keep[earliest] = True
     if options.require_image:
-        keep = image.notna().to_numpy()[log.item]
+        keep &= image.notna().to_numpy()[log.item]
     statistics["items_without_image"] = int(image.isna().sum())
-    keep &= keep_earliest(log.user, log.item, order)
     keep[keep] = k_core(log.user[keep], log.item[keep], options.user_core, options.item_core)
     if not keep.any():
         raise InputError(
@@ -273,8 +261,41 @@ def _core(
     return keep, statistics | log_statistics(log.user[keep], log.item[keep])
 
 
+def _touched(user: Array, item: Array, n_items: int) -> Array:
+    """Sorted keys user * n_items + item of pairs that are sorted; -1: outside the core."""
+    inside = (user >= 0) & (item >= 0)
+    return user[inside].astype(np.int64) * n_items + item[inside]
+
+
+def _histories(
+    sequences: Array, spans: tuple[Array, Array], popularity: Array, options: SplitOptions
+) -> tuple[Array, Array, Array]:
+    """(item codes of all histories, where each history ends in them, target of each line).
+
+    sequences: item codes, each user's oldest first; spans: place of each line's first item and of
+    its target in them.
+    """
+    start, last = spans
+    if options.history == "released":  # the most popular items, of equally popular ones the oldest
+        kept = []
+        for seen in (sequences[a : b + 1] for a, b in zip(start, last, strict=True)):
+            places = np.argsort(-popularity[seen], kind="stable")[:RELEASED_ITEMS]
+            kept.append(seen[np.sort(places) if options.released_order == "time" else places])
+        last = np.cumsum([len(items) for items in kept]) - 1
+        start = np.append(0, last[:-1] + 1)
+        sequences = np.concatenate(kept)
+    if options.max_history:
+        start = np.maximum(start, last - options.max_history)
+    length = last - start
+    ends = np.cumsum(length)
+    places = np.arange(ends[-1]) + np.repeat(start - ends + length, length)
+    return sequences[places], ends, sequences[last]
+
+
 def _user_split_lines(n_users: int, options: SplitOptions) -> tuple[Array, Array, Array, Array]:
     """(user, skip, split, fold) of one line per user."""
+    if options.folds > n_users:
+        raise InputError(f"--folds {options.folds} are more than the {n_users} users; lower it")
     split, fold = split_users(
         n_users,
         (options.train_fraction, options.validation_fraction),
@@ -364,97 +385,3 @@ def _pilot_users(n_users: int, split: Array, options: SplitOptions) -> Array:
         members = order[split[order] == name]
         rank[members] = (np.arange(len(members)) + 0.5) / max(len(members), 1)
     return np.sort(np.argsort(rank, kind="stable")[: options.limit])
-
-
-def data_outputs(options: SplitOptions) -> list[Path]:
-    """users.jsonl, items.jsonl and stats.json in the data folder."""
-    return [Path(options.data_dir) / name for name in ("users.jsonl", "items.jsonl", "stats.json")]
-
-
-def write_data(data: PreparedData, options: SplitOptions) -> pd.DataFrame:
-    """Write items.jsonl, users.jsonl and stats.json; return the items that were written.
-
-    With --limit only the items that the written users need are written.
-    """
-    users_path, items_path, stats_path = data_outputs(options)
-    images = [relative_path(i, items_path) for i in data.items["image"] if isinstance(i, str)]
-    try:
-        check_image_paths(images, items_path, options.data_dir, options.image_roots)
-    except InputError as reason:  # here the images of the raw files are those that were named
-        check_image_paths(images, items_path, options.data_dir, [options.raw_dir])
-        logger.info(f"note: {reason}")
-    used: set[str] = set()
-    with atomic_file(users_path) as file:
-        for line in data.lines(options):
-            used.update(line["history"], line["negatives"], (line["target"],))
-            file.write(encode_checked(users_path, line))
-    items = data.items
-    if len(np.unique(data.line_user)) < len(data.user_ids):
-        items = items[items.index.isin(used)]
-    write_items(items, items_path)
-    write_json(stats_path, data.statistics)
-    return items
-
-
-def write_items(items: pd.DataFrame, path: Path) -> None:
-    """Write items.jsonl. items: indexed by item_id, columns title and image (path or None)."""
-
-    def rows() -> Iterator[Row]:
-        for item_id, title, image in items[["title", "image"]].itertuples(name=None):
-            name = relative_path(image, path) if isinstance(image, str) else None
-            yield {"item_id": item_id, "title": title, "image": name}
-
-    write_rows(path, rows())
-
-
-def rejected_rows_path(options: SplitOptions) -> Path:
-    """Where the rejected rows of the raw files go."""
-    return Path(options.data_dir) / "interactions.rejected.jsonl"
-
-
-def write_data_set(
-    data: PreparedData, rejected: Sequence[Row], options: SplitOptions
-) -> tuple[pd.DataFrame, dict[str, int]]:
-    """Write all outputs of a loader, print the statistics; return (items, counts for the record).
-
-    rejected: rows of the raw files.
-    """
-    for name in ("train", "test"):  # without validation users, the last epoch is kept
-        if data.statistics["written_users"][name] == 0 and not options.limit:
-            raise InputError(
-                f"of {len(data.user_ids)} users none is in the {name} split; change "
-                "--train_fraction, --validation_fraction or --folds"
-            )
-    data.statistics["rejected_rows"] = len(rejected)
-    items = write_data(data, options)
-    outputs = data_outputs(options)
-    rejected_path = rejected_rows_path(options)
-    write_rejected(rejected_path, rejected)
-    if rejected:
-        logger.info(
-            f"{len(rejected):,} rows of the raw files were rejected; each is in {rejected_path} "
-            f"with "
-            "its reason"
-        )
-    counts = {
-        "in": data.statistics["raw"]["interactions"],
-        "users": len(np.unique(data.line_user)),
-        "items": len(items),
-        "rejected": len(rejected),
-    }
-    print_statistics(data.statistics, options)
-    logger.info(f"wrote {outputs[0]} and {outputs[1]}")
-    return items, counts
-
-
-def print_statistics(statistics: dict[str, Any], options: SplitOptions) -> None:
-    """The core's numbers beside the paper's, if the config names them."""
-    print(f"{'':16}{'raw log':>12}{'this core':>12}{'the paper':>12}")
-    for name in ("users", "items", "interactions", "average_length", "sparsity"):
-        paper = getattr(options, f"paper_{name}")
-        print(
-            f"{name:16}{statistics['raw'][name]:>12,}{statistics[name]:>12,}"
-            f"{format(paper, ',') if paper else '-':>12}"
-        )
-    written = statistics["written_users"].items()
-    print(", ".join(f"{count:,} {name}" for name, count in written) + " users written")

@@ -135,8 +135,7 @@ def _check_list(
     if not whole and not (retrieved and positives <= 1):
         raise InputError(
             f"{where}: user {user!r} has {positives} positives and {len(labels) - positives} "
-            f"negatives "
-            f"instead of 1 and {length - 1}; score the missing rows or remove the user"
+            f"negatives instead of 1 and {length - 1}; score the missing rows or remove the user"
         )
 
 
@@ -167,9 +166,7 @@ def hit_rate(lists: CandidateLists, k: int) -> Array:
 
 
 def pooled_auc(lists: CandidateLists) -> float:
-    """The paper's AUC: over the candidates of all users together, of those whose list has its
-    target.
-    """
+    """The paper's AUC: over the candidates of all users together whose list has its target."""
     used = lists.has_target[lists.user]
     return float(roc_auc_score(lists.is_target[used], lists.scores[used]))
 

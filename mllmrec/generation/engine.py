@@ -7,7 +7,6 @@ waiting ones, which are processed in batches of similar length.
 import logging
 import os
 from collections.abc import Generator, Iterable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,7 +31,7 @@ from mllmrec.models.loading import (
     max_prompt_tokens,
     read_config,
 )
-from mllmrec.models.options import DEFAULT_URL, GenerationStageOptions
+from mllmrec.models.model_options import DEFAULT_URL, GenerationStageOptions
 from mllmrec.models.trial import check_trial
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.progress import Progress
@@ -44,22 +43,6 @@ logger = logging.getLogger(__name__)
 
 CPU_BATCH_TOKENS = 32768
 MAX_WAITING_BYTES = 4e9  # of images that wait for their batch
-
-
-@dataclass
-class GenerationOptions:
-    """How texts are generated.
-
-    batch_tokens: how many tokens, padding and answers included, may be in one batch; 0: as many as
-    a GPU's free memory holds, 32,768 on a CPU; it is lowered if memory does not suffice.
-    temperature 0 is greedy; else see `sampling`.
-    """
-
-    max_new_tokens: int
-    batch_tokens: int = 0
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
 
 
 class FiniteLogits(LogitsProcessor):
@@ -76,9 +59,13 @@ class FiniteLogits(LogitsProcessor):
 
 
 class GenerationEngine:
-    """A frozen model that generates a text for each prompt."""
+    """A frozen model that generates a text for each prompt.
 
-    def __init__(self, model: Any, chat: ChatProcessor, options: GenerationOptions) -> None:
+    options: `batch_tokens` is how many tokens, padding and answers included, may be in one batch;
+    it is lowered if memory does not suffice. `temperature` above 0: see `sampling`.
+    """
+
+    def __init__(self, model: Any, chat: ChatProcessor, options: GenerationStageOptions) -> None:
         self.model, self.chat, self.options = model, chat, options
         self.chunked = prefill.supports_chunked_prefill(model)
         self.max_new_tokens = options.max_new_tokens
@@ -97,9 +84,7 @@ class GenerationEngine:
         )
 
     def _tokens_that_fit(self) -> int:
-        """Tokens whose keys and values take two thirds of a GPU's free memory; the rest:
-        activations.
-        """
+        """Tokens whose keys and values take two thirds of a GPU's free memory."""
         if self.model.device.type != "cuda" or not self.chunked:
             return CPU_BATCH_TOKENS
         empty_device_cache()
@@ -111,9 +96,7 @@ class GenerationEngine:
         return max(1, self.batch_tokens // (longest + self.max_new_tokens))
 
     def generate(self, requests: list[Request]) -> list[GeneratedText]:
-        """The texts of one batch; if memory does not suffice, in halves, and later batches are
-        smaller.
-        """
+        """The texts of one batch; if memory does not suffice, of its halves, and of later ones."""
         try:
             return self._generate(requests)
         except RuntimeError as error:
@@ -123,15 +106,14 @@ class GenerationEngine:
         if len(requests) == 1:
             raise InputError(
                 f"a single prompt with its answer ({longest:,} tokens) does not fit into the "
-                f"memory of "
-                f"{self.model.device}; free some, load the model with --quantization nf4, or lower "
-                "--max_new_tokens; finished rows are kept"
+                f"memory of {self.model.device}; free some, load the model with --quantization "
+                "nf4, or lower --max_new_tokens; finished rows are kept"
             )
         empty_device_cache(collect_garbage=True)
         self.batch_tokens = min(self.batch_tokens, len(requests) // 2 * longest)
         logger.info(
-            f"out of memory with a batch of {len(requests)}; continuing with --batch_tokens "
-            f"{self.batch_tokens}",
+            f"out of memory with a batch of {len(requests)}; continuing "
+            f"with --batch_tokens {self.batch_tokens}",
         )
         middle = (len(requests) + 1) // 2
         return self.generate(requests[:middle]) + self.generate(requests[middle:])
@@ -199,14 +181,7 @@ def load_engine(
     limit = max_prompt_tokens(model.config, options.max_new_tokens)
     chat = ChatProcessor(processor, prompt_format=options.prompt_format)
     check_trial(name, model, chat)
-    generation = GenerationOptions(
-        max_new_tokens=options.max_new_tokens,
-        batch_tokens=options.batch_tokens,
-        temperature=options.temperature,
-        top_p=options.top_p,
-        seed=options.seed,
-    )
-    return GenerationEngine(model, chat, generation), limit
+    return GenerationEngine(model, chat, options), limit
 
 
 def _server_engine(
@@ -273,9 +248,7 @@ def run_dialogues(
 
 
 def _enough(engine: Any, waiting: list[Request]) -> bool:
-    """True if two batches wait, enough to sort by length, or as many images as memory should
-    hold.
-    """
+    """True if two batches wait, to sort them by length, or as many images as memory should hold."""
     tokens = sum(request.prompt.length + engine.max_new_tokens for request in waiting)
     nbytes = sum(request.prompt.nbytes for request in waiting)
     return tokens >= 2 * engine.batch_tokens or nbytes >= MAX_WAITING_BYTES
@@ -298,8 +271,7 @@ def _next_batch(engine: GenerationEngine, waiting: list[Request]) -> list[Reques
 
 
 def read_ahead(dataset: Any, workers: int, is_remote: bool = False) -> DataLoader[Any]:
-    """Iterate over a dataset (__len__, __getitem__) that `workers` processes read ahead of the
-    model.
+    """Iterate over a dataset that `workers` processes read ahead of the model.
 
     workers: -1 = up to 8 of this process's cores if a GPU or a server computes, none if the model
     itself computes on the CPU. is_remote: the model is on a server.

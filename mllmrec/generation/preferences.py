@@ -3,23 +3,17 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from pydantic.dataclasses import dataclass as options_dataclass
 
-from mllmrec.data.candidates import (
-    check_known,
-    check_negatives,
-    is_leave_one_out,
-    read_users,
-    user_key,
-)
-from mllmrec.models.options import GENERATION_SPEED_OPTIONS, GenerationStageOptions
+from mllmrec.data.candidates import is_leave_one_out, read_users_and_items, user_key
+from mllmrec.models.model_options import GENERATION_SPEED_OPTIONS, GenerationStageOptions
 from mllmrec.prompts import mllm_msr as prompts
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import read_by_id, read_rejected
 from mllmrec.stage.options import option
-from mllmrec.stage.output import SHORTENED, ResumableOutput, RowId
+from mllmrec.stage.output import SHORTENED, RowId, RowOutput
 from mllmrec.stage.record import Job, file_digests
 from mllmrec.stage.schema import Row
 
@@ -74,20 +68,22 @@ def read_histories(options: PreferenceOptions) -> dict[RowId, UserHistory]:
     """Histories by user, checked so that every item of those that are wanted is known.
 
     An item that stage 2 rejected has an empty summary: its title is used alone. Raises InputError
-    for an item that is unknown or that stage 2 has not processed, and for an empty history.
+    for an item that is unknown or that stage 2 has not processed.
     """
     users_path, items_path, summaries_path = _input_paths(options)
-    users, items = read_users(users_path), read_by_id(items_path, "item_id")
+    users, items = read_users_and_items(users_path, items_path, ("history", "negatives"))
     summaries = read_summaries(summaries_path)
     leave_one_out = is_leave_one_out(users)
     histories: dict[RowId, UserHistory] = {}
     for number, user in enumerate(users, start=1):
-        where = f"{users_path}, line {number}"
-        wanted = not options.limit or number <= options.limit
-        key = user_key(user, leave_one_out)
-        if wanted:
-            _check_history(user, where, {items_path: items, summaries_path: summaries})
-        histories[key] = user_history(user, items, summaries, leave_one_out)
+        missing = [item for item in user["history"] if item not in summaries]
+        if missing and not 0 < options.limit < number:
+            raise InputError(
+                f"{users_path}, line {number}: item {missing[0]!r} has no line in "
+                f"{summaries_path}; finish scripts/02_image_summary.sh"
+            )
+        history = user_history(user, items, summaries, leave_one_out)
+        histories[user_key(user, leave_one_out)] = history
     return histories
 
 
@@ -107,34 +103,14 @@ def user_history(
     return UserHistory(ids, [HistoryItem(i, items[i]["title"], summaries[i]) for i in known])
 
 
-def _check_history(user: Row, where: str, known: Mapping[Path, Mapping[str, Any]]) -> None:
-    (items_path, items), (summaries_path, summaries) = known.items()
-    if not user["history"]:
-        raise InputError(
-            f"{where}: user {user['user_id']!r} has an empty history; scripts/01_prepare_data.sh "
-            f"makes "
-            "the file again"
-        )
-    check_negatives(user, where)
-    for item_id in user["history"]:
-        check_known([item_id], items, items_path, where)
-        if item_id not in summaries:
-            raise InputError(
-                f"{where}: item {item_id!r} has no line in {summaries_path}; finish "
-                "scripts/02_image_summary.sh"
-            )
-
-
-def open_preferences(
-    histories: dict[RowId, UserHistory], options: PreferenceOptions
-) -> ResumableOutput:
+def open_preferences(histories: dict[RowId, UserHistory], options: PreferenceOptions) -> RowOutput:
     """The output user_preferences.jsonl of these users."""
     first = next(iter(histories.values()), None)
     key: str | tuple[str, ...] = "user_id"
     if first is not None and "split" in first.ids:
         key = ("user_id", "split")
     inputs = file_digests(*_input_paths(options), options.model)
-    return ResumableOutput(
+    return RowOutput(
         options.system_dir / "user_preferences.jsonl",
         key,
         histories,

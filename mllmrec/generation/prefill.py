@@ -17,9 +17,7 @@ from mllmrec.models.size import kv_numbers_per_token
 
 
 def supports_chunked_prefill(model: Any) -> bool:
-    """False for models with M-RoPE, with sliding windows, or whose forward takes no position
-    ids.
-    """
+    """False for models with M-RoPE or sliding windows, or that take no position ids."""
     config = model.config.get_text_config()
     layer_types = set(getattr(config, "layer_types", None) or ())
     keeps_all = not getattr(config, "sliding_window", None) and layer_types <= {"full_attention"}

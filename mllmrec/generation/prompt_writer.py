@@ -69,7 +69,7 @@ class ImagePrompts:
 
 
 class PromptWriter:
-    """Writes the prompts of one item or user, at most `limit` tokens long.
+    """Writes the prompts of one item or user, at most `max_prompt_tokens` tokens long.
 
     Titles, summaries and preferences are data and stay text: their markers are broken for the
     model's tokenizer, and a prompt whose token ids still show another chat structure is rejected.
@@ -80,12 +80,17 @@ class PromptWriter:
     def __init__(
         self,
         chat: ChatProcessor,
-        limit: int,
+        max_prompt_tokens: int,
         domain: str,
         ids: Mapping[str, str] | None = None,
         block_line: str = BLOCK_LINE,
     ) -> None:
-        self.chat, self.limit, self.domain, self.block_line = chat, limit, domain, block_line
+        self.chat, self.max_prompt_tokens, self.domain, self.block_line = (
+            chat,
+            max_prompt_tokens,
+            domain,
+            block_line,
+        )
         self.ids = {name: chat.plain(text) for name, text in (ids or {}).items()}
         self.counts: Counter[str] = Counter()
 
@@ -97,15 +102,15 @@ class PromptWriter:
         if image.prompt is None:
             raise RejectedError(image.reason or "image: none")
         length = image.prompt.length
-        if length > self.limit:
+        if length > self.max_prompt_tokens:
             raise RejectedError(
-                f"image: its prompt takes {length} tokens, the model has room for {self.limit}"
+                f"image: its prompt takes {length} tokens, the model has room for "
+                f"{self.max_prompt_tokens}"
             )
         return image.prompt
 
     def text_prompt(self, template: str, **texts: str) -> Prompt:
-        """The filled template as a prompt; the longest of `texts` are cut first if it is too
-        long.
+        """The filled template as a prompt; if it is too long, the longest of `texts` are cut.
 
         Raises RejectedError if a text adds a control token.
         """
@@ -134,9 +139,8 @@ class PromptWriter:
             content, _ = shorten_to_fit(lambda kept: write(kept, no_summaries), titles, self._fits)
             if not self._fits(content):
                 raise RejectedError(
-                    f"a prompt for {len(items)} items is longer than {self.limit} tokens even "
-                    f"without "
-                    "titles"
+                    f"a prompt for {len(items)} items is longer than {self.max_prompt_tokens} "
+                    "tokens even without titles"
                 )
         self.counts["shortened"] += shortened
         return self._checked(content)
@@ -168,7 +172,7 @@ class PromptWriter:
         return fill(template, self.domain, self.ids, **texts)
 
     def _fits(self, content: str) -> bool:
-        return self.chat.count(self.chat.render([user_turn(content)])) <= self.limit
+        return self.chat.count(self.chat.render([user_turn(content)])) <= self.max_prompt_tokens
 
     def _checked(self, content: str) -> Prompt:
         turns = [user_turn(content)]

@@ -33,9 +33,7 @@ def stream_id(*names: Any) -> int:
 
 
 def counter(stream: int, position: int) -> int:
-    """31-bit number of one sampled token: the one at `position` (0 = the first new one) of a
-    stream.
-    """
+    """31-bit number of a stream's token at `position` (0: the first new one)."""
     mixed = stream * 0x9E3779B1 + position * 0x85EBCA77 + (position << 40)
     return (mixed % ((1 << 61) - 1)) & _MASK
 
@@ -68,8 +66,7 @@ def warpers(temperature: float, top_p: float) -> list[LogitsProcessor]:
 
 
 class GumbelMaxSampler(LogitsProcessor):
-    """For greedy `generate`: makes each row's largest score a sample from the softmax of its
-    scores.
+    """For greedy `generate`: makes each row's largest score a sample from its softmax.
 
     streams: one number for each row; prompt_length: columns of the padded prompts.
     """

@@ -18,7 +18,7 @@ import openai
 from mllmrec.generation.dialogues import Dialogue, GeneratedText, Prompt, RejectedError, Result
 from mllmrec.generation.sampling import stream_id
 from mllmrec.models.chat import ChatProcessor
-from mllmrec.models.options import GenerationStageOptions
+from mllmrec.models.model_options import GenerationStageOptions
 from mllmrec.prompts.templates import turn_text
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.progress import Progress

@@ -8,10 +8,10 @@ from typing import Any
 
 from mllmrec.generation.preferences import PreferenceOptions
 from mllmrec.models.chat import ChatProcessor
+from mllmrec.models.model_options import MAX_TEXT_TOKENS
 from mllmrec.prompts.mllm_msr import RECOMMEND
-from mllmrec.ranking.options import RankerOptions
 from mllmrec.stage.options import load_config
-from mllmrec.stage.output import ResumableOutput
+from mllmrec.stage.output import RowOutput
 from mllmrec.stage.schema import Row
 
 WORDS = 4  # length of the word sequences whose repetition counts
@@ -56,7 +56,7 @@ def row_texts(row: Row, key: str) -> list[str]:
     return [block[key] for block in row["blocks"]] if "blocks" in row else [row[key]]
 
 
-def measure_texts(output: ResumableOutput, key: str, template: str, engine: Any = None) -> None:
+def measure_texts(output: RowOutput, key: str, template: str, engine: Any = None) -> None:
     """Have the quality of an output's texts measured for its run record.
 
     key: of a row's text; template: of the prompt, which may ask for an opening; engine: what it
@@ -76,7 +76,7 @@ def measure_texts(output: ResumableOutput, key: str, template: str, engine: Any 
 def warn_of_long_texts(chat: ChatProcessor, options: PreferenceOptions) -> None:
     """Warn if a preference may be longer than the part of it that stage 5 keeps."""
     train = load_config(Path(options.config)).get("train", {})
-    longest = int(train.get("max_text_tokens", RankerOptions().max_text_tokens))
+    longest = int(train.get("max_text_tokens", MAX_TEXT_TOKENS))
     kept = longest - chat.count(RECOMMEND)
     if longest and options.max_new_tokens > kept:
         logger.warning(
@@ -88,7 +88,7 @@ def warn_of_long_texts(chat: ChatProcessor, options: PreferenceOptions) -> None:
         )
 
 
-def report_quality(output: ResumableOutput) -> None:
+def report_quality(output: RowOutput) -> None:
     """Print what `measure_texts` found; warn where too many texts are cut or loop."""
     if "texts" not in output.measured:  # other processes are not done yet
         return

@@ -60,8 +60,7 @@ class ChatProcessor:
         if self.takes_images and getattr(processor, "patch_size", 0) is None:
             raise InputError(
                 "the processor lacks patch_size; add it to its processor_config.json as the "
-                "model's "
-                "config has it"
+                "model's config has it"
             )
 
     def render(self, messages: Sequence[Turn], add_generation_prompt: bool = True) -> str:
@@ -185,9 +184,7 @@ class ChatProcessor:
         return self.tokenizer.convert_tokens_to_ids(str(self.processor.image_token))
 
     def expand_image_token(self, ids: list[int], n_image_tokens: int) -> list[int]:
-        """Token ids as the model gets them: the one image token repeated; 0: no image, nothing
-        changes.
-        """
+        """Token ids as the model gets them: the one image token repeated; 0: without image."""
         if not n_image_tokens:
             return ids
         assert self.image_token_id is not None
@@ -262,9 +259,7 @@ class ChatProcessor:
         )
 
     def collate_arrays(self, encoded: Sequence[Arrays]) -> BatchFeature:
-        """What `encode_arrays` made of several prompts, as the left-padded batch that `encode`
-        makes.
-        """
+        """What `encode_arrays` made of several prompts, as the left-padded batch of `encode`."""
         batch = {}
         for name, first in encoded[0].items():
             arrays = [one[name] for one in encoded]
@@ -288,9 +283,7 @@ class ChatProcessor:
         return " ".join(self.tokenizer.decode(ids, skip_special_tokens=True).split())
 
     def adds_bos(self, text: str) -> bool:
-        """False if the template has written the BOS token itself: two of them would be one too
-        many.
-        """
+        """False if the template has written the BOS token itself: a second would be too many."""
         bos = self.tokenizer.bos_token
         return not (bos and text.startswith(bos))
 
@@ -298,8 +291,7 @@ class ChatProcessor:
 def shorten_to_fit(
     render: Callable[[list[str]], str], texts: Sequence[str], fits: Callable[[str], bool]
 ) -> tuple[str, bool]:
-    """(prompt, was shortened): `render(texts)` with the longest texts cut at their ends until it
-    fits.
+    """(prompt, was shortened): `render(texts)` with the longest texts cut until it fits.
 
     The longest texts are cut first, all to the same length. If even empty texts do not fit, the
     prompt with empty texts is returned, and the caller decides.

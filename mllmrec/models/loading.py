@@ -1,10 +1,7 @@
-"""Loading models: class, dtype, attention and device; the same for tiny and for 7B/8B
-checkpoints.
-"""
+"""Loading models: class, dtype, attention and device, for tiny and for 7B/8B checkpoints."""
 
 import importlib.util
 import json
-import logging
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,12 +20,8 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from mllmrec.models.compat import processor_without_video
-from mllmrec.models.options import ModelOptions
+from mllmrec.models.model_options import ModelOptions
 from mllmrec.stage.errors import InputError, machine_fault
-
-# Without an optional kernel for processors with bfloat16 instructions bitsandbytes warns at import;
-# nothing here needs it.
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 # Buffers that models compute themselves; old checkpoints hold them beside the weights.
 COMPUTED = re.compile(r"(position_ids|rotary_emb\.inv_freq)$")
@@ -46,9 +39,7 @@ def pick_device() -> torch.device:
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """torch dtype for `name`; auto: bfloat16 if the accelerator has it, else float16; float32 on a
-    CPU.
-    """
+    """torch dtype for `name`; auto: bfloat16, or float16 on old GPUs; float32 on a CPU."""
     if name != "auto":
         return DTYPES[name]
     if device.type != "cuda":
@@ -75,8 +66,8 @@ def read_config(name: str) -> Any:
     looks_like_path = name.startswith((".", "/", "~")) or name.count("/") != 1
     if not path.is_dir() and (looks_like_path or path.parent.is_dir()):
         raise InputError(
-            f"the model folder {name} is missing; put the model there or name another --model "
-            "(a folder or a hub id)"
+            f"the model folder {name} is missing; put the model there or name another --model (a "
+            "folder or a hub id)"
         )
     if path.is_dir() and not (path / "config.json").exists():
         raise InputError(
@@ -121,9 +112,7 @@ def cannot(what: str, error: Exception, remedy: str = REMEDY) -> Exception:
 
 
 def load_multimodal(name: str, options: ModelOptions | None = None) -> tuple[Any, Any]:
-    """(model, processor) of a model that takes images, in evaluation mode on this process's
-    device.
-    """
+    """(model, processor) of a model that takes images, for evaluation on this device."""
     config, options = read_config(name), options or ModelOptions()
     check_takes_images(name, config)
     model = _load_model(AutoModelForImageTextToText, name, config, options)
@@ -236,8 +225,8 @@ def check_keys(name: str, keys: Mapping[str, Iterable[Any]]) -> None:
     }
     if any(found.values()):
         raise InputError(
-            f"the checkpoint {name} does not hold the weights of its model ({listed(found)}); "
-            f"{REMEDY}"
+            f"the checkpoint {name} does not hold the weights of its "
+            f"model ({listed(found)}); {REMEDY}"
         )
 
 
@@ -279,16 +268,16 @@ def _load_processor(auto_class: Any, name: str, config: Any, options: ModelOptio
     tokenizer = getattr(processor, "tokenizer", processor)
     if tokenizer.eos_token is None:
         raise InputError(
-            f"the tokenizer of {name} names no end token, as one without its tokenizer_config.json "
-            f"does; {REMEDY}"
+            f"the tokenizer of {name} names no end token, as one without its "
+            f"tokenizer_config.json does; {REMEDY}"
         )
     if tokenizer.pad_token is None:  # Llama-3 has none; padding is masked, so any token will do
         tokenizer.pad_token = tokenizer.eos_token
     has_template = getattr(processor, "chat_template", None) or tokenizer.chat_template
     if not has_template and not options.prompt_format:
         raise InputError(
-            f"{name} has no chat template; name an instruction-tuned --model, or give a "
-            f"--prompt_format"
+            f"{name} has no chat template; name an instruction-tuned --model, or "
+            "give a --prompt_format"
         )
     return processor
 

@@ -1,39 +1,17 @@
-"""LoRA on the language model: which layers, attaching, loading, and checks that an adapter fits."""
+"""LoRA on the language model: which layers, and attaching it."""
 
 import logging
-import warnings
-from collections.abc import Container, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Container, Sequence
 from typing import Any
 
 import torch
-from peft import (
-    LoraConfig,
-    PeftConfig,
-    PeftModel,
-    get_peft_model,
-    get_peft_model_state_dict,
-    prepare_model_for_kbit_training,
-)
-from safetensors import SafetensorError, safe_open
+from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
-from mllmrec.models.loading import (
-    cannot,
-    check_finite,
-    listed,
-    module_path,
-    modules_outside_language_model,
-    read_config,
-)
-from mllmrec.models.options import LoraOptions
+from mllmrec.models.loading import module_path, modules_outside_language_model
+from mllmrec.models.model_options import LoraOptions
 from mllmrec.stage.errors import InputError
-from mllmrec.stage.jsonl import PathLike, read_json, write_json
-from mllmrec.stage.record import check_described, file_digests, first_difference, read_record
 
 logger = logging.getLogger(__name__)
-
-WEIGHTS = "adapter_model.safetensors"
-REMEDY = "restore it, or train again with scripts/05_train.sh --overwrite true"
 
 
 def language_model_linear_layers(model: Any, names: Sequence[str] = ()) -> list[str]:
@@ -53,8 +31,8 @@ def language_model_linear_layers(model: Any, names: Sequence[str] = ()) -> list[
     unknown = sorted(set(names) - set(kinds))
     if unknown:
         raise InputError(
-            f"the language model has no linear layers called {unknown[0]!r}; it has "
-            f"{', '.join(kinds)}"
+            f"the language model has no linear layers called {unknown[0]!r}; it "
+            f"has {', '.join(kinds)}"
         )
     return [name for name in layers if name.rsplit(".", 1)[1] in (names or kinds)]
 
@@ -113,135 +91,16 @@ def add_lora(model: Any, options: LoraOptions) -> Any:
     outside = [name for name in trainable if not any(f".{layer}." in name for layer in chosen)]
     if outside:
         raise InputError(
-            f"LoRA would also train {outside[0]}, which is not part of the language model; set "
-            "--lora_layers"
+            f"LoRA would also train {outside[0]}, which is not part of the language "
+            "model; set --lora_layers"
         )
     logger.info(
-        f"LoRA on {len(chosen)} linear layers, {', '.join(names)}: {sum(trainable.values()):,} "
-        "trainable parameters"
+        f"LoRA on {len(chosen)} linear layers, {', '.join(names)}: "
+        f"{sum(trainable.values()):,} trainable parameters"
     )
     return adapted
-
-
-def make_portable(folder: PathLike, base: str) -> None:
-    """Rewrite adapter_config.json so that other programs find the base model, wherever they run.
-
-    base: hub id or path, which becomes absolute. The names of the layers are sorted: PEFT keeps
-    them as a set, whose order differs from run to run.
-    """
-    path = Path(folder) / "adapter_config.json"
-    config = read_json(path)
-    config["target_modules"] = sorted(config["target_modules"])
-    config["base_model_name_or_path"] = str(Path(base).resolve()) if Path(base).is_dir() else base
-    write_json(path, config)
-
-
-def model_identity(name: str) -> dict[str, Any]:
-    """Kind and size of a model, from its configuration; these stay when a folder is renamed."""
-    config = read_config(name)
-    text = config.get_text_config()
-    sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_key_value_heads")
-    return {"model_type": config.model_type, "text_model_type": text.model_type} | {
-        key: getattr(text, key, None) for key in sizes
-    }
 
 
 def decoder_layer_class(model: Any) -> str:
     """Name of the class of the language model's layers: what FSDP is to wrap."""
     return type(model.get_decoder().layers[0]).__name__
-
-
-def adapter_base(folder: PathLike) -> str:
-    """Name of the model that the LoRA weights of `folder` were trained on.
-
-    Raises InputError if there are none.
-    """
-    for name in ("adapter_config.json", WEIGHTS):
-        if not (Path(folder) / name).is_file():
-            raise InputError(
-                f"{folder} is missing or has no {name}; scripts/05_train.sh makes it, or pass "
-                "--adapter none"
-            )
-    config = f"{folder}/adapter_config.json cannot be read"
-    try:
-        base = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path or ""
-    except Exception as error:  # each kind of adapter has checks of its own
-        raise cannot(config, error, REMEDY) from None
-    if not isinstance(base, str):
-        raise InputError(f"{config}: base_model_name_or_path is {base!r}, no text; {REMEDY}")
-    return base
-
-
-def check_adapter(folder: PathLike, name: str, image_tiles: str | None = None) -> None:
-    """Raise InputError if the LoRA weights of `folder` belong to another base model than `name`.
-
-    Also if they were trained with other image tiles. If this repository trained the adapter, what
-    is compared is the base's kind and size, and the digests of its files if both are folders, or
-    the names if both are hub ids; else the bare names.
-    """
-    base, record = adapter_base(folder), read_record(folder) or {}
-    if record:  # the weights, r, alpha and the layers are those of the training
-        check_described(folder, record)
-    remedy = "pass the matching --model or --adapter"
-    if "base" not in record:
-        if base and Path(base).name != Path(name).name:
-            raise InputError(f"the adapter {folder} was trained on {base}, not on {name}; {remedy}")
-        return
-    difference = first_difference(record["base"], model_identity(name)) or _other_files(
-        record["inputs"], base, name
-    )
-    if difference:
-        raise InputError(
-            f"the adapter {folder} was trained on {base}, which is another model than {name} "
-            f"({difference}); {remedy}"
-        )
-    tiles = record["settings"].get("image_tiles", image_tiles)
-    if image_tiles is not None and tiles != image_tiles:
-        raise InputError(
-            f"the adapter {folder} was trained with --image_tiles {tiles}, not {image_tiles}; "
-            f"score "
-            "with the same"
-        )
-
-
-def _other_files(recorded: Mapping[str, str], base: str, name: str) -> str | None:
-    """A difference between the base's files at training and now, or None."""
-    now = {file.rpartition("/")[2]: digest for file, digest in file_digests(name).items()}
-    then = {file.rpartition("/")[2]: d for file, d in recorded.items() if "/" in file}
-    shared = now.keys() & then.keys() - {"generation_config.json"}
-    difference = first_difference({f: then[f] for f in shared}, {f: now[f] for f in shared})
-    if not difference and not then and not now and base != name:
-        return f"the name was {base}, is {name}"
-    return difference
-
-
-def load_adapter(model: Any, folder: PathLike, name: str) -> Any:
-    """`model` (of the name `name`) with the LoRA weights of `folder`, in evaluation mode.
-
-    Raises InputError if they do not fit: PEFT would only warn, and go on without them.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Found missing adapter keys")
-            warnings.filterwarnings("ignore", category=FutureWarning)  # renamings inside peft
-            adapted = PeftModel.from_pretrained(model, str(folder)).eval()
-        with safe_open(Path(folder) / WEIGHTS, "pt") as file:
-            in_file = set(file.keys())
-    except SafetensorError as error:
-        raise cannot(f"{Path(folder) / WEIGHTS} cannot be read", error, REMEDY) from None
-    except Exception as error:  # a wrong value in its config can fail in any line of PEFT
-        remedy = "pass the matching --model or --adapter"
-        what = f"the adapter {folder} does not fit the model {name}"
-        raise cannot(what, error, remedy) from None
-    in_model = get_peft_model_state_dict(adapted).keys()
-    found = {
-        "of the file are not in the model": sorted(in_file - in_model),
-        "of the model are not in the file": sorted(in_model - in_file),
-    }
-    if any(found.values()) or not in_model:
-        raise InputError(
-            f"the adapter {folder} does not fit the model {name}: of its LoRA weights "
-            f"{listed(found) or 'there are none'}; pass the matching --model or --adapter"
-        )
-    check_finite(str(folder), adapted, only="lora_")
-    return adapted

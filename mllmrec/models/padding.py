@@ -8,9 +8,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 
 def pad_rows(rows: Sequence[Sequence[int]], value: int, side: str = "left") -> torch.Tensor:
-    """int64 (rows, longest): rows of unequal length, padded with `value` on one side (left,
-    right).
-    """
+    """int64 (rows, longest): rows padded with `value` on one side, left or right."""
     tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
     return pad_sequence(tensors, batch_first=True, padding_value=value, padding_side=side)
 

@@ -12,10 +12,12 @@ ROLES = {
     "sample": "a viewer who chooses the next short video",
 }
 ROLE = "You are {role}. "
-INSTRUCTION = (
-    "What you chose so far, the oldest first:\n{history}\n"
-    "Your choice now is one of these:\n{candidates}\n"
-    "Answer with the letter of your next choice only."
-)
+INSTRUCTION = """\
+What you chose so far, the oldest first:
+{history}
+Your choice now is one of these:
+{candidates}
+Answer with the letter of your next choice only."""
+
 # Without the role's part and without the words that say what the lists are.
 BARE = "{history}\n\n{candidates}\n\nLetter:"

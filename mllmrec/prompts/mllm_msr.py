@@ -10,42 +10,40 @@ from collections.abc import Callable, Sequence
 
 from mllmrec.prompts.templates import DOMAINS, fill, plain_text
 
-# Stage 2, image summary. The released code describes the image only; the paper joins image and
-# text.
-IMAGE = (
-    "Describe the {image} of this {item} in one short paragraph: what it shows, its colours and "
-    "its "
-    "style."
-)
-TITLE = "Say in one sentence what this {item} is about, judging by its title. Title: {title}"
-FUSION = (
-    "Two notes tell of the same {item}. From its {image}: {image_summary} From its title: "
-    "{text_summary} Join them into one short paragraph that leaves both notes equal room."
-)
+# Stage 2, image summary. The released code describes the image only; the paper adds the text.
+IMAGE = """\
+Describe the {image} of this {item} in one short paragraph: what it shows, its colours and its \
+style."""
+
+TITLE = """\
+Say in one sentence what this {item} is about, judging by its title. Title: {title}"""
+
+FUSION = """\
+Two notes tell of the same {item}. From its {image}: {image_summary} From its title: \
+{text_summary} Join them into one short paragraph that leaves both notes equal room."""
 
 # Stage 3, user preference: the first block of a history, and every later one.
 BLOCK_LINE = "{number}. Title: {title}. {image_word}: {summary}"
-PREFERENCE_FIRST = (
-    "A {person} {past} these {items}, oldest first:\n{block}\n"
-    "Say in one paragraph what this {person} likes now, in content and in visual style. Speak of "
-    "the "
-    "taste, do not list the {items}. Begin with: The user appears to have a preference for"
-)
-PREFERENCE_NEXT = (
-    "The taste of a {person} so far: {preference}\nThen the {person} {past}, oldest "
-    "first:\n{block}\n"
-    "Bring the paragraph up to date, in content and in visual style: keep what still holds, let "
-    "newer "
-    "{items} weigh more, do not list the {items}. "
-    "Begin with: The user appears to have a preference for"
-)
+
+PREFERENCE_FIRST = """\
+A {person} {past} these {items}, oldest first:
+{block}
+Say in one paragraph what this {person} likes now, in content and in visual style. Speak of the \
+taste, do not list the {items}. Begin with: The user appears to have a preference for"""
+
+PREFERENCE_NEXT = """\
+The taste of a {person} so far: {preference}
+Then the {person} {past}, oldest first:
+{block}
+Bring the paragraph up to date, in content and in visual style: keep what still holds, let newer \
+{items} weigh more, do not list the {items}. \
+Begin with: The user appears to have a preference for"""
 
 # Stages 5 and 6. The image comes first, so everything up to it can be computed once per item.
-RECOMMEND = (
-    "The picture is the {image} of a {item}. Its title: {title}\n"
-    "The taste of a {person}: {preference}\n"
-    "Will this {person} {act} this {item} next? Answer with yes or no only."
-)
+RECOMMEND = """\
+The picture is the {image} of a {item}. Its title: {title}
+The taste of a {person}: {preference}
+Will this {person} {act} this {item} next? Answer with yes or no only."""
 
 
 def block_text(

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from mllmrec.models.chat import ChatProcessor
 from mllmrec.models.padding import common_prefix_length
 from mllmrec.prompts.templates import Turn, assistant_turn, user_turn
-from mllmrec.ranking.options import RankerOptions
 from mllmrec.ranking.rows import ANSWERS
+from mllmrec.ranking.training_options import RankerOptions
 from mllmrec.stage.errors import InputError
 
 
@@ -37,11 +37,6 @@ YES_NO = AnswerSet(ANSWERS["yes_no"])
 LETTERS = AnswerSet(ANSWERS["letters"])
 
 
-def yes_no(options: RankerOptions) -> AnswerSet:
-    """No and Yes, as the options of a stage say."""
-    return answer_set("yes_no", options)
-
-
 def answer_set(name: str, options: RankerOptions) -> AnswerSet:
     """yes_no: No and Yes; letters: A to Z; as the options of a stage say."""
     bare = options.answer_token == "bare"
@@ -63,8 +58,7 @@ class AnswerTokens:
 
 
 def answer_tokens(chat: ChatProcessor, answers: AnswerSet = YES_NO) -> AnswerTokens:
-    """The tokens of an answer set for one model, derived from rendered text with and without the
-    answer.
+    """The tokens of an answer set, derived from rendered text with and without the answer.
 
     They are not looked up by a string: `Yes` and ` Yes` are different tokens, and which one follows
     depends on the template. After the answer stands the tokenizer's end token and nothing else,
@@ -79,8 +73,8 @@ def answer_tokens(chat: ChatProcessor, answers: AnswerSet = YES_NO) -> AnswerTok
     whole = [chat.ids(prompt + text) for text in texts]
     if any(ids[: len(before)] != before for ids in whole):
         raise InputError(
-            "the tokenizer joins the end of the prompt and the answer into one token; use another "
-            "model"
+            "the tokenizer joins the end of the prompt and the answer into one token; "
+            "use another model"
         )
     ids = tuple(tuple(ids[len(before) :]) for ids in whole)
     first_ids = _bare_ids(chat, answers) if answers.bare else [one[0] for one in ids]
@@ -89,8 +83,8 @@ def answer_tokens(chat: ChatProcessor, answers: AnswerSet = YES_NO) -> AnswerTok
     for answer, token_id in zip(answers.answers, first_ids, strict=True):
         if token_id in first:
             raise InputError(
-                f"the tokenizer starts {first[token_id]!r} and {answer!r} with the same token; use "
-                "another model"
+                f"the tokenizer starts {first[token_id]!r} and {answer!r} with the same token; "
+                "use another model"
             )
         first[token_id] = answer
     return tokens
@@ -108,17 +102,14 @@ def _bare_ids(chat: ChatProcessor, answers: AnswerSet) -> list[int]:
 def _added_texts(
     chat: ChatProcessor, question: list[Turn], prompt: str, answers: AnswerSet
 ) -> tuple[str, ...]:
-    """For each answer, what a rendered turn with it adds to the prompt, cut behind it, plus the
-    end token.
-    """
+    """What a rendered turn with each answer adds to the prompt, plus the end token."""
     added = []
     for answer in answers.answers:
         whole = chat.render([*question, assistant_turn(answer)], add_generation_prompt=False)
         if not whole.startswith(prompt) or len(whole) == len(prompt):
             raise InputError(
                 "the chat template does not put the answer behind the prompt, so the model cannot "
-                "be "
-                "trained with it"
+                "be trained with it"
             )
         added.append(whole[len(prompt) :])
     common = common_prefix_length(added)  # characters before every answer

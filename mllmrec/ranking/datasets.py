@@ -1,5 +1,4 @@
-"""Users, items and preferences become the rows that a model is trained on and scored with (stage
-4).
+"""Stage 4: users, items and preferences become rows to train on and to score.
 
 A user's rows are written whole or not at all, so every scored list has all its candidates.
 """
@@ -7,28 +6,25 @@ A user's rows are written whole or not at all, so every scored list has all its 
 import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
-from pydantic.dataclasses import dataclass as options_dataclass
+from pydantic.dataclasses import dataclass
 
 from mllmrec.data.candidates import (
     candidates,
-    check_known,
-    check_negatives,
     is_leave_one_out,
-    read_users,
+    read_users_and_items,
     training_negatives,
     user_key,
     users_of_split,
 )
 from mllmrec.data.images import ImageError, check_item_images, open_image
 from mllmrec.prompts import mllm_msr as prompts
-from mllmrec.ranking.rows import Candidate, QuestionFormat, candidate_row
+from mllmrec.ranking.questions import Candidate, QuestionFormat, candidate_row
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import (
     read_by_id,
-    read_lines,
+    read_rejected,
     rejected_path,
     relative_path,
     require,
@@ -36,16 +32,15 @@ from mllmrec.stage.jsonl import (
     write_rows,
 )
 from mllmrec.stage.options import CommonOptions, option
-from mllmrec.stage.output import RowId
+from mllmrec.stage.output import WholeOutput
 from mllmrec.stage.progress import progress_bar
 from mllmrec.stage.record import Job, file_digests
 from mllmrec.stage.schema import Row
-from mllmrec.stage.transaction import writing
 
 logger = logging.getLogger(__name__)
 
 
-@options_dataclass
+@dataclass
 class DatasetOptions(CommonOptions):
     """Options of stage 4."""
 
@@ -64,54 +59,18 @@ class DatasetOptions(CommonOptions):
     )
 
 
-@dataclass
 class Sources:
-    """What rows are made of. users: lines of users.jsonl; preferences, rejected: by user."""
+    """What rows are made of. users: lines of users.jsonl; items, preferences: by id."""
 
-    users_path: Path
-    items_path: Path
-    preferences_path: Path
-    users: list[Row] = field(init=False)
-    items: dict[str, Row] = field(init=False)
-    preferences: dict[RowId, Row] = field(init=False)
-    rejected: dict[RowId, Row] = field(init=False)
-    leave_one_out: bool = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.users = read_users(self.users_path)
-        self.items = read_by_id(self.items_path, "item_id")
+    def __init__(self, users_path: Path, items_path: Path, preferences_path: Path) -> None:
+        parts = ("target", "negatives")
+        self.users, self.items = read_users_and_items(users_path, items_path, parts)
+        self.items_path, self.preferences_path = items_path, preferences_path
         self.leave_one_out = is_leave_one_out(self.users)
-        self.preferences = self._by_user(self.preferences_path)
-        rejected = rejected_path(self.preferences_path)
-        self.rejected = self._by_user(rejected) if rejected.exists() else {}
-        self._check_users()
+        key = ("user_id", "split") if self.leave_one_out else "user_id"
+        self.preferences = read_by_id(preferences_path, key)
+        self.rejected = read_rejected(preferences_path, key)
         self._image_problems: dict[Path | None, str | None] = {}
-
-    def _by_user(self, path: Path) -> dict[RowId, Row]:
-        keys = ("user_id", "split") if self.leave_one_out else ("user_id",)
-        found: dict[RowId, Row] = {}
-        lines: dict[RowId, int] = {}
-        for number, row in read_lines(path):
-            where = f"{path}, line {number}"
-            if any(not isinstance(row.get(name), str) for name in keys):
-                raise InputError(
-                    f"{where}: the user has no {' and '.join(keys)}, as users.jsonl has; make the "
-                    "file again with scripts/03_preference.sh"
-                )
-            key = user_key(row, self.leave_one_out)
-            if key in found:
-                raise InputError(
-                    f"{where}: user {key!r} is already in line {lines[key]}; remove one of the two"
-                )
-            found[key], lines[key] = row, number
-        return found
-
-    def _check_users(self) -> None:
-        for number, user in enumerate(self.users, start=1):
-            where = f"{self.users_path}, line {number}"
-            check_negatives(user, where)
-            listed = (item_id for item_id, _ in candidates(user))
-            check_known(listed, self.items, self.items_path, where)
 
     def preference(self, user: Row) -> tuple[str, str | None]:
         """(preference, None), or ("", reason) for a user that stage 3 rejected."""
@@ -120,8 +79,8 @@ class Sources:
             return "", f"no preference: {self.rejected[key]['reason']}"
         if key not in self.preferences:
             raise InputError(
-                f"user {key!r} has no line in {self.preferences_path}; finish stage 3 with "
-                "scripts/03_preference.sh"
+                f"user {key!r} has no line in {self.preferences_path}; finish stage "
+                "3 with scripts/03_preference.sh"
             )
         return self.preferences[key]["preference"], None
 
@@ -187,7 +146,7 @@ def write_splits(splits: Sequence[str], options: DatasetOptions, with_answer: bo
     sources = None
     for split in splits:
         path = options.system_dir / f"{split}.jsonl"
-        with writing(job, [path], [rejected_path(path)]) as output:
+        with WholeOutput(job, [path], [rejected_path(path)]) as output:
             if output.is_needed:
                 if sources is None:
                     sources = Sources(*paths)

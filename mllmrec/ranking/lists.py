@@ -3,15 +3,23 @@
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mllmrec.data.candidates import training_negatives
+from mllmrec.evaluation.metrics import evaluate
+from mllmrec.models.loading import load_processor
 from mllmrec.prompts import mllm4rec as prompts
-from mllmrec.prompts.templates import assistant_turn, plain_text
-from mllmrec.ranking.rows import list_row
+from mllmrec.prompts.templates import assistant_turn, plain_text, user_turn
+from mllmrec.ranking.list_options import ListOptions
+from mllmrec.ranking.questions import list_row
+from mllmrec.ranking.reader import chat_processor
+from mllmrec.ranking.rows import LETTER_ANSWERS
 from mllmrec.stage.errors import InputError
+from mllmrec.stage.jsonl import PathLike, read_by_id, read_rows, write_json, write_rows
+from mllmrec.stage.output import WholeOutput
 from mllmrec.stage.schema import Row
 
 
@@ -41,8 +49,8 @@ class ListFormat:
         """
         if len(candidates) > len(self.letters):
             raise InputError(
-                f"{len(candidates)} candidates are more than the {len(self.letters)} letters; "
-                f"list at most {len(self.letters)} (--retrieved of the retriever, or --negatives)"
+                f"{len(candidates)} candidates are more than the {len(self.letters)} letters; list "
+                f"at most {len(self.letters)} (--retrieved of the retriever, or --negatives)"
             )
         shown = list(history[-self.max_history :])
         text = self._text(shown, candidates)
@@ -65,13 +73,39 @@ class ListFormat:
         return role + template.format(**lists)
 
 
+def list_format(paths: Mapping[str, Path], options: ListOptions) -> ListFormat:
+    """How the options say that questions are worded; their length is counted for the model.
+
+    paths: see `ListOptions.input_paths`. Raises InputError if the data set's role is not known.
+    """
+    if options.role and not options.dataset_code:
+        raise InputError(
+            f"the config {options.config} is not called like a data set, so the role is unknown; "
+            f"pass --dataset_code {'|'.join(prompts.ROLES)} or --role false"
+        )
+    chat = chat_processor(load_processor(options.model, options), options)
+    tokens = options.text_tokens
+    texts = item_texts(paths["items"], paths.get("captions"), chat.tokenizer, tokens)
+
+    def fits(question: str) -> bool:
+        longest = options.max_text_tokens
+        return not longest or chat.count(chat.render([user_turn(question)])) <= longest
+
+    role = prompts.ROLES[options.dataset_code] if options.role else ""
+    return ListFormat(texts, LETTER_ANSWERS, role, options.hybrid, options.max_history, fits)
+
+
 def item_texts(
-    items: Mapping[str, Row], captions: Mapping[str, str], tokenizer: Any, max_tokens: int
+    items_path: PathLike, captions_path: PathLike | None, tokenizer: Any, max_tokens: int
 ) -> dict[str, str]:
     """item id -> its title, and a caption behind it if there is one, each cut to `max_tokens`.
 
-    captions: item id -> text, may lack items; tokenizer: a fast one, it says where a token ends.
+    captions_path: of image_summaries.jsonl, which may lack items; None: titles only; tokenizer: a
+    fast one, it says where a token ends.
     """
+    items = read_by_id(items_path, "item_id")
+    rows = read_by_id(captions_path, "item_id") if captions_path else {}
+    captions = {item_id: row["summary"] for item_id, row in rows.items()}
     texts = {}
     for item_id, item in items.items():
         parts = [item["title"], captions.get(item_id, "")]
@@ -129,19 +163,19 @@ def own_candidates(user: Row) -> Row:
 
 def list_rows(
     lists: Iterable[Row],
-    users: Mapping[str, Row],
+    users: Iterable[Row],
     list_format: ListFormat,
     rng: np.random.Generator,
     with_answer: bool,
 ) -> list[Row]:
     """Rows about the lists that have their target, in a random order of candidates.
 
-    lists: lines of candidates.jsonl; users: id -> line of users.jsonl of the same split. A random
-    order, so that a letter does not tell the retriever's rank.
+    lists: lines of candidates.jsonl; users: lines of users.jsonl of the same split. A random order,
+    so that a letter does not tell the retriever's rank.
     """
-    rows = []
+    rows, by_id = [], {user["user_id"]: user for user in users}
     for line in lists:
-        user = users[line["user_id"]]
+        user = by_id[line["user_id"]]
         if line["has_target"]:
             listed = line["item_ids"]
             label = listed.index(user["target"])
@@ -163,3 +197,32 @@ def _row(
     shuffled = [listed[place] for place in order]
     question = list_format.question(history, shuffled)
     return list_row(user_id, shuffled, question, order.index(label), list_format.letters)
+
+
+def write_overall_lists(
+    ranked_path: Path, retrieved_path: Path, output: WholeOutput
+) -> dict[str, dict[str, Any]]:
+    """Write the lists of all test users, the ranker's where it ranked; return their metrics.
+
+    ranked_path, retrieved_path: scores.jsonl of the ranker and of the retriever; output: the new
+    scores.jsonl and metrics.json, and the ranker's lists in the retriever's order and at random.
+    """
+    ranked, retrieved = read_rows(ranked_path), read_rows(retrieved_path)
+    users = {row["user_id"] for row in ranked}
+    same_lists = [row for row in retrieved if row["user_id"] in users]
+    overall = ranked + [row for row in retrieved if row["user_id"] not in users]
+    scores_path, metrics_path, retriever_order, random_order = output.outputs
+    write_rows(scores_path, overall)
+    write_rows(retriever_order, same_lists)
+    # Ties count as a random order does on average.
+    write_rows(random_order, ({**row, "score": 0.0} for row in same_lists))
+    metrics = {
+        "retriever": evaluate(retrieved, retrieved_path, retrieved=True),
+        "retriever_on_ranked": evaluate(same_lists, retriever_order),
+        "ranker_on_ranked": evaluate(ranked, ranked_path),
+        "overall": evaluate(overall, scores_path, retrieved=True),
+    }
+    write_json(metrics_path, metrics)
+    n_users = len({row["user_id"] for row in retrieved})
+    output.finish({"users": n_users, "ranked": len(users)}, metrics=metrics)
+    return metrics

@@ -13,7 +13,6 @@ from mllmrec.models.loading import load_multimodal, load_text, read_config, take
 from mllmrec.models.trial import check_trial
 from mllmrec.prompts.templates import valid_text
 from mllmrec.ranking.answers import YES_NO, AnswerSet, AnswerTokens, answer_tokens
-from mllmrec.ranking.options import RankerOptions
 from mllmrec.ranking.rows import (
     MAKE_AGAIN,
     group_rows,
@@ -22,6 +21,7 @@ from mllmrec.ranking.rows import (
     replace_preference,
     row_name,
 )
+from mllmrec.ranking.training_options import RankerOptions
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import PathLike
 from mllmrec.stage.schema import Row
@@ -36,8 +36,7 @@ def load_ranker(options: RankerOptions) -> tuple[Any, ChatProcessor]:
     if single and config.model_type != "llava_next":
         raise InputError(
             f"--image_tiles single is for LLaVA-NeXT; the model {options.model} "
-            f"({config.model_type}) "
-            "has no tiles"
+            f"({config.model_type}) has no tiles"
         )
     load = load_multimodal if takes_images(config) else load_text
     model, processor = load(options.model, options)
@@ -125,17 +124,15 @@ class RowReader:
         if not self.chat.takes_images:
             raise InputError(
                 f"the rows of {self.folder} have images, but the model takes none; name a "
-                f"multimodal "
-                "--model, or use rows without images"
+                "multimodal --model, or use rows without images"
             )
         path = self.folder / row["images"][0]
         try:
             image = open_image(path)
         except ImageError as error:
             raise InputError(
-                f"{path}, item {row['item_id']!r}: {error}; restore it, or make the rows again "
-                f"with "
-                "scripts/04_datasets.sh"
+                f"{path}, item {row['item_id']!r}: {error}; restore it, or make the rows "
+                "again with scripts/04_datasets.sh"
             ) from None
         if self.gray_images:
             image = Image.new("RGB", image.size, (128, 128, 128))
@@ -159,9 +156,7 @@ class RowReader:
         return question_text(self._fitted(row).row)
 
     def find_too_long(self, rows: Sequence[Row]) -> tuple[dict[str, str], list[str]]:
-        """(user_id -> reason, for users with a question that cannot fit; user of each shortened
-        prompt).
-        """
+        """(user_id -> reason, where a question cannot fit; user of each shortened prompt)."""
         too_long: dict[str, str] = {}
         shortened: list[str] = []
         for row in map(self._cleaned, rows):
@@ -171,6 +166,20 @@ class RowReader:
                 except PromptTooLongError as reason:
                     too_long.setdefault(row["user_id"], str(reason))
         return too_long, shortened
+
+    def fitting_rows(
+        self, rows: Sequence[Row], path: PathLike
+    ) -> tuple[list[Row], dict[str, str], int]:
+        """(rows of the users whose questions fit, user_id -> reason of the others, shortened rows).
+
+        Raises InputError if nothing is left of the file `path`.
+        """
+        too_long, shortened = self.find_too_long(rows)
+        kept = [row for row in rows if row["user_id"] not in too_long]
+        if rows and not kept:
+            reason = too_long[rows[0]["user_id"]]
+            raise InputError(f"{path}: no question fits, the first: {reason}")
+        return kept, too_long, sum(user_id not in too_long for user_id in shortened)
 
     def lengths(self, rows: Sequence[Row], sizes: Mapping[Path, tuple[int, int]]) -> list[int]:
         """Each row's length in tokens, its image's included.
@@ -216,9 +225,9 @@ class RowReader:
         difference = self.chat.control_token_difference(ids, row["messages"][:1])
         if difference is not None:
             raise InputError(
-                f"{row_name(row)}: the question is no plain text: {difference} of the model's "
-                f"tokenizer; remove it from the item's title or the user's preference and "
-                f"{MAKE_AGAIN}"
+                f"{row_name(row)}: the question is no plain text: {difference} of the "
+                "model's tokenizer; remove it from the item's title or the user's "
+                f"preference and {MAKE_AGAIN}"
             )
         return ids
 
@@ -246,7 +255,6 @@ class RowReader:
             raise PromptTooLongError(
                 f"item {', '.join(map(repr, item_ids(row)))}: the question is longer than "
                 f"{self.max_text_tokens} tokens even without a preference; raise "
-                f"--max_text_tokens, or "
-                "lower --max_title_characters in stage 4"
+                "--max_text_tokens, or lower --max_title_characters in stage 4"
             )
         return _Fitted(tried[0], prompt, self._checked(row, ids), True)

@@ -1,122 +1,25 @@
-"""The lines of train.jsonl, validation.jsonl and test.jsonl: questions about candidates, as chat
-turns.
+"""The lines of train.jsonl, validation.jsonl and test.jsonl: questions about candidates.
 
-One builder serves training and scoring, so a training text is the scoring text plus the answer. A
-row about one candidate holds `item_id`, a row about a list of candidates `item_ids`; `label` is the
-index of the right answer (see `answers`), null where a retrieved list lacks the target. `images`
-may be empty.
+A row about one candidate holds `item_id`, a row about a list of candidates `item_ids`; `label` is
+the index of the right answer (see `answers`), null where a retrieved list lacks the target.
+`images` may be empty. The rows are made in `questions.py`.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mllmrec.data.images import ImageError, image_size
-from mllmrec.prompts import mllm_msr as prompts
-from mllmrec.prompts.templates import (
-    assistant_turn,
-    cut,
-    fill,
-    plain_text,
-    turn_text,
-    user_turn,
-)
+from mllmrec.data.images import ImageError, check_image_paths, image_size
+from mllmrec.prompts.templates import turn_text
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import PathLike
+from mllmrec.stage.options import CommonOptions
 from mllmrec.stage.schema import Row
 
-_PREFERENCE = (
-    "\0"  # placeholder of the preference; `plain_text` leaves no such character in a title
-)
 YES_NO_ANSWERS = ("No", "Yes")
 LETTER_ANSWERS = tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ")  # published: A to T, for 20 candidates
 ANSWERS = {"yes_no": YES_NO_ANSWERS, "letters": LETTER_ANSWERS}
 MAKE_AGAIN = "make the file again with scripts/04_datasets.sh"
-
-
-@dataclass(frozen=True)
-class QuestionFormat:
-    """How a question about a candidate is worded.
-
-    domain: see `templates.DOMAINS`; template: of the question; max_title_characters: longer titles
-    are cut, 0 = no limit.
-    """
-
-    domain: str = "video"
-    template: str = prompts.RECOMMEND
-    max_title_characters: int = 300
-
-    def question(
-        self, title: str, preference: str, ids: Mapping[str, str] | None = None
-    ) -> tuple[str, list[int]]:
-        """(text, [start, end]): the question, and where in it the preference stands.
-
-        The preference is the only part that is shortened when a prompt is too long. ids: user_id
-        and item_id, for templates that name them.
-        """
-        if self.max_title_characters:
-            title = cut(title, self.max_title_characters)
-        plain_ids = {name: plain_text(text) for name, text in (ids or {}).items()}
-        data = {"title": plain_text(title), "preference": _PREFERENCE}
-        text = fill(self.template, self.domain, plain_ids, **data)
-        start, preference = text.index(_PREFERENCE), plain_text(preference)
-        return text.replace(_PREFERENCE, preference), [start, start + len(preference)]
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """One candidate of a user. image: path relative to the file of the row, None without image."""
-
-    user_id: str
-    item_id: str
-    title: str
-    image: str | None
-    label: int
-
-
-def candidate_row(
-    candidate: Candidate, preference: str, question_format: QuestionFormat, with_answer: bool
-) -> Row:
-    """One line about one candidate. messages: Hugging Face multimodal chat turns."""
-    ids = {"user_id": candidate.user_id, "item_id": candidate.item_id}
-    text, span = question_format.question(candidate.title, preference, ids)
-    images = [candidate.image] if candidate.image is not None else []
-    messages = [user_turn(text, images=len(images))]
-    if with_answer:
-        messages.append(assistant_turn(YES_NO_ANSWERS[candidate.label]))
-    return {
-        "user_id": candidate.user_id,
-        "item_id": candidate.item_id,
-        "label": candidate.label,
-        "images": images,
-        "messages": messages,
-        "preference_span": span,
-    }
-
-
-def list_row(
-    user_id: str,
-    item_ids: Sequence[str],
-    question: str,
-    label: int | None,
-    answers: Sequence[str] | None = None,
-) -> Row:
-    """One line about a list of candidates.
-
-    question: names the candidates in the order of `item_ids`, each with its answer (a letter);
-    label: place of the target, None if the list lacks it; answers: of the set, given for training.
-    """
-    messages = [user_turn(question)]
-    if answers is not None and label is not None:
-        messages.append(assistant_turn(answers[label]))
-    return {
-        "user_id": user_id,
-        "item_ids": list(item_ids),
-        "label": label,
-        "images": [],
-        "messages": messages,
-    }
 
 
 def replace_preference(row: Row, preference: str) -> Row:
@@ -150,9 +53,7 @@ def row_name(row: Row) -> str:
 
 
 def prefix_key(row: Row) -> tuple[Any, ...]:
-    """Rows with the same key begin alike: with an image, those of one item, else those of one
-    user.
-    """
+    """Rows with the same key begin alike: with an image those of one item, else of one user."""
     if row["images"]:
         return (*item_ids(row), *row["images"])
     return ("user", row["user_id"])
@@ -172,16 +73,16 @@ def first_users(rows: Sequence[Row], n: int) -> list[Row]:
     return [row for row in rows if row["user_id"] in users]
 
 
-def image_names(rows: Sequence[Row]) -> list[str]:
-    """Paths of the images of some rows, relative to their file."""
-    return [name for row in rows for name in row["images"]]
+def check_row_images(rows: Sequence[Row], path: Path, options: CommonOptions) -> None:
+    """Raise InputError if an image of the rows of the file `path` lies outside its folders."""
+    names = [name for row in rows for name in row["images"]]
+    check_image_paths(names, path, options.data_dir, options.image_roots)
 
 
 def check_training_rows(
     rows: Sequence[Row], path: PathLike, answers: Sequence[str] = YES_NO_ANSWERS
 ) -> dict[Path, tuple[int, int]]:
-    """Check rows with answers before a model is loaded. Return image path -> (width, height) in
-    pixels.
+    """Check rows with answers before a model is loaded; return image path -> (width, height).
 
     Raises InputError naming the line for a question that is there twice, an unknown label, an
     answer that is not the label's, or an image without a readable header; the number of images is
@@ -194,18 +95,16 @@ def check_training_rows(
         first = lines.setdefault((row["user_id"], *item_ids(row)), number)
         if first < number:
             raise InputError(f"{where}: {row_name(row)} is already in line {first}; {MAKE_AGAIN}")
-        label, most = (
-            row["label"],
-            min(len(answers), len(item_ids(row)) if "item_ids" in row else 2),
-        )
+        n_answers = len(item_ids(row)) if "item_ids" in row else 2
+        label, most = row["label"], min(len(answers), n_answers)
         if not isinstance(label, int) or isinstance(label, bool) or not 0 <= label < most:
             allowed = "0 or 1" if most == 2 else f"0 to {most - 1}"
             raise InputError(f"{where}: the label is {label!r}, it must be {allowed}; {MAKE_AGAIN}")
         answer = "".join(turn_text(turn) for turn in row["messages"][1:])
         if answer != answers[label]:
             raise InputError(
-                f"{where}: the answer is {answer[:40]!r}, for the label {label} it must be "
-                f"{answers[label]!r}; {MAKE_AGAIN}"
+                f"{where}: the answer is {answer[:40]!r}, for the label {label} it must "
+                f"be {answers[label]!r}; {MAKE_AGAIN}"
             )
         for name in row["images"]:
             image = Path(path).parent / name

@@ -8,7 +8,7 @@ once, and extended by each row's own text.
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,11 +22,12 @@ from mllmrec.ranking.answers import AnswerSet
 from mllmrec.ranking.reader import RowReader
 from mllmrec.ranking.rows import item_ids, row_name
 from mllmrec.stage.errors import InputError
+from mllmrec.stage.output import RowOutput
 from mllmrec.stage.schema import Row
 
 GROUPS_PER_CHUNK = 32  # the unit of work that processes share and that a resumed run repeats
 
-Scored = tuple[int, list[float]]
+RowLogits = tuple[int, list[float]]  # index of a row, logits of the answers
 
 
 @dataclass(frozen=True)
@@ -45,10 +46,7 @@ class ScoringOptions:
 
 @dataclass
 class _Encoded:
-    """One row ready for the model.
-
-    ids: of the prompt as the model gets it, image tokens repeated.
-    """
+    """One row ready for the model. ids: of the prompt, the image token repeated as it needs."""
 
     index: int
     prompt: str
@@ -88,7 +86,7 @@ def score_rows(
     rows: Sequence[Row],
     options: ScoringOptions | None = None,
     wanted: set[int] | None = None,
-) -> Iterator[Scored]:
+) -> Iterator[RowLogits]:
     """Yield (index into rows, logits of the answers) for every row, groups together.
 
     wanted: indices to yield, None = all. Groups are processed in chunks of fixed size, so a score's
@@ -114,22 +112,21 @@ def score_rows(
             for index, logits in scored:
                 if not all(map(math.isfinite, logits)):
                     raise InputError(
-                        f"{row_name(rows[index])}: the logits {logits} are not finite numbers: "
-                        "the weights are damaged, or --dtype float16 is too narrow for them; "
-                        "restore them, or pass --dtype float32"
+                        f"{row_name(rows[index])}: the logits {logits} are not finite numbers: the "
+                        "weights are damaged, or --dtype float16 is too narrow for them; restore "
+                        "them, or pass --dtype float32"
                     )
                 if wanted is None or index in wanted:
                     yield index, logits
 
 
-def score_output(
-    model: Any, reader: RowReader, rows: Sequence[Row], output: Any, options: ScoringOptions
-) -> Iterator[int]:
-    """Score the rows that `output` lacks (paper, equation 1); yield the index of each.
+def unscored_rows(
+    rows: Sequence[Row], reader: RowReader, output: RowOutput
+) -> tuple[list[Row], set[int]]:
+    """(rows of the users whose questions fit, indices of those that `output` lacks).
 
-    output: an open ResumableOutput of scores.jsonl, keyed by user and item; its processes share
-    the rows. Users with a question that is too long are rejected whole: an incomplete list would be
-    ranked wrongly.
+    output: an open scores.jsonl, keyed by user and item. Users with a question that is too long are
+    rejected whole: an incomplete list would be ranked wrongly.
     """
     too_long, _ = reader.find_too_long(rows)
     if output.rank == 0:
@@ -137,14 +134,8 @@ def score_output(
             for key in _keys(row) if row["user_id"] in too_long else ():
                 if key in output.left:
                     output.reject(key, too_long[row["user_id"]])
-    rows = [row for row in rows if row["user_id"] not in too_long]
-    wanted = {n for n, row in enumerate(rows) if any(key in output.left for key in _keys(row))}
-    options = replace(options, shard=(output.rank, output.world))
-    for index, logits in score_rows(model, reader, rows, options, wanted):
-        for line in candidate_scores(rows[index], logits, reader.answers):
-            if (line["user_id"], line["item_id"]) in output.left:  # a list may be half written
-                output.write(line)
-        yield index
+    kept = [row for row in rows if row["user_id"] not in too_long]
+    return kept, {n for n, row in enumerate(kept) if any(k in output.left for k in _keys(row))}
 
 
 def _keys(row: Row) -> list[tuple[str, str]]:
@@ -155,9 +146,7 @@ def _keys(row: Row) -> list[tuple[str, str]]:
 def _batches(
     chunk: list[list[int]], reader: RowReader, rows: Sequence[Row], batch_tokens: int
 ) -> Iterator[list[list[_Encoded]]]:
-    """Lists of encoded groups; the longest prompts of each list's groups would fit into one
-    batch.
-    """
+    """Lists of encoded groups whose longest prompts would together fit into one batch."""
     batch: list[list[_Encoded]] = []
     longest = 0
     for indices in chunk:
@@ -186,7 +175,7 @@ def _encoded_group(indices: list[int], reader: RowReader, rows: Sequence[Row]) -
 
 def _score_plainly(
     model: Any, reader: RowReader, rows: list[_Encoded], batch_tokens: int
-) -> Iterator[Scored]:
+) -> Iterator[RowLogits]:
     """Left-padded batches of whole prompts."""
     size = max(1, batch_tokens // max(len(row.ids) for row in rows))
     for start in range(0, len(rows), size):
@@ -198,10 +187,8 @@ def _score_plainly(
 
 def _score_with_prefixes(
     model: Any, reader: RowReader, groups: list[list[_Encoded]], batch_tokens: int
-) -> Iterator[Scored]:
-    """First the shared prefixes of all groups in one left-padded batch, then each row's own
-    text.
-    """
+) -> Iterator[RowLogits]:
+    """First the shared prefixes of all groups in one left-padded batch, then each row's rest."""
     shared: list[tuple[list[_Encoded], int]] = []  # (group, length of its prefix)
     alone: list[_Encoded] = []
     for group in groups:
@@ -279,9 +266,8 @@ def _answer_logits(model: Any, reader: RowReader, **inputs: Any) -> torch.Tensor
         if logits.dtype == torch.float32:
             kept.append(logits[:, -1, token_ids])
             return
-        with torch.autocast(
-            logits.device.type, enabled=False
-        ):  # training computes in 16 bit around it
+        # Training computes in 16 bit around it.
+        with torch.autocast(logits.device.type, enabled=False):
             kept.append(hidden[0][:, -1].float() @ layer.weight[token_ids].float().T)
 
     hook = model.get_output_embeddings().register_forward_hook(keep)

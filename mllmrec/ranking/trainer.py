@@ -1,29 +1,162 @@
-"""The Trainer of stage 5: its validation ranks candidate lists instead of computing a loss."""
+"""Supervised fine-tuning with LoRA: the model, the Trainer that ranks candidate lists, the adapter.
+
+The order of a training is in the stage scripts (`MLLM-MSR/train/train_llava_sft.py`,
+`MLLM4Rec/train_ranker.py`); here are its parts.
+"""
 
 import contextlib
-from typing import Any
+import logging
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
 from accelerate.utils import gather_object
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+from transformers import (
+    EarlyStoppingCallback,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
+from mllmrec.evaluation import plots
 from mllmrec.evaluation.metrics import CandidateLists, hit_rate, per_user, pooled_auc
-from mllmrec.models.compat import SamplerTrainer, has_plain_positions
-from mllmrec.ranking.options import RankerOptions
-from mllmrec.ranking.reader import RowReader
-from mllmrec.ranking.sampler import EpochSampler
+from mllmrec.models.adapters import make_portable, model_identity
+from mllmrec.models.chat import ChatProcessor
+from mllmrec.models.compat import has_plain_positions, one_device_per_process, stopped_after
+from mllmrec.models.loading import check_finite, pick_device, pick_dtype
+from mllmrec.models.lora import add_lora, decoder_layer_class
+from mllmrec.models.model_card import write_model_card
+from mllmrec.ranking.batches import Collator, EpochSampler
+from mllmrec.ranking.checkpoints import last_complete_checkpoint, seal_checkpoint
+from mllmrec.ranking.reader import load_ranker
 from mllmrec.ranking.scoring import ScoringOptions, candidate_scores, score_rows
+from mllmrec.ranking.training_options import FineTuningOptions
 from mllmrec.stage.errors import InputError
+from mllmrec.stage.jsonl import atomic_file, write_rejected, write_rows
+from mllmrec.stage.output import WholeOutput, new_folder
+from mllmrec.stage.progress import Progress, progress_bar
+from mllmrec.stage.record import world_size
+from mllmrec.stage.schema import Row
+
+logger = logging.getLogger(__name__)
 
 
-class RankingTrainer(SamplerTrainer):
-    """Chooses the best model by a metric over whole candidate lists."""
+def load_with_lora(options: FineTuningOptions) -> tuple[Any, ChatProcessor]:
+    """(model with LoRA on its language model, ChatProcessor).
+
+    With group_by item, attention must take a mask of its own for each row: SDPA.
+    """
+    device = pick_device()
+    if pick_dtype(options.dtype, device) == torch.float16 and device.type == "cpu":
+        raise InputError("a CPU does not train in float16; pass --dtype float32")
+    shares_prefix = options.group_by == "item"
+    model, chat = load_ranker(replace(options, attention="sdpa") if shares_prefix else options)
+    if shares_prefix and not has_plain_positions(model):
+        raise InputError(
+            f"--group_by item needs a model without M-RoPE, not {model.config.model_type}; "
+            "use --group_by length"
+        )
+    # Else PEFT looks for layers that a vision tower may not have.
+    os.environ.setdefault("FSDP_TRANSFORMER_CLS_TO_WRAP", decoder_layer_class(model))
+    return add_lora(model, options), chat
+
+
+def training_arguments(
+    options: FineTuningOptions, with_validation: bool, best_by: str
+) -> TrainingArguments:
+    """transformers' TrainingArguments; epochs end with a validation and a checkpoint."""
+    device = pick_device()
+    dtype = pick_dtype(options.dtype, device)
+    arguments = TrainingArguments(
+        output_dir=str(options.system_dir / "checkpoints"),
+        num_train_epochs=options.epochs,
+        learning_rate=options.learning_rate,
+        per_device_train_batch_size=options.batch_size,
+        gradient_accumulation_steps=options.accumulation,
+        warmup_steps=options.warmup_ratio,  # below 1 it is a fraction
+        lr_scheduler_type=options.schedule,
+        weight_decay=options.weight_decay,
+        max_grad_norm=options.clip,
+        seed=options.seed,
+        bf16=dtype == torch.bfloat16,
+        fp16=dtype == torch.float16,
+        use_cpu=device.type == "cpu",
+        activation_checkpointing=options.gradient_checkpointing,
+        dataloader_num_workers=options.workers,
+        save_strategy="epoch",
+        eval_strategy="epoch" if with_validation else "no",
+        save_total_limit=options.save_total,
+        load_best_model_at_end=with_validation and options.keep == "best",
+        metric_for_best_model=best_by if with_validation else None,
+        greater_is_better=True,
+        logging_steps=options.logging_steps,
+        disable_tqdm=True,  # see TrainingEvents
+        report_to=options.report_to,
+        include_num_input_tokens_seen="all",
+        remove_unused_columns=False,
+        label_names=["labels"],
+        ddp_find_unused_parameters=False,
+        ddp_backend="gloo" if device.type == "cpu" and world_size() > 1 else None,
+        restore_callback_states_from_checkpoint=True,
+    )
+    return one_device_per_process(arguments)
+
+
+class RankingTrainer(Trainer):
+    """A Trainer that keeps the epoch whose adapter ranks the validation lists best.
+
+    model: with LoRA; sampler: the training rows, in the order of each epoch; collator: makes
+    batches of them; validation: rows of whole candidate lists; best_by: auc or ndcg@10, the metric
+    that chooses the epoch.
+    """
 
     def __init__(
-        self, *args: Any, sampler: EpochSampler, reader: RowReader, batch_tokens: int, **kwargs: Any
+        self,
+        model: Any,
+        sampler: EpochSampler,
+        collator: Collator,
+        validation: Sequence[Row],
+        options: FineTuningOptions,
+        best_by: str,
     ) -> None:
-        super().__init__(*args, **kwargs)
-        self.train_sampler, self.reader, self.batch_tokens = sampler, reader, batch_tokens
+        warnings.filterwarnings("ignore", category=FutureWarning)  # renamings in transformers, peft
+        os.environ["TENSORBOARD_LOGGING_DIR"] = str(options.system_dir / "tensorboard")
+        callbacks: list[TrainerCallback] = [TrainingEvents(sampler, options)]
+        if options.patience and validation:
+            callbacks.append(EarlyStoppingCallback(options.patience))
+        super().__init__(
+            model=model,
+            args=training_arguments(options, bool(validation), best_by),
+            train_dataset=sampler.rows,
+            eval_dataset=list(validation),
+            data_collator=collator,
+            callbacks=callbacks,
+        )
+        self.remove_callback(PrinterCallback)
+        self.sampler, self.reader, self.best_by = sampler, collator.reader, best_by
+        self.batch_tokens = options.score_batch_tokens
+        if needs_equal_passes(self):
+            collator.in_parts = False
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """The training rows in the sampler's order, shared by the processes."""
+        loader: DataLoader[Any] = DataLoader(
+            self.sampler.rows,  # type: ignore[arg-type]
+            self.args.per_device_train_batch_size,
+            sampler=self.sampler,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+        return self.accelerator.prepare(loader)
 
     def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         """One micro-batch, its parts one after the other (see Collator).
@@ -39,10 +172,11 @@ class RankingTrainer(SamplerTrainer):
                 losses.append(super().training_step(model, part, *args, **kwargs))
         loss = torch.stack(losses).sum()  # each is divided by the answer tokens of the whole step
         if not torch.isfinite(loss):
+            others = " and others" if len(names) > 1 else ""
             raise InputError(
-                f"the loss in step {self.state.global_step + 1} is {loss.item()} ({names[0]}"
-                f"{' and others' if len(names) > 1 else ''}): the training diverged; start again "
-                "with a lower --learning_rate, or with --dtype float32"
+                f"the loss in step {self.state.global_step + 1} is {loss.item()} "
+                f"({names[0]}{others}): the training diverged; start again with a lower "
+                "--learning_rate, or with --dtype float32"
             )
         return loss
 
@@ -70,31 +204,148 @@ class RankingTrainer(SamplerTrainer):
         )
         return metrics
 
+    def train_or_resume(self, output: WholeOutput) -> None:
+        """Train to the end, from the last complete checkpoint if there is one.
 
-def check_shared_prefix(loss: str, batch_size: int, options: RankerOptions) -> None:
-    """Raise InputError if `--group_by item` cannot be used with these options."""
-    if loss != "answer":
-        raise InputError(
-            "--group_by item needs --loss answer: one position cannot predict the next words of "
-            "several "
-            "texts"
-        )
-    if batch_size < 2:
-        raise InputError(
-            "--group_by item shares nothing with one row in a batch; set --batch_size to 2 or more"
-        )
-    if options.attention not in ("auto", "sdpa"):
-        raise InputError(
-            "--group_by item needs --attention sdpa, which takes a mask of its own for each row, "
-            "not "
-            f"{options.attention}"
-        )
+        output: of the adapter; an old one is deleted now, if it is to be overwritten.
+        """
+        is_first = self.is_world_process_zero()
+        if is_first:
+            output.begin()
+        assert output.checkpoints is not None
+        last = last_complete_checkpoint(output.checkpoints, may_delete=is_first)
+        if last:  # a run that stopped early goes no further
+            self.args.num_train_epochs = stopped_after(last) or self.args.num_train_epochs
+        self.train(resume_from_checkpoint=last)
 
 
-def check_plain_positions(model: Any) -> None:
-    """Raise InputError if the model computes its own position ids, which packing cannot follow."""
-    if not has_plain_positions(model):
-        raise InputError(
-            f"--group_by item needs a model without M-RoPE, not {model.config.model_type}; use "
-            "--group_by length"
+def needs_equal_passes(trainer: Trainer) -> bool:
+    """True if a micro-batch must be one pass through the model.
+
+    Sharded training, where all processes run the same passes, and models whose loss is a mean over
+    the pass and not over the step.
+    """
+    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    return bool(sharded or not trainer.model_accepts_loss_kwargs)
+
+
+class TrainingEvents(TrainerCallback):
+    """What happens beside the steps: epochs of the sampler, checkpoints, log, curve, progress."""
+
+    def __init__(self, sampler: EpochSampler, options: FineTuningOptions) -> None:
+        self.sampler, self.folder = sampler, options.system_dir
+        self.checkpoint_steps = options.checkpoint_steps
+        self.progress: Progress | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start the progress where the training resumes."""
+        if state.is_world_process_zero:
+            self.progress = progress_bar(state.max_steps, "training", "step", state.global_step)
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Derive the sampler's epoch from the step: resumed in mid-epoch, the loader would not."""
+        self.sampler.set_epoch(state.global_step // _steps_per_epoch(args, state))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Save every `checkpoint_steps` steps; the last of an epoch is saved when it is validated.
+
+        The loss is logged with each checkpoint, which does not hold the sum of the losses since.
+        """
+        if self.progress is not None:
+            self.progress.update()
+        ends_epoch = state.global_step % _steps_per_epoch(args, state) == 0
+        steps = self.checkpoint_steps
+        if steps and state.global_step % steps == 0 and not ends_epoch:
+            control.should_save = control.should_log = True
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Log the rest of the epoch."""
+        control.should_log = True
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Seal the checkpoint: from here on it can be resumed from."""
+        if state.is_world_process_zero:
+            seal_checkpoint(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Write training_log.jsonl; training_curve.png only when more than a loss was logged."""
+        if not state.is_world_process_zero:
+            return
+        log = state.log_history
+        write_rows(self.folder / "training_log.jsonl", log)
+        if "loss" not in log[-1]:
+            with atomic_file(self.folder / "training_curve.png") as file:
+                file.write(plots.training_curve(log))
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Print the validation metrics."""
+        if self.progress is not None:
+            losses = [row["loss"] for row in state.log_history if "loss" in row]
+            shown = [f"loss {losses[-1]:.4f}"] if losses else []
+            metrics: Mapping[str, float] = kwargs["metrics"]
+            for name, value in metrics.items():
+                if name.startswith("eval_"):
+                    shown.append(f"{name.removeprefix('eval_')} {value:.4f}")
+            line = f"epoch {state.epoch:.0f} of {args.num_train_epochs:.0f}: {', '.join(shown)}"
+            tqdm.write(line)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Print the last line of the progress."""
+        if self.progress is not None:
+            self.progress.close()
+
+
+def _steps_per_epoch(args: Any, state: Any) -> int:
+    return state.max_steps // int(args.num_train_epochs)
+
+
+def save_adapter(
+    trainer: RankingTrainer,
+    chat: ChatProcessor,
+    output: WholeOutput,
+    counts: dict[str, int],
+    rejected: Mapping[str, str],
+) -> None:
+    """Write adapter/ with its record, and training.rejected.jsonl, from the first process.
+
+    counts: for the record; rejected: user_id -> reason.
+    """
+    # With FSDP, all processes must take part in collecting the weights.
+    sharded = trainer.is_fsdp_enabled
+    weights = trainer.accelerator.get_state_dict(trainer.model_wrapped) if sharded else None
+    if not trainer.is_world_process_zero():
+        return
+    adapter, state, model = output.path, trainer.state, cast(Any, trainer.model)
+    base = cast(FineTuningOptions, output.job.options).model
+    rejected_path = adapter.with_name("training.rejected.jsonl")
+    lines = [{"user_id": user_id, "reason": reason} for user_id, reason in rejected.items()]
+    write_rejected(rejected_path, lines)
+    check_finite("the trained adapter", model, only="lora_")
+    dtype = "bfloat16" if trainer.args.bf16 else "float16" if trainer.args.fp16 else "float32"
+    with new_folder(adapter) as folder:
+        model.save_pretrained(folder, state_dict=weights)
+        make_portable(folder, base)
+        chat.processor.save_pretrained(folder)
+        record = output.finish(
+            counts | {"rejected_users": len(rejected)},
+            folder,
+            base=model_identity(base),
+            dtype=dtype,
+            loss=mean_loss(state.log_history),
+            **{f"best_validation_{trainer.best_by}": state.best_metric},
+            steps=state.global_step,
         )
+        write_model_card(folder, record)
+    text = f"wrote {adapter}: {counts['in']:,} rows, best validation {trainer.best_by.upper()} "
+    text += f"{state.best_metric or float('nan'):.4f}"
+    if counts["shortened"]:
+        text += f"; {counts['shortened']:,} rows with a shortened preference"
+    if rejected:
+        text += f"; {len(rejected):,} users were rejected, each with its reason in {rejected_path}"
+    logger.info(text)
+
+
+def mean_loss(log: Sequence[Row]) -> float:
+    """Mean loss over all steps. log: the Trainer's rows, each loss a mean since the last row."""
+    losses = {row["step"]: row["loss"] for row in log if "loss" in row}
+    return float(np.average(list(losses.values()), weights=np.diff([0, *losses])))

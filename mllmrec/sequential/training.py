@@ -16,7 +16,7 @@ import torch
 from torch.nn import functional
 
 from mllmrec.evaluation.metrics import CandidateLists, per_user
-from mllmrec.sequential.data import PADDING, CandidateNumbers, SequenceData, padded
+from mllmrec.sequential.sequences import PADDING, CandidateNumbers, SequenceData, padded
 from mllmrec.stage.errors import InputError
 
 CHOSEN_BY = "ndcg@5"  # of the validation users
@@ -47,8 +47,7 @@ def fit(
     chosen_by: str = CHOSEN_BY,
     report: Callable[[Metrics], None] = lambda _: None,
 ) -> Fit:
-    """Train until the validation metric `chosen_by` stops rising; the best epoch's weights are
-    kept.
+    """Train until the validation metric `chosen_by` stops rising; keep the best epoch's weights.
 
     Learns from `data.training` alone, on the model's device. validate: the model's metrics on the
     validation users; where it has none, the last epoch is kept. report: is called with the line of
@@ -73,8 +72,8 @@ def fit(
         line = {"epoch": epoch, "loss": torch.stack(losses).mean().item()}
         if not math.isfinite(line["loss"]):
             raise InputError(
-                f"the loss of epoch {epoch} is {line['loss']}: the training diverged; lower "
-                "--learning_rate"
+                f"the loss of epoch {epoch} is {line['loss']}: the training "
+                "diverged; lower --learning_rate"
             )
         line |= validate()
         line["seconds"] = time.monotonic() - started

@@ -74,14 +74,7 @@ def parse_line(
             raise InputError(
                 f"{where}: byte {undecodable} is not UTF-8; save the file as UTF-8 or {remedy}"
             ) from None
-        if b"\\ud" not in raw.lower():
-            raise InputError(f"{where}: {problem(error)}; {remedy}") from None
-        try:  # half a surrogate pair, from broken scrapers
-            row = schema.row.validate_python(whole_characters(json.loads(raw)))
-        except ValidationError as second:
-            raise InputError(f"{where}: {problem(second)}; {remedy}") from None
-        except (ValueError, RecursionError):
-            raise InputError(f"{where}: {problem(error)}; {remedy}") from None
+        raise InputError(f"{where}: {problem(error)}; {remedy}") from None
     for key in keys:
         if key not in row:
             raise InputError(f"{where}: key {key!r} is missing; {remedy}")
@@ -96,48 +89,41 @@ def _undecodable_byte(raw: bytes) -> int | None:
     return None
 
 
-def whole_characters(value: Any) -> Any:
-    """`value` with U+FFFD for each half of a surrogate pair, which UTF-8 cannot express."""
-    if isinstance(value, str):
-        return value.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-    if isinstance(value, list):
-        return [whole_characters(v) for v in value]
-    if isinstance(value, dict):
-        return {whole_characters(k): whole_characters(v) for k, v in value.items()}
-    return value
-
-
 def read_rows(path: PathLike, keys: Sequence[str] | None = None) -> list[Row]:
     """All lines of a JSONL file as dicts, checked as in `read_lines`."""
     return [row for _, row in read_lines(path, keys)]
 
 
-def read_by_id(path: PathLike, key: str, keys: Sequence[str] | None = None) -> dict[str, Row]:
+def read_by_id(
+    path: PathLike, key: str | tuple[str, ...], keys: Sequence[str] | None = None
+) -> dict[Any, Row]:
     """A JSONL file as dict id -> row, checked as in `read_lines`.
 
-    Raises InputError for a repeated id.
+    key: name of the id, or a tuple of names whose values are the id. Raises InputError for an id
+    that is repeated, or no string.
     """
-    rows: dict[str, Row] = {}
-    lines: dict[str, int] = {}
+    names = (key,) if isinstance(key, str) else key
+    rows: dict[Any, Row] = {}
+    lines: dict[Any, int] = {}
     for number, row in read_lines(path, keys):
-        row_id = row.get(key)
-        if not isinstance(row_id, str):
+        values = tuple(row.get(name) for name in names)
+        shown = values[0] if isinstance(key, str) else values
+        if not all(isinstance(value, str) for value in values):
             raise InputError(
-                f"{path}, line {number}: {key} must be a string, not {row_id!r}; write it in quotes"
+                f"{path}, line {number}: {' and '.join(names)} must be a string, not {shown!r}; "
+                "write it in quotes, or make the file again"
             )
-        if row_id in rows:
+        if shown in rows:
             raise InputError(
-                f"{path}, line {number}: {key} {row_id!r} is already in line {lines[row_id]}; "
-                "remove one of the two"
+                f"{path}, line {number}: {' and '.join(names)} {shown!r} is already in line "
+                f"{lines[shown]}; remove one of the two"
             )
-        rows[row_id], lines[row_id] = row, number
+        rows[shown], lines[shown] = row, number
     return rows
 
 
-def read_rejected(path: PathLike, key: str) -> dict[str, Row]:
-    """The rejected rows of the output `path` (X.rejected.jsonl) by id; empty where there are
-    none.
-    """
+def read_rejected(path: PathLike, key: str | tuple[str, ...]) -> dict[Any, Row]:
+    """The rejected rows of the output `path` (X.rejected.jsonl) by id, none without that file."""
     rejected = rejected_path(path)
     return read_by_id(rejected, key) if rejected.exists() else {}
 
@@ -157,11 +143,11 @@ def rejected_path(path: PathLike) -> Path:
 
 
 def encode(row: Row) -> bytes:
-    """One row as one line of bytes, with its line break. Text stays readable in any language."""
-    try:
-        return _ENCODER.encode(row).encode() + b"\n"
-    except UnicodeEncodeError:
-        return _ENCODER.encode(whole_characters(row)).encode() + b"\n"
+    """One row as one line of bytes, with its line break. Text stays readable in any language.
+
+    Half of a surrogate pair, which UTF-8 cannot express, becomes a question mark.
+    """
+    return _ENCODER.encode(row).encode("utf-8", "replace") + b"\n"
 
 
 def encode_checked(path: PathLike, row: Row) -> bytes:
@@ -171,10 +157,7 @@ def encode_checked(path: PathLike, row: Row) -> bytes:
         try:
             schema.row.validate_python(row)
         except ValidationError as error:
-            first = error.errors()[0]
-            if first["type"] == "string_unicode":
-                return encode_checked(path, whole_characters(row))
-            ids = " ".join(str(row[k]) for k in ("user_id", "item_id") if k in row)
+            ids = " ".join(repr(row[k]) for k in ("user_id", "item_id") if k in row)
             raise InputError(
                 f"{path}: the row {ids} is wrong and cannot be written: {problem(error)}"
             ) from None
@@ -192,9 +175,7 @@ def write_rows(path: PathLike, rows: Iterable[Row]) -> None:
 
 
 def write_rejected(path: PathLike, rows: Sequence[Row]) -> None:
-    """Write the rejected rows to `path`, if there are any; else remove the file of an earlier
-    run.
-    """
+    """Write rejected rows to `path`; without rows, remove the file of an earlier run."""
     if rows:
         write_rows(path, rows)
     else:
@@ -211,8 +192,8 @@ def write_json(path: PathLike, value: Any) -> None:
 def atomic_file(path: PathLike) -> Iterator[BinaryIO]:
     """A binary file to write to, which replaces `path` only when everything has been written.
 
-    The file is on the disk before it gets its name, and the name before this returns, so that
-    after a power loss `path` is the old or the new file, whole.
+    The file is on the disk before it gets its name, so that after a power loss `path` is the old or
+    the new file, whole.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -224,7 +205,6 @@ def atomic_file(path: PathLike) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
-        sync_folder(path.parent)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
@@ -241,23 +221,11 @@ def naming(path: PathLike) -> Iterator[None]:
         raise
 
 
-def sync_folder(folder: PathLike) -> None:
-    """Bring the names in a folder to the disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def relative_path(target: PathLike, of_file: PathLike) -> str:
-    """`target` as the JSONL file `of_file` holds it: relative to its folder, with forward
-    slashes.
-    """
+    """`target` as the file `of_file` names it: relative to its folder, with forward slashes."""
     folder, name = os.path.split(target)
-    return (
-        _relative_folder(os.path.abspath(folder), os.path.dirname(os.path.abspath(of_file))) + name
-    )
+    start = os.path.dirname(os.path.abspath(of_file))
+    return _relative_folder(os.path.abspath(folder), start) + name
 
 
 @cache  # thousands of images lie in one folder

@@ -12,17 +12,15 @@ pydantic checks types, choices and ranges, whichever source a value comes from.
     options = parse_options(Options, SECTION, argv, __doc__)
 
 A config may build on others: `base: systems/mllm_msr.yaml` (or a list), relative to the file; its
-own values win. Which sections exist is read off the `SECTION = "..."` lines of the stage scripts,
-so a further system adds its sections by having scripts.
+own values win.
 """
 
 import argparse
 import difflib
-import functools
 import importlib.metadata
 import os
-import re
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
@@ -36,7 +34,12 @@ from mllmrec.stage.errors import InputError, UsageError
 DEFAULT_CONFIG = "configs/microlens.yaml"
 CONFIG_VARIABLE = "MLLM_MSR_CONFIG"  # environment variable: another default for --config
 ROOT = Path(__file__).parents[2]
-STAGE_FOLDERS = ("data_processing", "Inference", "MLLM-MSR", "MLLM4Rec")
+# Sections of a config: `common`, and the SECTION of each stage script.
+SECTIONS = (
+    *("common", "data", "download", "image_summary", "preference", "datasets", "train", "merge"),
+    *("score", "popularity", "title_history", "gru4rec", "sasrec", "metrics", "report"),
+    *("retriever", "ranker"),
+)
 NOT_SECTIONS = ("dataset", "base")  # top-level keys that are no sections
 
 NAME = r"^[\w-]+$"  # of a folder below output_dir: no path can leave it
@@ -47,8 +50,7 @@ T = TypeVar("T", bound="CommonOptions")
 
 
 def option(default: Any, text: str, **limits: Any) -> Any:
-    """A field of an options class: its default, its help text, and pydantic limits such as
-    `ge=1`.
+    """A field of an options class: its default, its help text, pydantic limits such as `ge=1`.
 
     Every whole number has an upper limit and no number is infinite or NaN, whatever the field says.
     """
@@ -104,7 +106,7 @@ class DatasetCode:
 def parse_options(
     options_class: type[T],
     section: str,
-    argv: list[str] | None = None,
+    argv: Sequence[str] | None = None,
     description: str | None = None,
 ) -> T:
     """Options of one stage, checked.
@@ -143,17 +145,12 @@ def parse_options(
         raise (UsageError if message.startswith("--") else InputError)(message) from None
 
 
-def config_of_dataset(argv: list[str], description: str | None) -> tuple[str, list[str]]:
+def config_of_dataset(argv: Sequence[str], description: str | None) -> tuple[str, list[str]]:
     """(config, the other words) of a command line with --dataset_code or --config.
 
     For scripts that run another one. Raises InputError for an unknown data set.
     """
-    parser = argparse.ArgumentParser(
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-        exit_on_error=False,
-    )
+    parser = _empty_parser(description)
     parser.add_argument("--dataset_code", choices=get_args(DATASETS), help=DATASET_HELP)
     parser.add_argument("--config", help="YAML file, instead of the data set's")
     try:
@@ -217,16 +214,6 @@ def load_config(path: Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     return merged
 
 
-@functools.cache
-def known_sections() -> tuple[str, ...]:
-    """Names of the config sections: `common`, and what the stage scripts declare as SECTION."""
-    found = {"common"}
-    for folder in STAGE_FOLDERS:
-        for path in (ROOT / folder).rglob("*.py"):
-            found.update(re.findall(r'^SECTION = "(\w+)"', path.read_text("utf-8"), re.M))
-    return tuple(sorted(found))
-
-
 def nearest(word: str, known: list[str] | tuple[str, ...], prefix: str = "") -> str:
     """The end of an error message: the known name nearest to `word`, else all of them."""
     close = difflib.get_close_matches(str(word), [k for k in known if k != "overwrite"], 1, 0.5)
@@ -237,13 +224,17 @@ def nearest(word: str, known: list[str] | tuple[str, ...], prefix: str = "") -> 
     )
 
 
-def _parser(options_class: type[CommonOptions], description: str | None) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _empty_parser(description: str | None) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
         exit_on_error=False,
     )
+
+
+def _parser(options_class: type[CommonOptions], description: str | None) -> argparse.ArgumentParser:
+    parser = _empty_parser(description)
     for name, info in options_class.__pydantic_fields__.items():  # type: ignore[attr-defined]
         kind, default = info.annotation, info.get_default(call_default_factory=True)
         choices = f" {{{', '.join(get_args(kind))}}}" if get_origin(kind) is Literal else ""
@@ -311,8 +302,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     for name, value in loaded.items():
         if name in NOT_SECTIONS:
             continue
-        if name not in known_sections():
-            raise InputError(f"{path}: unknown section {name!r}{nearest(name, known_sections())}")
+        if name not in SECTIONS:
+            raise InputError(f"{path}: unknown section {name!r}{nearest(name, SECTIONS)}")
         if not isinstance(value, dict | None):
             raise InputError(
                 f"{path}: section {name!r} must hold 'option: value' lines, one per option"

@@ -1,40 +1,50 @@
-"""The output of a long stage: finished rows are appended, skipped when resumed, joined at the end.
+"""Outputs of a stage: one writer, and a run record that describes exactly what stands beside it.
 
-    output = ResumableOutput(path, "item_id", items, job)
+`WholeOutput`: files, or one folder, that a stage writes as a whole.
+
+    with WholeOutput(job, [path]) as output:
+        if output.is_needed:
+            write_rows(path, rows)
+            output.finish({"rows": 3})
+
+`RowOutput`: rows that take long, appended one by one, skipped when resumed, joined at the end.
+
+    output = RowOutput(path, "item_id", items, job)
     if not output.is_up_to_date():
         output.write_results(results, "image summaries", "item")    # (id, row, reason) each
 
-While a stage runs, rows are in `X.jsonl.parts/`, one file per process (`accelerate launch` sets
-RANK and WORLD_SIZE; process r of n takes every n-th id). A row is complete or absent: after kill -9
-a truncated last line is dropped and the row computed again. When all ids are done, the process that
-finishes last joins the parts in the order of `ids`, so the bytes of X.jsonl depend on neither
-interruptions nor the number of processes, as far as a row does not depend on its batch (texts and
-scores in float32). Rejected rows go to `X.rejected.jsonl`.
-
-Joining removes the old record first, and the parts last, when the new record stands: a process that
-is killed in between leaves the parts, from which the next start joins again.
+The protocol of both. A lock file says who writes; the operating system frees it when its process
+ends. A `Job` (settings, digests of the inputs) says what is asked for; the run record says of which
+job the output is, and holds its digest. The record is removed before a file that it describes is
+replaced, and written when all of them stand: a process that is killed in between leaves files
+without a record, never a record beside other files. What is unfinished lies in a folder of its own
+(`X.jsonl.parts/`, `checkpoints/`) with a state.json that names its job. With --overwrite the old
+output is deleted last: when the new one begins.
 """
 
+import glob
+import json
 import logging
 import os
+import shutil
 import time
-from collections.abc import Callable, Generator, Hashable, Iterable, Mapping
-from contextlib import closing
+from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 from filelock import FileLock, Timeout
-from pydantic import TypeAdapter, ValidationError
 
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import (
+    TEMPORARY,
     PathLike,
     encode,
     encode_checked,
     naming,
-    parse_line,
     rejected_path,
+    write_json,
     write_rejected,
     write_rows,
 )
@@ -46,40 +56,125 @@ from mllmrec.stage.record import (
     read_record,
     read_state,
     record_path,
-    report_up_to_date,
     world_size,
     write_record,
-    write_state,
 )
-from mllmrec.stage.schema import FileSchema, Row, problem, schema_of
-from mllmrec.stage.transaction import (
-    delete_output,
-    finish_deletion,
-    output_lock,
-    remove_file,
-    remove_folder,
-    remove_temporary,
-)
+from mllmrec.stage.schema import Row
 
 logger = logging.getLogger(__name__)
 
+STATE = "state.json"  # of an unfinished output: its job
+DELETED = ".deleted"  # end of the name of a folder that is being removed
 # Counters that rows may carry, with their meaning: printed at the end and kept in the run record.
 SHORTENED = {"shortened": "prompts were shortened to fit the model"}
 
 RowId = Hashable
-# Parts keep the order of a row's keys; the schema is applied when a row is written.
-_PART_ROW = FileSchema(TypeAdapter(Row), "the same command with --overwrite true")
 Result = tuple[RowId, Row | None, str | None]
 
 
-class ResumableOutput:
-    """One output file in progress.
+class WholeOutput:
+    """Files, or one folder, that are written together; the record is the first one's.
+
+    job: a change since the output was written is reason to write it again; optional: further files,
+    not always written; checkpoints: folder that an interrupted run resumes from. With it the output
+    takes long, so a change is refused with an InputError unless `overwrite` is set. Of several
+    processes the first one holds the lock.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        outputs: Sequence[PathLike],
+        optional: Sequence[PathLike] = (),
+        checkpoints: Path | None = None,
+    ) -> None:
+        self.job, self.outputs = job, [Path(path) for path in outputs]
+        self.optional, self.checkpoints = [Path(path) for path in optional], checkpoints
+        self.path = self.outputs[0]
+        self.is_needed = True
+        self.started = time.monotonic()
+        if checkpoints is not None and job.options.overwrite:
+            refuse_overwrite_of_several((self.path, checkpoints))
+
+    def __enter__(self) -> "WholeOutput":
+        self._lock = None
+        if self.checkpoints is None or process_rank() == 0:
+            wait = self.checkpoints is None and world_size() > 1
+            self._lock = acquired(lock_path(self.path), self.path, wait)
+        try:
+            if self._lock is not None:
+                for path in (*self.outputs, *self.optional, record_path(self.path)):
+                    remove_leftovers(path)
+            if self.checkpoints is None:
+                self.is_needed = not self._is_of_job()
+                if self.is_needed and record_path(self.path).parent != self.path:
+                    record_path(self.path).unlink(missing_ok=True)
+            elif not self.job.options.overwrite:
+                # Another number of processes would read the remaining rows in another order.
+                processes = self.job.settings | {"processes": world_size()}
+                unfinished = Job(self.job.options, processes, self.job.inputs)
+                record = matching_record(self.path, self.job, self.checkpoints, unfinished)
+                self.is_needed = record is None
+        except BaseException:
+            self.__exit__()
+            raise
+        if not self.is_needed:
+            report_up_to_date(self.path)
+        return self
+
+    def _is_of_job(self) -> bool:
+        record = read_record(self.path)
+        if record is None or self.job.options.overwrite or self.job.difference(record):
+            return False
+        if not all(path.exists() for path in self.outputs):
+            return False
+        check_described(self.path, record)
+        return True
+
+    def begin(self) -> None:
+        """Of an output with checkpoints: delete what is overwritten, and note the job beside them.
+
+        For the first of several processes.
+        """
+        assert self.checkpoints is not None
+        if self.job.options.overwrite:
+            delete((record_path(self.path), *self.outputs, *self.optional, self.checkpoints))
+        remove_leftovers(self.checkpoints)
+        # Of a state that was being written, of checkpoints that were being deleted.
+        delete(list(self.checkpoints.glob(".*")))
+        write_state(self.checkpoints, self.job, processes=world_size())
+
+    def finish(
+        self, rows: Mapping[str, int], folder: PathLike | None = None, **more: Any
+    ) -> dict[str, Any]:
+        """Write the record, when all outputs are written, and return it.
+
+        rows: counts; folder: of a folder that gets its name later (`new_folder`), where it is now;
+        more: for the record.
+        """
+        outputs = [folder] if folder else [*self.outputs, *self.optional]
+        seconds = time.monotonic() - self.started
+        return write_record(outputs[0], self.job, seconds, rows, outputs, **more)
+
+    def __exit__(self, *error: object) -> None:
+        if self._lock is not None:
+            self._lock.release()
+
+
+class RowOutput:
+    """One JSONL file in progress, row by row.
+
+    While a stage runs, rows are in `X.jsonl.parts/`, one file per process (`accelerate launch` sets
+    RANK and WORLD_SIZE; process r of n takes every n-th id). A row is complete or absent: after
+    kill -9 a truncated last line is dropped and the row computed again. When all ids are done, the
+    process that finishes last joins the parts in the order of `ids`, so the bytes of X.jsonl depend
+    on neither interruptions nor the number of processes, as far as a row does not depend on its
+    batch (texts and scores in float32). Rejected rows go to `X.rejected.jsonl`.
 
     path: X.jsonl; key: name of the id in each row, or a tuple of names; ids: all ids of the full
     job in output order (tuples if `key` is one); job: a change since the rows were written is
-    refused with an InputError, because a file with rows of two kinds would be worthless, unless
-    `overwrite` deletes the old rows; job.limit > 0 asks for the first ids only, and a later run
-    resumes; retry_rejected: try rejected rows again; counters: see SHORTENED.
+    refused with an InputError unless `overwrite` is set; job.limit > 0 asks for the first ids only,
+    and a later run resumes; retry_rejected: try rejected rows again; counters: see SHORTENED.
     """
 
     def __init__(
@@ -92,26 +187,29 @@ class ResumableOutput:
         counters: Mapping[str, str] | None = None,
     ) -> None:
         self.path, self.key, self.job = Path(path), key, job
-        self.keys = key if isinstance(key, tuple) else (key,)
         self.ids = list(ids)
         if len(set(self.ids)) < len(self.ids):
             raise InputError(f"{path} would hold an id twice; the input names one id in two lines")
-        self._known = set(self.ids)
         self.wanted = self.ids[: job.limit or None]
         self.rank, self.world = process_rank(), world_size()
         self.parts = self.path.with_name(self.path.name + ".parts")
         self.rejected_path = rejected_path(self.path)
-        self.retry_rejected = retry_rejected
         self.counters = dict(counters or {})
         self.counts: dict[str, int] = {}  # further counts for the run record
         # Computed from all rows for the run record, e.g. the quality of their texts.
         self.measure: Callable[[list[Row]], dict[str, Any]] | None = None
         self.measured: dict[str, Any] = {}
         self.rows_written = self.rows_rejected = 0
-        with output_lock(self.path, wait=True):
-            remove_temporary(self.parts)  # of a process that was killed while it removed them
-            self._check_same_job()
-            done = self._read_done()
+        done: set[RowId] = set()
+        with locked(self.path):
+            remove_leftovers(self.parts)  # of a process that was killed while it removed them
+            if job.options.overwrite:
+                refuse_overwrite_of_several((self.path, self.parts))
+            else:
+                self._check_same_job()
+                done = set(self._read(self.path, "rank"))
+                if not retry_rejected:
+                    done |= set(self._read(self.rejected_path, "rejected"))
         self.left = {i for i in self.wanted if i not in done}  # by any process
         self.todo = [
             i for n, i in enumerate(self.wanted) if i in self.left and n % self.world == self.rank
@@ -125,19 +223,23 @@ class ResumableOutput:
             report_up_to_date(self.path)
         return finished
 
-    def __enter__(self) -> "ResumableOutput":
-        with output_lock(self.path, wait=True):
-            self._check_no_other_job()  # one may have begun while the model was loaded
+    def __enter__(self) -> "RowOutput":
+        with locked(self.path):
+            if self.job.options.overwrite:
+                for path in self.parts.glob("*.lock"):
+                    acquired(path, self.path).release()
+                # Rejected rows first: alone they would be taken for those of the next job.
+                delete((record_path(self.path), self.rejected_path, self.path, self.parts))
+            else:
+                self._check_same_job()  # another may have begun while the model was loaded
             self.parts.mkdir(parents=True, exist_ok=True)
-            self.lock = self._acquired(self.parts / f"rank-{self.rank}.lock")
-            if self.rank == 0:
-                for path in (self.path, self.rejected_path, record_path(self.path)):
-                    remove_temporary(path)
-                remove_temporary(self.parts / "state.json")
-            if not (self.parts / "state.json").exists():  # else it is of this job: checked
-                write_state(self.parts / "state.json", self.job)
-        self._rows = self._open_part(f"rank-{self.rank}.jsonl")
-        self._rejected = self._open_part(f"rank-{self.rank}.rejected.jsonl")
+            self._lock = acquired(self.parts / f"rank-{self.rank}.lock", self.path)
+            for path in (self.path, self.rejected_path, record_path(self.path)):
+                remove_leftovers(path)
+            if not (self.parts / STATE).exists():  # else it is of this job: checked
+                write_state(self.parts, self.job)
+        self._rows = self._open_part("rank")
+        self._rejected = self._open_part("rejected")
         self.rows_written = self.rows_rejected = 0
         self.started = time.monotonic()
         return self
@@ -152,8 +254,10 @@ class ResumableOutput:
 
     def reject(self, row_id: RowId, reason: str) -> None:
         """Append one rejected row with its reason."""
+        names, values = self.key, cast(Any, row_id)
+        pairs = [(names, values)] if isinstance(names, str) else zip(names, values, strict=True)
         with naming(self.rejected_path):
-            self._rejected.write(encode({**self._id_fields(row_id), "reason": reason}))
+            self._rejected.write(encode(dict(pairs) | {"reason": reason}))
             self._rejected.flush()
         self.rows_rejected += 1
 
@@ -186,8 +290,8 @@ class ResumableOutput:
             processes = f" with its {self.world} processes" if self.world > 1 else ""
             logger.info(
                 f"at {per_second:.3g} {unit}s a second all {len(self.ids):,} would take "
-                f"{duration(len(self.ids) / per_second)} on this machine{processes}, "
-                "loading the model not counted"
+                f"{duration(len(self.ids) / per_second)} on this machine{processes}, loading the "
+                "model not counted"
             )
 
     def __exit__(
@@ -196,134 +300,63 @@ class ResumableOutput:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for file in (self._rows, self._rejected):
-            file.flush()
-            os.fsync(file.fileno())
-            file.close()
-        self.lock.release()
+        for path, file in ((self.path, self._rows), (self.rejected_path, self._rejected)):
+            with naming(path):
+                file.flush()
+                os.fsync(file.fileno())
+                file.close()
+        self._lock.release()
         self.seconds = time.monotonic() - self.started
         if kind is None:
             self._join_if_complete()
 
     def log_summary(self) -> None:
         """Say how many rows were written, and where."""
-        logger.info(self.summary())
-
-    def summary(self) -> str:
-        """One line: how many rows were written, and where."""
         if not self.is_complete:
-            return (
+            logger.info(
                 f"this process wrote {self.rows_written:,} rows; {self.path} is joined when the "
-                f"other "
-                "processes are done"
+                "other processes are done"
             )
-        rejected = (
-            f"; {self.n_rejected:,} were rejected, each with its reason in {self.rejected_path}"
-            if self.n_rejected
-            else ""
-        )
-        counts = "".join(
-            f"; {self.counts[key]:,} {text}"
-            for key, text in self.counters.items()
-            if self.counts[key]
-        )
-        return (
-            f"wrote {self.path}: {self.n_rows:,} rows, {self.rows_written:,} of them now, "
-            f"in {self.seconds:.1f} s{rejected}{counts}"
-        )
+            return
+        text = f"wrote {self.path}: {self.n_rows:,} rows, {self.rows_written:,} of them now, "
+        text += f"in {self.seconds:.1f} s"
+        if self.n_rejected:
+            text += f"; {self.n_rejected:,} were rejected, each with its reason in "
+            text += str(self.rejected_path)
+        for key, meaning in self.counters.items():
+            text += f"; {self.counts[key]:,} {meaning}" if self.counts[key] else ""
+        logger.info(text)
 
     def _row_id(self, row: Row) -> RowId:
-        return tuple(row[k] for k in self.keys) if isinstance(self.key, tuple) else row[self.key]
-
-    def _id_fields(self, row_id: RowId) -> Row:
-        if isinstance(self.key, tuple):
-            assert isinstance(row_id, tuple)
-            return dict(zip(self.key, row_id, strict=True))
-        return {self.key: row_id}
-
-    def _acquired(self, path: Path) -> FileLock:
-        lock = FileLock(path, timeout=0)
-        try:
-            lock.acquire()
-        except Timeout:
-            raise InputError(
-                f"{self.path} is being written by another process; wait for it or stop it"
-            ) from None
-        return lock
+        return tuple(row[k] for k in self.key) if isinstance(self.key, tuple) else row[self.key]
 
     def _check_same_job(self) -> None:
-        belonging = (record_path(self.path), self.parts, self.rejected_path, self.path)
-        finish_deletion(self.path, belonging)
-        overwrite = self.job.options.overwrite
-        if overwrite and self.world > 1 and (self.path.exists() or self.parts.exists()):
+        record = matching_record(self.path, self.job, self.parts)
+        unknown = record is None and not (self.parts / STATE).exists()
+        if unknown and any(part.stat().st_size for part in self.parts.glob("*-*.jsonl")):
             raise InputError(
-                f"--overwrite cannot be used with several processes; delete {self.path} and "
-                f"{self.parts} first"
-            )
-        if overwrite:
-            for path in sorted(self.parts.glob("rank-*.lock")):
-                self._acquired(path).release()
-            delete_output(self.path, belonging)
-            return
-        self._check_no_other_job()
-
-    def _check_no_other_job(self) -> None:
-        record = read_record(self.path) if self.path.exists() else None
-        state = read_state(self.parts / "state.json")
-        self.job.check_same(self.path, (record, state))
-        if record is not None:
-            check_described(self.path, record)
-        if state is None and any(p.stat().st_size for p in self.parts.glob("rank-*.jsonl")):
-            raise InputError(
-                f"{self.parts} has rows, but no state.json that says how they were made; delete "
-                "the folder, or start again with --overwrite true"
-            )
-        if record is None and self.path.exists() and state is None:
-            raise InputError(
-                f"{self.path} has no run record beside it, so it is unknown how it was made; move "
-                "it away, or delete it with --overwrite true"
+                f"{self.parts} has rows, but no {STATE} that says how they were made; delete the "
+                "folder, or start again with --overwrite true"
             )
 
-    def _part_files(self, ending: str) -> list[Path]:
-        dots = ending.count(".")
-        return sorted(p for p in self.parts.glob(f"rank-*{ending}") if p.name.count(".") == dots)
-
-    def _read(self, joined: Path, ending: str) -> dict[RowId, Row]:
+    def _read(self, joined: Path, part: str) -> dict[RowId, Row]:
         """Rows of the joined file and all parts; a truncated last line of a part is left out."""
         rows: dict[RowId, Row] = {}
-        for path in ([joined] if joined.exists() else []) + self._part_files(ending):
+        paths = [joined] if joined.exists() else []
+        for path in paths + sorted(self.parts.glob(f"{part}-*.jsonl")):
             for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
-                where = f"{path}, line {number}"
-                row = parse_line(line, _PART_ROW, where, (self.keys, ""))
-                rows[self._checked_id(row, ending, where)] = row
+                try:
+                    row = json.loads(line)
+                    rows[self._row_id(row)] = row
+                except (ValueError, KeyError, TypeError):
+                    raise InputError(
+                        f"{path}, line {number}: no row of this stage; remove the line, or start "
+                        "with --overwrite true"
+                    ) from None
         return rows
 
-    def _checked_id(self, row: Row, ending: str, where: str) -> RowId:
-        """The id of a row that an earlier run wrote. Raises InputError if the row is damaged."""
-        schema, fault = schema_of(f"{self.path.stem}{ending}"), None
-        try:
-            if schema is not None:
-                schema.row.validate_python(row)
-            row_id = self._row_id(row)
-            # Without inputs (images of a growing list) an id may be one of an earlier list.
-            if self.job.inputs and row_id not in self._known:
-                fault = f"{row_id!r} is not in the input"
-        except ValidationError as error:
-            fault = problem(error)
-        except TypeError:  # a list cannot be an id
-            fault = "the id must be a string"
-        if fault:
-            raise InputError(f"{where}: {fault}; remove the line, or start with --overwrite true")
-        return row_id
-
-    def _read_done(self) -> set[RowId]:
-        done = set(self._read(self.path, ".jsonl"))
-        if self.retry_rejected:
-            return done
-        return done | set(self._read(self.rejected_path, ".rejected.jsonl"))
-
     def _open_part(self, name: str) -> BinaryIO:
-        path = self.parts / name
+        path = self.parts / f"{name}-{self.rank}.jsonl"
         if path.exists():
             content = path.read_bytes()
             with open(path, "r+b") as file:
@@ -331,10 +364,10 @@ class ResumableOutput:
         return open(path, "ab")
 
     def _join_if_complete(self) -> None:
-        with output_lock(self.path, wait=True):
+        with locked(self.path):
             if self.parts.exists():
-                rows = self._read(self.path, ".jsonl")
-                rejected = self._read(self.rejected_path, ".rejected.jsonl")
+                rows = self._read(self.path, "rank")
+                rejected = self._read(self.rejected_path, "rejected")
                 rejected = {i: row for i, row in rejected.items() if i not in rows}
                 if all(i in rows or i in rejected for i in self.wanted):
                     self._join(rows, rejected)
@@ -342,7 +375,7 @@ class ResumableOutput:
     def _join(self, rows: dict[RowId, Row], rejected: dict[RowId, Row]) -> None:
         rows = {i: rows[i] for i in self.ids if i in rows}
         rejected = {i: rejected[i] for i in self.ids if i in rejected}
-        remove_file(record_path(self.path))
+        record_path(self.path).unlink(missing_ok=True)
         write_rows(self.path, rows.values())
         write_rejected(self.rejected_path, list(rejected.values()))
         self.counts |= {key: sum(r.get(key, 0) for r in rows.values()) for key in self.counters}
@@ -358,6 +391,124 @@ class ResumableOutput:
         write_record(self.path, self.job, self.seconds, counts, outputs, **more)
         remove_folder(self.parts)
         self.is_complete, self.n_rows, self.n_rejected = True, len(rows), len(rejected)
+
+
+def matching_record(
+    output: Path, job: Job, unfinished: Path, unfinished_job: Job | None = None
+) -> dict[str, Any] | None:
+    """The run record of `output`, None if it is not finished: is this output of this job?
+
+    unfinished: folder of an interrupted run; unfinished_job: what its state.json must be of, if not
+    of `job`. Raises InputError for an output or an interrupted run of another job, for a file that
+    was changed after it was written, and where nothing says how it was made.
+    """
+    record = read_record(output) if output.exists() else None
+    state = read_state(unfinished / STATE)
+    for found, wanted in ((record, job), (state, unfinished_job or job)):
+        difference = wanted.difference(found) if found is not None else None
+        if difference:
+            raise InputError(
+                f"{output} was made with other {difference}; choose another --output_dir, or "
+                "delete it with --overwrite true"
+            )
+    if record is not None:
+        check_described(output, record)
+    elif output.exists() and state is None:
+        raise InputError(
+            f"{output} has no run record ({record_path(output).name}), so it is unknown how it was "
+            "made; move it away, or delete it with --overwrite true"
+        )
+    return record
+
+
+def report_up_to_date(output: PathLike) -> None:
+    """Say that there is nothing to do."""
+    logger.info(f"{output} is up to date, nothing to do")
+
+
+def write_state(folder: Path, job: Job, **more: Any) -> None:
+    """Note beside unfinished work of which job it is; more: further settings."""
+    write_json(folder / STATE, {"settings": job.settings | more, "inputs": job.inputs})
+
+
+def refuse_overwrite_of_several(paths: Sequence[Path]) -> None:
+    """Raise InputError if several processes are to delete one of these."""
+    if world_size() > 1 and any(path.exists() for path in paths):
+        raise InputError(
+            "--overwrite cannot be used with several processes; delete "
+            f"{' and '.join(map(str, paths))} first"
+        )
+
+
+def lock_path(output: Path) -> Path:
+    """The lock file of an output. It stays; it holds nothing."""
+    return output.with_name(f".{output.name}.lock")
+
+
+def acquired(lock: Path, output: Path, wait: bool = False) -> FileLock:
+    """The lock, held. Raises InputError if another process writes the output, unless `wait`."""
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    held = FileLock(lock, timeout=-1 if wait else 0)
+    try:
+        held.acquire()
+    except Timeout:
+        raise InputError(
+            f"{output} is being written by another process; wait for it or stop it"
+        ) from None
+    return held
+
+
+@contextmanager
+def locked(output: Path) -> Iterator[None]:
+    """Wait for the lock of an output, and hold it."""
+    lock = acquired(lock_path(output), output, wait=True)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def delete(paths: Iterable[Path]) -> None:
+    """Delete files and folders, in this order: a record before what it describes."""
+    for path in paths:
+        if path.is_dir():
+            remove_folder(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder such that it is there whole or not at all."""
+    if folder.is_dir():
+        deleted = folder.with_name(f".{folder.name}{DELETED}")
+        shutil.rmtree(deleted, ignore_errors=True)  # of a process that was killed
+        os.replace(folder, deleted)
+        shutil.rmtree(deleted)
+
+
+def remove_leftovers(output: Path) -> None:
+    """Remove what killed processes left of an output; only for the holder of its lock."""
+    shutil.rmtree(output.with_name(f".{output.name}{DELETED}"), ignore_errors=True)
+    for path in output.parent.glob(f".{glob.escape(output.name)}{TEMPORARY}*"):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A folder to write to, which takes the place of `folder` when everything is written."""
+    temporary = folder.with_name(f".{folder.name}{TEMPORARY}folder")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        remove_folder(folder)
+        os.replace(temporary, folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
 
 
 def duration(seconds: float) -> str:

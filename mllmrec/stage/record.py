@@ -1,7 +1,7 @@
 """X.run.json beside an output X: options, input digests, code, machine, seconds and counts.
 
-A `Job` says what decides the content of an output. Stages compare the job of today with the record
-of the output that is there: equal jobs have nothing to do, other jobs are not mixed.
+A `Job` says what decides the content of an output; `mllmrec/stage/output.py` compares the job of
+today with the record of the output that is there.
 """
 
 import hashlib
@@ -12,68 +12,26 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NotRequired
-
-from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
-from typing_extensions import TypedDict
+from typing import Any
 
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import PathLike, write_json
 from mllmrec.stage.options import CommonOptions
-from mllmrec.stage.schema import problem
 
 logger = logging.getLogger(__name__)
 
-PACKAGES = (
-    "torch",
-    "transformers",
-    "tokenizers",
-    "peft",
-    "accelerate",
-    "datasets",
-    "bitsandbytes",
-    "pandas",
-    "numpy",
-    "scikit-learn",
-    "pillow",
-)
+PACKAGES = ["torch", "transformers", "tokenizers", "peft", "accelerate", "datasets"]
+PACKAGES += ["bitsandbytes", "pandas", "numpy", "scikit-learn", "pillow"]
 HASH_LIMIT = 1 << 30  # bytes; of a larger file only parts are read
 # Options that say where and how much, not what: another value of these gives the same rows.
-LOCATION_OPTIONS = {
-    "config",
-    "data_dir",
-    "output_dir",
-    "raw_dir",
-    "image_roots",
-    "system",
-    "limit",
-    "overwrite",
-}
+LOCATION_OPTIONS = {"config", "data_dir", "output_dir", "raw_dir", "image_roots", "system"}
+LOCATION_OPTIONS |= {"limit", "overwrite"}
 Digests = dict[str, str]
-
-
-@with_config(ConfigDict(extra="allow", strict=True))
-class _State(TypedDict):
-    settings: dict[str, Any]
-    inputs: dict[str, str]
-
-
-@with_config(ConfigDict(extra="allow", strict=True))
-class _Record(_State):
-    outputs: dict[str, str]
-    rows: dict[str, int]
-    seconds: float
-    device: str
-    base: NotRequired[dict[str, Any]]  # of an adapter
-
-
-_STATE: TypeAdapter[Any] = TypeAdapter(_State)
-_RECORD: TypeAdapter[Any] = TypeAdapter(_Record)
 
 
 @dataclass(frozen=True)
@@ -102,39 +60,30 @@ class Job:
         chosen = {k: v for k, v in asdict(options).items() if k not in left_out}
         return cls(options, json.loads(json.dumps(chosen | more)), inputs, options.limit)
 
-    def check_same(self, output: PathLike, earlier: Iterable[Mapping[str, Any] | None]) -> None:
-        """Raise InputError if one of the `earlier` records or states (None: none) is of another
-        job.
+    def difference(self, earlier: Mapping[str, Any]) -> str | None:
+        """How this job differs from that of a record or state, None: not at all.
+
+        "settings (temperature was 0.6, is 0.0)".
         """
-        for record in filter(None, earlier):
-            for what, new in (("settings", self.settings), ("inputs", self.inputs)):
-                difference = first_difference(record[what], new)
-                if difference:
-                    raise InputError(
-                        f"{output} was made with other {what} ({difference}); choose another "
-                        "--output_dir, or delete it with --overwrite true"
-                    )
-
-
-def report_up_to_date(output: PathLike) -> None:
-    """Print that there is nothing to do."""
-    logger.info(f"{output} is up to date, nothing to do")
+        for what, new in (("settings", self.settings), ("inputs", self.inputs)):
+            difference = first_difference(earlier[what], new)
+            if difference:
+                return f"{what} ({difference})"
+        return None
 
 
 def record_path(output: PathLike) -> Path:
-    """outputs/x/scores.jsonl -> outputs/x/scores.run.json; a folder adapter/ ->
-    adapter/run.json.
-    """
+    """x/scores.jsonl -> x/scores.run.json; a folder adapter/ -> adapter/run.json."""
     output = Path(output)
     is_folder = output.is_dir() or output.suffix == ""
     return output / "run.json" if is_folder else output.with_suffix(".run.json")
 
 
 def file_digests(*paths: PathLike) -> Digests:
-    """dict name -> digest of the files that a stage reads; of a model folder, its config and
-    weights.
+    """dict name -> digest of the files that a stage reads.
 
-    A model that is named but is not a local folder (a hub id) is left to the settings.
+    Of a model folder: its config and weights. A model that is no folder (a hub id) is left to the
+    settings.
     """
     digests = {}
     for path in map(Path, paths):
@@ -153,20 +102,29 @@ def named_digests(paths: Mapping[str, PathLike]) -> Digests:
 
 
 def read_record(output: PathLike) -> dict[str, Any] | None:
-    """The run record beside `output`, or None if there is none.
+    """The run record beside `output`, or None. Raises InputError if the file is no run record."""
+    names = ("settings", "inputs", "outputs", "rows")
+    remedy = f"delete it together with {output} and run the stage again"
+    return _read(record_path(output), names, remedy)
 
-    Raises InputError if the file is no run record.
-    """
-    path = record_path(output)
+
+def read_state(path: Path) -> dict[str, Any] | None:
+    """The job of unfinished work, or None. Raises InputError if the file is damaged."""
+    return _read(path, ("settings", "inputs"), "start again with --overwrite true")
+
+
+def _read(path: Path, names: Sequence[str], remedy: str) -> dict[str, Any] | None:
+    """A JSON object with these objects in it, None where there is no file."""
     try:
-        return _RECORD.validate_json(path.read_bytes())
+        found = json.loads(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except ValidationError as error:
-        raise InputError(
-            f"{path} is no run record of this version ({problem(error)}); delete it together "
-            f"with {output} and run the stage again"
-        ) from None
+    except (ValueError, RecursionError):
+        found = None
+    for name in names:
+        if not isinstance(found, dict) or not isinstance(found.get(name), dict):
+            raise InputError(f"{path} is damaged, or of another version: no {name!r}; {remedy}")
+    return found
 
 
 def output_digests(output: PathLike, outputs: Iterable[PathLike]) -> Digests:
@@ -183,9 +141,7 @@ def output_digests(output: PathLike, outputs: Iterable[PathLike]) -> Digests:
 
 
 def check_described(output: PathLike, record: Mapping[str, Any]) -> None:
-    """Raise InputError if a file that the record of `output` describes is missing or another
-    one.
-    """
+    """Raise InputError if a file that the record describes is missing or was changed."""
     folder = record_path(output).parent
     for name, digest in record["outputs"].items():
         path = folder / name
@@ -203,26 +159,6 @@ def first_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | No
         if old.get(key) != new.get(key):
             return f"{key} was {_shortened(old.get(key))}, is {_shortened(new.get(key))}"
     return None
-
-
-def write_state(path: PathLike, job: Job, **more: Any) -> None:
-    """Write what an unfinished job is, so that a resumed run can compare; more: further
-    settings.
-    """
-    write_json(path, {"settings": job.settings | more, "inputs": job.inputs})
-
-
-def read_state(path: Path) -> dict[str, Any] | None:
-    """What `write_state` wrote, or None. Raises InputError if the file is damaged."""
-    if not path.exists():
-        return None
-    try:
-        return _STATE.validate_json(path.read_bytes())
-    except ValidationError as error:
-        raise InputError(
-            f"{path} is damaged ({problem(error)}), so it is unknown how the rows beside it were "
-            "made; start again with --overwrite true"
-        ) from None
 
 
 def world_size() -> int:
@@ -324,9 +260,7 @@ def _versions() -> dict[str, str]:
 
 
 def _device() -> str:
-    """Name of the accelerator, else of the processor; torch is asked only if a stage imported
-    it.
-    """
+    """The accelerator, else the processor; torch is asked only where a stage imported it."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
         return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}"

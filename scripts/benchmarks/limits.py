@@ -6,14 +6,18 @@ products of a step can take longer than the reading, and count instead. Speeds a
 operations themselves: a large matrix product, and a product of a large matrix with a vector.
 """
 
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from tools import count_parameters, timed
 
 from mllmrec.generation.prefill import kv_bytes_per_token
+from mllmrec.models.chat import ChatProcessor
 
 REPEATS = 7
+Pass = tuple[int, int]  # (weights, tokens) through a part that sees the images only
 
 
 @dataclass(frozen=True)
@@ -24,7 +28,7 @@ class Speeds:
     bandwidth: float
 
 
-def measure_speeds(device, dtype):
+def measure_speeds(device: torch.device, dtype: torch.dtype) -> Speeds:
     """Speeds with tensors of the size that models of 100 million to 8 billion weights have."""
     rows, width = 1024, 4096 if device.type == "cuda" else 1024
     left = torch.randn(rows, width, device=device, dtype=dtype)
@@ -38,18 +42,20 @@ def measure_speeds(device, dtype):
 
 
 @torch.inference_mode()
-def best(work):
+def best(work: Callable[[], object]) -> float:
     """Seconds of the fastest of REPEATS calls; the first one is not counted."""
     return min([timed(work)[0] for _ in range(REPEATS + 1)][1:])
 
 
-def layer_weights(model):
+def layer_weights(model: Any) -> tuple[int, int]:
     """(number, bytes) of the weights that each token passes: layers and LM head."""
     weights = [*model.get_decoder().layers.parameters(), model.lm_head.weight]
     return sum(w.numel() for w in weights), sum(w.nbytes for w in weights)
 
 
-def vision_passes(model, chat, prompts):
+def vision_passes(
+    model: Any, chat: ChatProcessor, prompts: Iterable[tuple[str, Any]]
+) -> list[Pass]:
     """[(weights, tokens)] of tower and projector. prompts: (text, image) each."""
     tower, projector = model.model.vision_tower, model.model.multi_modal_projector
     patches = (tower.config.image_size // tower.config.patch_size) ** 2
@@ -60,11 +66,12 @@ def vision_passes(model, chat, prompts):
     ]
 
 
-def prefill_seconds(model, lengths, speeds, passes=()):
+def prefill_seconds(
+    model: Any, lengths: Iterable[float], speeds: Speeds, passes: Iterable[Pass] = ()
+) -> float:
     """Prefill of prompts of these lengths.
 
-    passes: (weights, tokens) of each pass through parts that see the images only, as from
-    `vision_passes`. The LM head is needed at one position of each prompt.
+    passes: as from `vision_passes`. The LM head is needed at one position of each prompt.
     """
     text = model.config.get_text_config()
     per_token = 2 * sum(w.numel() for w in model.get_decoder().layers.parameters())
@@ -75,7 +82,9 @@ def prefill_seconds(model, lengths, speeds, passes=()):
     return operations / speeds.flops
 
 
-def decoding_seconds(model, batches, new_tokens, speeds):
+def decoding_seconds(
+    model: Any, batches: Iterable[Sequence[int]], new_tokens: int, speeds: Speeds
+) -> float:
     """Decoding of `new_tokens` tokens for every prompt of these batches.
 
     batches: of prompt lengths; each batch is decoded together.

@@ -4,176 +4,147 @@
 
 No figure of the page is typed: `table("sample/deviations")` in the template becomes the table of
 results/sample/deviations.json with its command, commit, device and date, and
-`value("microlens/table3", "sasrec", "auc")` one figure of it, x100.
+`figures(row("microlens/table3", "sasrec").metrics, "auc")` one figure of it, x100. Commands are
+those of today; the commit is that of the run.
 """
 
 from mllmrec.stage.main import run_main
 
-from pathlib import Path
+from collections.abc import Callable
+from typing import Any
 
 import yaml
 from data_statistics import markdown as statistics_table
+from definitions import read_table
 from jinja2 import Environment, StrictUndefined
-from rows import SCRIPTS, TABLES
-from tables import markdown
+from table_writer import markdown, markdown_table
 
 from mllmrec.stage.jsonl import atomic_file, read_json
 from mllmrec.stage.options import ROOT
 
 RESULTS = ROOT / "results"
 TEMPLATE = ROOT / "docs/results.md.j2"
+PAGE = ROOT / "docs/results.md"
 
 
-def result(name):
+def result(name: str) -> dict[str, Any]:
     """The content of results/NAME.json."""
     return read_json(RESULTS / f"{name}.json")
 
 
-def table(name):
+def row(name: str, key: str) -> dict[str, Any]:
+    """A row of results/NAME.json."""
+    return result(name)["rows"][key]
+
+
+def made_by(report: dict[str, Any], table: str, configs: str) -> str:
+    """The command of today that makes a table, date and commit of the run."""
+    command = f"bash scripts/reproduce.sh {table} {configs}"
+    return f"`{command}`, {report['date']}, commit {str(report['git_commit'])[:7]}"
+
+
+def table(name: str) -> str:
     """The table of results/NAME.json, and how it was made."""
-    report = result(name)
-    commit = str(report["git_commit"])[:7]
-    seeds = " ".join(map(str, report["seeds"]))
-    script = SCRIPTS.get(report["table"], f"reproduce_{report['table']}")
-    script = f"bash scripts/{script}.sh {report['config']} --seeds {seeds}"
+    report, packages = result(name), result(name)["packages"]
+    words = f"{report['config']} --seeds {' '.join(map(str, report['seeds']))}"
     keys = [*report["rows"], *report["not_run"]]
-    if len(keys) < len(TABLES[report["table"]]):
-        script += f" --rows {' '.join(keys)}"
-    packages = report["packages"]
-    made = (
-        f"`{script}`, {report['date']}, commit {commit}, {devices(report)}, torch "
-        f"{packages['torch']}, transformers {packages['transformers']}."
-    )
+    if len(keys) < len(read_table(report["table"]).rows):
+        words += f" --rows {' '.join(keys)}"
+    versions = f"torch {packages['torch']}, transformers {packages['transformers']}"
+    made = f"{made_by(report, report['table'], words)}, {devices(report)}, {versions}."
     return f"{made}\n{markdown(report)}".rstrip("\n")
 
 
-def statistics(name):
+def statistics(name: str) -> str:
     """The table of data statistics of results/NAME.json."""
     report = result(name)
     configs = " ".join(f"configs/{config}.yaml" for config in report["data_sets"])
-    made = f"`bash scripts/reproduce_table2.sh {configs}`, {report['date']}"
-    return f"{made}, commit {str(report['git_commit'])[:7]}.\n\n{statistics_table(report)}".rstrip()
+    return f"{made_by(report, 'table2', configs)}.\n\n{statistics_table(report)}".rstrip()
 
 
-def devices(report):
+def devices(report: dict[str, Any]) -> str:
     """Where the table was made, and the rows whose last stage ran elsewhere."""
-    here, elsewhere = report["device"], {}
-    for row in report["rows"].values():
-        for run in row.get("last_stage", ()):
+    here: str = report["device"]
+    elsewhere: dict[str, dict[str, None]] = {}
+    for own in report["rows"].values():
+        for run in own.get("last_stage", ()):
             if run.get("device", here) != here:
-                elsewhere.setdefault(run["device"], {})[row["label"]] = None
+                elsewhere.setdefault(run["device"], {})[own["label"]] = None
     parts = [f"{device} for the rows {', '.join(rows)}" for device, rows in elsewhere.items()]
     return "; ".join([here, *parts])
 
 
-def published(data_set, system, source):
-    """AUC / HR@5 / MRR@5 of MLLM-MSR/test/published.yaml. source: the start of the row's."""
-    rows = yaml.safe_load((ROOT / "MLLM-MSR/test/published.yaml").read_text(encoding="utf-8"))
-    found = [
-        values
-        for name, where, *values in rows[data_set]
-        if name == system and where.startswith(source)
-    ]
-    if len(found) != 1:
-        raise KeyError((data_set, system, source))
-    return " / ".join(f"{value:.2f}" for value in found[0])
+def figures(values: dict[str, float], *metrics: str, digits: int = 1) -> str:
+    """Metrics x100."""
+    return " / ".join(f"{100 * values[metric]:.{digits}f}" for metric in metrics)
 
 
-def figures(name, row):
-    """AUC / HR@5 / MRR@5 of a row of results/NAME.json, x100."""
-    return " / ".join(value(name, row, metric) for metric in ("auc", "hr@5", "mrr@5"))
+def per_seed(name: str, key: str, metric: str) -> str:
+    """The metric of each seed, x100."""
+    return ", ".join(figures(run, metric) for run in row(name, key)["per_seed"].values())
 
 
-def choice(name):
-    """The table of the settings that were tried on the validation users: results/NAME.json."""
-    report = result(name)
-    columns = report["columns"]
-    lines = [f"| settings | epochs | {' | '.join(column.upper() for column in columns)} |"]
-    lines += ["|---|---:|" + "---:|" * len(columns)]
-    for run in sorted(report["runs"], key=lambda run: -run["best"][columns[0]]):
-        cells = (f"{100 * run['best'][column]:.2f}" for column in columns)
-        settings = ", ".join(f"{k} {v}" for k, v in run["options"].items())
-        lines.append(f"| {settings} | {run['best']['epoch']:.0f} | {' | '.join(cells)} |")
-    return f"{report['made']}\n\n" + "\n".join(lines)
+def gap(name: str, key: str, other: str, metric: str) -> str:
+    """By how much `other` is below the row `key`, x100."""
+    above, below = (row(name, own)["metrics"][metric] for own in (key, other))
+    return f"{100 * (above - below):.1f}"
 
 
-def chosen_test(name, *metrics):
-    """Test metrics, x100, of the settings of results/NAME.json that are best in validation."""
-    report = result(name)
-    best = max(report["runs"], key=lambda run: run["best"][report["columns"][0]])
-    return " / ".join(f"{100 * best['test'][metric]:.2f}" for metric in metrics)
-
-
-def from_paper(name, *metrics, source="published"):
-    """Metrics of others, x100, that results/NAME.json has beside its own."""
-    found = result(name)[source]
-    return " / ".join(f"{100 * found[metric]:.2f}" for metric in metrics)
-
-
-def value(name, row, metric, digits=1):
-    """One figure of results/NAME.json, x100."""
-    metrics = result(name)["rows"][row]["metrics"]
-    return f"{100 * metrics[metric]:.{digits}f}"
-
-
-def difference(name, row, metric):
-    """By how much a row is below the row that it is compared with, x100."""
-    found = result(name)["rows"][row]["differences"][metric]
-    return f"{-100 * found['value']:.1f}"
-
-
-def over_seeds(name, row, metric):
+def difference_over_seeds(name: str, key: str, metric: str) -> str:
     """The difference to the row that it is compared with, x100: its interval over the seeds."""
-    found = result(name)["rows"][row]["differences"][metric]
+    found = row(name, key)["differences"][metric]
     return f"[{100 * found['seeds_low']:+.1f}, {100 * found['seeds_high']:+.1f}]"
 
 
-def per_seed(name, row, metric):
-    """The metric of each seed, x100."""
-    runs = result(name)["rows"][row]["per_seed"]
-    return ", ".join(f"{100 * run[metric]:.1f}" for run in runs.values())
-
-
-def gap(name, row, other, metric):
-    """By how much `other` is below `row`, x100."""
-    rows = result(name)["rows"]
-    return f"{100 * (rows[row]['metrics'][metric] - rows[other]['metrics'][metric]):.1f}"
-
-
-def requests(name, row):
-    """Prompts per user of a row of results/NAME.json."""
-    found = [costs["requests"] for costs in result(name)["rows"][row]["costs"]]
-    return f"{sum(found) / len(found):.0f}"
-
-
-def costs(name, row):
-    """Minutes of the stage that wrote the row's scores and its peak memory, means of the seeds."""
-    runs = result(name)["rows"][row]["last_stage"]
+def cost(*runs: dict[str, float]) -> str:
+    """Mean minutes and peak memory of some runs of a stage."""
     minutes = sum(run["seconds"] for run in runs) / len(runs) / 60
     return f"{minutes:.1f} min, {max(run['peak_gb'] for run in runs):.1f} GB"
 
 
-def timed(name, row):
-    """Minutes, memory and epochs of one run of results/NAME.json, which was run for its time."""
-    run = result(name)["rows"][row]
-    minutes = run["seconds"] / 60
-    return f"{minutes:.1f} min, {run['peak_gb']:.1f} GB ({run['epochs_run']} epochs)"
+def published(data_set: str, system: str, source: str) -> str:
+    """AUC / HR@5 / MRR@5 of MLLM-MSR/test/published.yaml. source: the start of the row's."""
+    rows = yaml.safe_load((ROOT / "MLLM-MSR/test/published.yaml").read_text(encoding="utf-8"))
+    [found] = [own[2:] for own in rows[data_set] if own[0] == system and own[1].startswith(source)]
+    return " / ".join(f"{value:.2f}" for value in found)
 
 
-def render():
+def by_validation(name: str) -> list[dict[str, Any]]:
+    """The settings of results/NAME.json that were tried, those best in validation first."""
+    report = result(name)
+    return sorted(report["runs"], key=lambda run: -run["best"][report["columns"][0]])
+
+
+def chosen(name: str) -> dict[str, Any]:
+    """The settings that are best in validation."""
+    return by_validation(name)[0]
+
+
+def choice(name: str) -> str:
+    """The table of the settings that were tried on the validation users: results/NAME.json."""
+    report = result(name)
+    lines = [["settings", "epochs", *(column.upper() for column in report["columns"])]]
+    for run in by_validation(name):
+        cells = [figures(run["best"], column, digits=2) for column in report["columns"]]
+        settings = ", ".join(f"{k} {v}" for k, v in run["options"].items())
+        lines.append([settings, f"{run['best']['epoch']:.0f}", *cells])
+    return "\n".join([report["made"], "", *markdown_table(lines)])
+
+
+def render() -> str:
     """The page as text. Raises an error for a file, row or metric that is not there."""
     environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True)
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
-    functions = (table, statistics, value, figures, published, choice, difference)
-    functions += (chosen_test, from_paper, over_seeds, per_seed, gap, requests, costs, timed)
+    functions: list[Callable[..., Any]] = [result, row, table, statistics, figures, per_seed, gap]
+    functions += [difference_over_seeds, cost, published, chosen, choice]
     return template.render({function.__name__: function for function in functions})
 
 
-def main():
-    page = Path(ROOT / "docs/results.md")
-    with atomic_file(page) as file:
+def main() -> None:
+    """Write the page."""
+    with atomic_file(PAGE) as file:
         file.write(render().encode())
-    print(f"wrote {page.relative_to(ROOT)}")
+    print(f"wrote {PAGE.relative_to(ROOT)}")
 
 
 if __name__ == "__main__":

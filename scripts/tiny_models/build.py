@@ -6,6 +6,8 @@ with a template in Llama-3's form. Both use a byte-level BPE, so that a title in
 encoded. The same stage scripts run these and the 7B/8B checkpoints.
 """
 
+from typing import Any
+
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
@@ -21,7 +23,6 @@ from transformers import (
 )
 
 from mllmrec.data import sample_world as world
-from mllmrec.models.random_models import special_ids
 from mllmrec.prompts import mllm_msr as prompts
 from mllmrec.prompts.templates import DOMAINS
 
@@ -53,7 +54,18 @@ LLAMA_TEMPLATE = (
 )
 
 
-def tokenizer_text():
+LANGUAGE_MODEL = {
+    "hidden_size": 128,
+    "intermediate_size": 384,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": MAX_POSITIONS,
+    "initializer_range": INITIALIZER_RANGE,
+}
+TILE, PATCH = 64, 16  # pixels
+
+
+def tokenizer_text() -> list[str]:
     """What the byte-level BPE is trained on.
 
     The sentences of the sample world, and the words (not the sentences) of all prompts.
@@ -87,7 +99,7 @@ def tokenizer_text():
     )
 
 
-def new_tokenizer(bos, eos, pad, extra):
+def new_tokenizer(bos: str, eos: str, pad: str, extra: list[str]) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer that puts `bos` in front, as those of the real models do.
 
     extra: further special tokens.
@@ -115,7 +127,15 @@ def new_tokenizer(bos, eos, pad, extra):
     )
 
 
-def new_llava(seed):
+def language_model(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    """Options of a language model's config, with what it repeats from its tokenizer."""
+    ids = {
+        name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")
+    }
+    return LANGUAGE_MODEL | ids | {"vocab_size": len(tokenizer)}
+
+
+def new_llava(seed: int) -> tuple[LlavaNextForConditionalGeneration, LlavaNextProcessor]:
     """(model, processor) of a LLaVA-NeXT with tiles of 64 pixels, 16 patches each.
 
     An image is the whole image and one tile, so a cover takes 32 tokens.
@@ -123,82 +143,53 @@ def new_llava(seed):
     torch.manual_seed(seed)
     tokenizer = new_tokenizer("<s>", "</s>", "<pad>", ["<unk>", "<image>"])
     tokenizer.add_special_tokens({"unk_token": "<unk>"})
-    pinpoints = [[64, 64]]
-    config = LlavaNextConfig(
-        vision_config=_vision_config(),
-        text_config=_mistral_config(tokenizer),
-        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
-        image_grid_pinpoints=pinpoints,
-        vision_feature_layer=-1,
-        vision_feature_select_strategy="default",
-        image_seq_length=16,
-    )
-    model = _with_special_ids(LlavaNextForConditionalGeneration(config), tokenizer)
-    image_processor = LlavaNextImageProcessorPil(
-        size={"shortest_edge": 64},
-        crop_size={"height": 64, "width": 64},
-        image_grid_pinpoints=pinpoints,
-    )
-    processor = LlavaNextProcessor(
-        image_processor=image_processor,
-        tokenizer=tokenizer,
-        patch_size=16,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,  # the CLS token, which the strategy "default" removes again
-        chat_template=LLAVA_TEMPLATE,
-    )
-    return model, processor
-
-
-def _vision_config():
-    return CLIPVisionConfig(
+    vision = CLIPVisionConfig(
         hidden_size=96,
         intermediate_size=256,
         num_hidden_layers=3,
         num_attention_heads=4,
-        image_size=64,
-        patch_size=16,
+        image_size=TILE,
+        patch_size=PATCH,
         projection_dim=96,
         initializer_range=INITIALIZER_RANGE,
     )
-
-
-def _mistral_config(tokenizer):
-    return MistralConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=MAX_POSITIONS,
-        sliding_window=None,
-        initializer_range=INITIALIZER_RANGE,
-        **special_ids(tokenizer),
+    config = LlavaNextConfig(
+        vision_config=vision,
+        text_config=MistralConfig(
+            num_hidden_layers=3, sliding_window=None, **language_model(tokenizer)
+        ),
+        image_token_index=tokenizer.get_vocab()["<image>"],
+        image_grid_pinpoints=[[TILE, TILE]],
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="default",
+        image_seq_length=(TILE // PATCH) ** 2,
     )
+    processor = LlavaNextProcessor(
+        image_processor=LlavaNextImageProcessorPil(
+            size={"shortest_edge": TILE},
+            crop_size={"height": TILE, "width": TILE},
+            image_grid_pinpoints=[[TILE, TILE]],
+        ),
+        tokenizer=tokenizer,
+        patch_size=PATCH,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,  # the CLS token, which the strategy "default" removes again
+        chat_template=LLAVA_TEMPLATE,
+    )
+    return with_special_ids(LlavaNextForConditionalGeneration(config), tokenizer), processor
 
 
-def new_llama(seed):
+def new_llama(seed: int) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
     """(model, tokenizer) of a Llama with Llama 3's special tokens."""
     torch.manual_seed(seed)
     extra = ["<|start_header_id|>", "<|end_header_id|>"]
     tokenizer = new_tokenizer("<|begin_of_text|>", "<|eot_id|>", "<|end_of_text|>", extra)
     tokenizer.chat_template = LLAMA_TEMPLATE
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=MAX_POSITIONS,
-        initializer_range=INITIALIZER_RANGE,
-        **special_ids(tokenizer),
-    )
-    return _with_special_ids(LlamaForCausalLM(config), tokenizer), tokenizer
+    config = LlamaConfig(num_hidden_layers=4, **language_model(tokenizer))
+    return with_special_ids(LlamaForCausalLM(config), tokenizer), tokenizer
 
 
-def _with_special_ids(model, tokenizer):
+def with_special_ids(model: Any, tokenizer: PreTrainedTokenizerFast) -> Any:
     """`model`, with the ids that end and pad a generated text in its generation config."""
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id

@@ -13,22 +13,25 @@ as those of one length are read well. The matrices of the layers are trained wit
 a third of AdamW's steps here. One CPU core, about 45 minutes.
 """
 
-import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.random import Generator
 from torch.nn.functional import cross_entropy
 from train_llava import train_and_save
 
 from mllmrec.data import sample_world as world
 from mllmrec.models.chat import ChatProcessor
 from mllmrec.models.loading import load_text
-from mllmrec.prompts.templates import assistant_turn, user_turn
+from mllmrec.prompts.templates import Turn, assistant_turn, user_turn
 
 START = Path(__file__).parents[2] / "Inference/tiny_models/llama"
+Item = dict[str, str]
+Wanted = dict[str, dict[str, int]]  # attribute -> wanted value -> its weight
 LETTERS = "ABCDEFGHIJKLMNOPQRSTU"
 # (questions of a batch, most lines of a list, most items of a question); the last as in the ranker.
 LEVELS = ((32, 4, 1), (24, 8, 4), (24, 14, 8), (24, 21, 14))
@@ -41,7 +44,7 @@ class Phase:
     """tokens: of an answer that are learned, 1: the letter, 2: its end, too; rate: of the rates."""
 
     steps: int
-    levels: tuple
+    levels: tuple[tuple[int, int, int], ...]
     tokens: int
     rate: float
     warm_up: int
@@ -52,7 +55,7 @@ TITLES_ONLY = 0.1  # of the questions: without captions
 AGREE = 0.7  # of the values of items that have something in common
 
 
-def random_item(rng, favourite=None):
+def random_item(rng: Generator, favourite: Item | None = None) -> Item:
     """An item of the sample world; favourite: values that most of its own are set to."""
     item = world.random_item(rng)
     for attribute in world.ATTRIBUTES:
@@ -61,13 +64,13 @@ def random_item(rng, favourite=None):
     return item | {"title": world.title_of(item["topic"], rng)}
 
 
-def item_text(item, with_caption):
+def item_text(item: Item, with_caption: bool) -> str:
     """An item as the ranker's lists show it on the sample (text_tokens 4)."""
     caption = f": A {item['colour']} {item['shape']} on" if with_caption else ""
     return item["title"] + caption
 
 
-def random_query(rng, most_items, with_caption):
+def random_query(rng: Generator, most_items: int, with_caption: bool) -> tuple[str, Wanted]:
     """(text that says what is wanted, {attribute: {wanted value: its weight}})."""
     attributes = world.ATTRIBUTES if with_caption else ("topic",)
     favourite, kind = world.random_item(rng), rng.random()
@@ -86,7 +89,7 @@ def random_query(rng, most_items, with_caption):
     return "In common:\n" + "\n".join(lines), wanted
 
 
-def random_turns(rng, most_lines, most_items):
+def random_turns(rng: Generator, most_lines: int, most_items: int) -> tuple[Turn, Turn]:
     """(user turn, assistant turn): a question about a list in which one line fits best."""
     with_caption = rng.random() >= TITLES_ONLY
     while True:
@@ -95,7 +98,7 @@ def random_turns(rng, most_lines, most_items):
         best = lines[int(rng.integers(len(lines)))]
         for attribute, weights in wanted.items():
             if rng.random() < 0.9:
-                best[attribute] = max(weights, key=weights.get)
+                best[attribute] = max(weights, key=weights.__getitem__)
         best["title"] = world.title_of(best["topic"], rng)
         fits = [sum(weights.get(line[a], 0) for a, weights in wanted.items()) for line in lines]
         if fits.count(max(fits)) == 1:
@@ -108,24 +111,21 @@ def random_turns(rng, most_lines, most_items):
     return user_turn(question), assistant_turn(LETTERS[int(np.argmax(fits))])
 
 
-def new_optimizers(model):
+def new_optimizers(model: Any) -> list[torch.optim.Optimizer]:
     """[Muon for the matrices of the layers, AdamW for everything else]."""
-    named = dict(model.named_parameters())
+    named = dict(sorted(model.named_parameters()))
     matrices = {name for name, p in named.items() if p.ndim == 2 and ".layers." in name}
+    inner = [p for name, p in named.items() if name in matrices]
+    outer = [p for name, p in model.named_parameters() if name not in matrices]
     return [
-        torch.optim.Muon(
-            [named[name] for name in sorted(matrices)],
-            lr=MATRIX_RATE,
-            weight_decay=0.01,
-            adjust_lr_fn="match_rms_adamw",
-        ),
-        torch.optim.AdamW(
-            [p for name, p in named.items() if name not in matrices], lr=RATE, weight_decay=0.01
-        ),
+        torch.optim.Muon(inner, lr=MATRIX_RATE, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(outer, lr=RATE, weight_decay=0.01),
     ]
 
 
-def answer_logits(model, chat, turns, tokens):
+def answer_logits(
+    model: Any, chat: ChatProcessor, turns: list[tuple[Turn, Turn]], tokens: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(logits (rows, tokens, vocabulary), ids (rows, tokens)) of each answer's first tokens."""
     texts = [chat.render(list(both), add_generation_prompt=False) for both in turns]
     batch = chat.encode(texts, side="right")
@@ -137,42 +137,40 @@ def answer_logits(model, chat, turns, tokens):
     return model.lm_head(states), batch["input_ids"][rows, places]
 
 
-def train(model, chat, rng, phase):
+def train(model: Any, chat: ChatProcessor, rng: Generator, phase: Phase) -> None:
     """Train on the phase's levels, in place."""
     optimizers = new_optimizers(model)
 
-    def rate(step):
+    def rate(step: int) -> float:
         return phase.rate * min((step + 1) / phase.warm_up, max(0.05, 1 - step / phase.steps))
 
     schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, rate) for optimizer in optimizers]
     model.train()
-    started, level, right = time.time(), 0, []
+    level, right = 0, []
     for step in range(1, phase.steps + 1):
         size, most_lines, most_items = phase.levels[level]
         turns = [random_turns(rng, most_lines, most_items) for _ in range(size)]
         logits, ids = answer_logits(model, chat, turns, phase.tokens)
         cross_entropy(logits.flatten(0, 1), ids.flatten()).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for stepped in (*optimizers, *schedules):
-            stepped.step()
+        for optimizer, schedule in zip(optimizers, schedules, strict=True):
+            optimizer.step()
+            schedule.step()
         model.zero_grad()
         right.append((logits[:, 0].argmax(-1) == ids[:, 0]).float().mean().item())
         if step % 50 == 0:
-            print(
-                f"lists of up to {most_lines} lines: step {step} of {phase.steps}, "
-                f"{np.mean(right[-WINDOW:]):.2f} right, {time.time() - started:.0f} s",
-                flush=True,
-            )
+            share = np.mean(right[-WINDOW:])
+            print(f"up to {most_lines} lines: step {step}, {share:.2f} right", flush=True)
         good = len(right) >= WINDOW and np.mean(right[-WINDOW:]) > GOOD
         if good and level + 1 < len(phase.levels):
             level, right = level + 1, []
     model.eval()
 
 
-def trained(seed=0, start=START):
+def trained(seed: int = 0, start: str = str(START)) -> tuple[Any, Any]:
     """(model, tokenizer) after the training. start: folder of the tiny Llama of stage 3."""
     torch.set_num_threads(1)  # so that the result does not depend on the number of cores
-    model, tokenizer = load_text(str(start))
+    model, tokenizer = load_text(start)
     chat = ChatProcessor(tokenizer)
     for number, phase in enumerate(PHASES):
         train(model, chat, np.random.default_rng([seed, 3 + number]), phase)
@@ -180,8 +178,9 @@ def trained(seed=0, start=START):
     return model, tokenizer
 
 
-def main(argv=None):
-    train_and_save(trained, __doc__, argv, START)
+def main(argv: list[str] | None = None) -> None:
+    """Train the model and save it."""
+    train_and_save(trained, __doc__, argv, start=str(START))
 
 
 if __name__ == "__main__":

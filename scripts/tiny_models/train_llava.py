@@ -18,11 +18,14 @@ as in the paper.
 """
 
 import argparse
-import time
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
 import torch
 from build import new_llava
+from numpy.random import Generator
+from torch.nn import Parameter
 from torch.nn.functional import cross_entropy
 
 from mllmrec.data import sample_world as world
@@ -41,13 +44,12 @@ TEXT_STEPS, VISION_STEPS, IMAGE_STEPS = 1600, 350, 900
 SINGLE_STEPS = 300
 BATCH, VISION_BATCH = 24, 64
 LEARNING_RATE = 1e-3
+Item = dict[str, str]
+Turns = tuple[str, str]  # question, answer
+Mix = dict[Callable[[Item, Generator], Turns], float]
 
 
-# ------------------------------------------------------------------------------------ questions
-# Each function takes an item and a generator and returns (question, answer).
-
-
-def words_for(item, rng):
+def words_for(item: Item, rng: Generator) -> tuple[list[str], list[bool]]:
     """(words, fits): one word per attribute in random order, half of which fit the item."""
     words, fits = [], []
     for attribute in rng.permutation(world.ATTRIBUTES):
@@ -58,25 +60,25 @@ def words_for(item, rng):
     return words, fits
 
 
-def one_word(item, rng):
+def one_word(item: Item, rng: Generator) -> Turns:
     words, fits = words_for(item, rng)
     question = f"Title: {item['title']}\nDoes this fit: {words[0]}?"
     return question, "Yes" if fits[0] else "No"
 
 
-def several_words(item, rng):
+def several_words(item: Item, rng: Generator) -> Turns:
     words, fits = words_for(item, rng)
     question = f"Title: {item['title']}\nHow many of these fit: {', '.join(words)}?"
     return question, COUNTS[sum(fits)]
 
 
-def words_first(item, rng):
+def words_first(item: Item, rng: Generator) -> Turns:
     words, fits = words_for(item, rng)
     question = f"Words: {', '.join(words)}\nTitle: {item['title']}\nHow many of these fit?"
     return question, COUNTS[sum(fits)]
 
 
-def note(item, rng):
+def note(item: Item, rng: Generator) -> Turns:
     fits = {attribute: bool(rng.random() < 0.5) for attribute in world.ATTRIBUTES}
     others = {a: [value for value in world.VALUES[a] if value != item[a]] for a in world.ATTRIBUTES}
     words = {a: item[a] if fits[a] else str(rng.choice(others[a])) for a in world.ATTRIBUTES}
@@ -87,22 +89,23 @@ def note(item, rng):
     return f"{lines[0]}\n{lines[1]}\nHow many of its words fit?", COUNTS[sum(fits.values())]
 
 
-def image_prompt(item, rng):
+def image_prompt(item: Item, rng: Generator) -> Turns:
     return fill(prompts.IMAGE, "video"), world.caption(item)
 
 
-def title_prompt(item, rng):
+def title_prompt(item: Item, rng: Generator) -> Turns:
     return fill(prompts.TITLE, "video", title=item["title"]), world.title_note(item)
 
 
-def fusion_prompt(item, rng):
-    texts = {"image_summary": world.caption(item), "text_summary": world.title_note(item)}
-    return fill(prompts.FUSION, "video", **texts), world.fused_caption(item)
+def fusion_prompt(item: Item, rng: Generator) -> Turns:
+    image, text = world.caption(item), world.title_note(item)
+    question = fill(prompts.FUSION, "video", image_summary=image, text_summary=text)
+    return question, world.fused_caption(item)
 
 
-# Fraction of each kind of question in each phase.
-SINGLE_MIX = {one_word: 1.0}
-TEXT_MIX = {
+# Kind of question -> its fraction, of each phase.
+SINGLE_MIX: Mix = {one_word: 1.0}
+TEXT_MIX: Mix = {
     one_word: 0.2,
     several_words: 0.3,
     words_first: 0.1,
@@ -111,12 +114,17 @@ TEXT_MIX = {
     title_prompt: 0.05,
     fusion_prompt: 0.05,
 }
-IMAGE_MIX = {image_prompt: 0.35, one_word: 0.25, several_words: 0.15, words_first: 0.05, note: 0.2}
+IMAGE_MIX: Mix = {
+    image_prompt: 0.35,
+    one_word: 0.25,
+    several_words: 0.15,
+    words_first: 0.05,
+    note: 0.2,
+}
 WITHOUT_IMAGE = (title_prompt, fusion_prompt)  # these have no image, nor a caption instead
 
 
-# ------------------------------------------------------------------------------------- training
-def random_batch(processor, mix, rng, with_images):
+def random_batch(processor: Any, mix: Mix, rng: Generator, with_images: bool) -> Any:
     """Random questions, rendered by the chat template; labels on the answers, -100 elsewhere."""
     tokenizer = processor.tokenizer
     texts, answer_lengths, images = [], [], []
@@ -145,33 +153,31 @@ def random_batch(processor, mix, rng, with_images):
     return batch
 
 
-def train(model, parameters, steps, make_batch, name):
-    """`steps` steps of AdamW with one-cycle learning rate on batches from `make_batch(step)`."""
-    parameters = list(parameters)
+def train(
+    model: Any, parameters: list[Parameter], batches: Iterable[Any], steps: int, name: str
+) -> None:
+    """One step of AdamW on each batch, with a one-cycle learning rate over `steps` steps."""
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.05
     )
     model.train()
-    started, losses = time.time(), []
-    for step in range(steps):
-        loss = model(**make_batch(step)).loss
+    losses = []
+    for step, batch in enumerate(batches, start=1):
+        loss = model(**batch).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-        if (step + 1) % 100 == 0:
-            print(
-                f"{name}: step {step + 1} of {steps}, loss {np.mean(losses[-100:]):.3f}, "
-                f"{time.time() - started:.0f} s",
-                flush=True,
-            )
+        if step % 100 == 0:
+            loss = np.mean(losses[-100:])
+            print(f"{name}: step {step} of {steps}, loss {loss:.3f}", flush=True)
     model.eval()
 
 
-def train_vision(model, processor, rng):
+def train_vision(model: Any, processor: Any, rng: Generator) -> None:
     """Phase 2: colour and shape from the tower's mean patch feature.
 
     The linear classifiers are not kept.
@@ -186,44 +192,34 @@ def train_vision(model, processor, rng):
     for step in range(VISION_STEPS):
         items = [world.random_item(rng) for _ in range(VISION_BATCH)]
         features = tower(cover_tiles(processor, items, rng)).last_hidden_state[:, 1:].mean(1)
-        loss, accuracy = 0.0, {}
+        losses, right = [], {}
         for attribute, values in classes.items():
             wanted = torch.tensor([values.index(item[attribute]) for item in items])
             logits = heads[attribute](features)
-            loss = loss + cross_entropy(logits, wanted)
-            accuracy[attribute] = (logits.argmax(-1) == wanted).float().mean().item()
-        loss.backward()
+            losses.append(cross_entropy(logits, wanted))
+            right[attribute] = (logits.argmax(-1) == wanted).float().mean().item()
+        torch.stack(losses).sum().backward()
         optimizer.step()
         optimizer.zero_grad()
         if (step + 1) % 50 == 0:
-            print(
-                f"vision: step {step + 1} of {VISION_STEPS}, loss {loss.item():.3f}, "
-                f"accuracy {accuracy}",
-                flush=True,
-            )
+            print(f"vision: step {step + 1} of {VISION_STEPS}, accuracy {right}", flush=True)
 
 
-def cover_tiles(processor, items, rng):
+def cover_tiles(processor: Any, items: list[Item], rng: Generator) -> torch.Tensor:
     """Pixels of a random cover of each item, (items, 3, height, width): its one tile."""
     covers = [world.draw_cover(item["colour"], item["shape"], rng) for item in items]
     return processor.image_processor(images=covers, return_tensors="pt")["pixel_values"][:, 1]
 
 
-def trained(seed=0):
+def trained(seed: int = 0) -> tuple[Any, Any]:
     """(model, processor) after the three phases."""
     torch.set_num_threads(1)  # so that the result does not depend on the number of cores
     torch.set_flush_denormal(True)
     rng = np.random.default_rng([seed, 1])
     model, processor = new_llava(seed)
-
-    def text_batch(step):
-        mix = SINGLE_MIX if step < SINGLE_STEPS else TEXT_MIX
-        return random_batch(processor, mix, rng, with_images=False)
-
-    def image_batch(step):
-        return random_batch(processor, IMAGE_MIX, rng, with_images=True)
-
-    train(model, model.parameters(), TEXT_STEPS, text_batch, "text")
+    mixes = [SINGLE_MIX] * SINGLE_STEPS + [TEXT_MIX] * (TEXT_STEPS - SINGLE_STEPS)
+    batches = (random_batch(processor, mix, rng, with_images=False) for mix in mixes)
+    train(model, list(model.parameters()), batches, TEXT_STEPS, "text")
     train_vision(model, processor, rng)
     vision_parameters = [
         *model.model.vision_tower.parameters(),
@@ -233,33 +229,36 @@ def trained(seed=0):
     model.requires_grad_(False)
     for parameter in vision_parameters:
         parameter.requires_grad_(True)
-    train(model, vision_parameters, IMAGE_STEPS, image_batch, "image")
+    mixes = [IMAGE_MIX] * IMAGE_STEPS
+    batches = (random_batch(processor, mix, rng, with_images=True) for mix in mixes)
+    train(model, vision_parameters, batches, IMAGE_STEPS, "image")
     return model.requires_grad_(True), processor
 
 
-def train_and_save(trained, description, argv=None, start=None):
+def train_and_save(
+    trained: Callable[..., tuple[Any, Any]], description: str, argv: list[str] | None, **more: str
+) -> None:
     """The command line of the training scripts.
 
-    trained: function (seed) -> (model, processor or tokenizer); start: folder of the model that the
-    training starts from, which is then an option and the second argument of `trained`.
+    trained: (seed, and what is in `more`: option -> default) -> (model, processor or tokenizer).
     """
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", required=True, help="folder for the model")
     parser.add_argument("--seed", type=int, default=0)
-    if start is not None:
-        parser.add_argument(
-            "--start", default=str(start), help="model that the training starts from"
-        )
-    args = parser.parse_args(argv)
-    model, processor = trained(args.seed, *([args.start] if start is not None else []))
-    model.half().save_pretrained(args.output)
-    processor.save_pretrained(args.output)
-    print(f"saved {args.output}")
+    for name, default in more.items():
+        parser.add_argument(f"--{name}", default=default, help=f"default: {default}")
+    options = vars(parser.parse_args(argv))
+    output = options.pop("output")
+    model, processor = trained(**options)
+    model.half().save_pretrained(output)
+    processor.save_pretrained(output)
+    print(f"saved {output}")
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> None:
+    """Train the model and save it."""
     train_and_save(trained, __doc__, argv)
 
 

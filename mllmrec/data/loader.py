@@ -1,0 +1,157 @@
+"""What all loaders do alike: the log that one has read becomes the files of stage 1, recorded."""
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from mllmrec.data.images import check_image_paths
+from mllmrec.data.split import DataOptions, PreparedData, prepare
+from mllmrec.stage.errors import InputError
+from mllmrec.stage.jsonl import (
+    atomic_file,
+    read_by_id,
+    read_rejected,
+    rejected_path,
+    relative_path,
+    write_json,
+    write_rejected,
+    write_rows,
+)
+from mllmrec.stage.output import WholeOutput
+from mllmrec.stage.record import Job, file_digests
+from mllmrec.stage.schema import Row
+
+logger = logging.getLogger(__name__)
+
+
+def run_loader(
+    options: DataOptions,
+    raw_files: Iterable[Path],
+    load: Callable[[], tuple[Any, pd.DataFrame, list[Row]]],
+    rules: Callable[..., PreparedData] = prepare,
+    has_urls: bool = False,
+    **settings: Any,
+) -> None:
+    """Write users.jsonl, items.jsonl and stats.json, unless they are those of the raw files.
+
+    load: gives (log, catalogue, rejected rows); rules: make of (log, catalogue, options) what is
+    written; has_urls: the catalogue has a column url instead of image, so image_urls.jsonl is
+    written, too; settings: what else decides the content.
+    """
+    data_dir, outputs, files = Path(options.data_dir), data_outputs(options), list(raw_files)
+    images_path, urls_path = data_dir / "images.jsonl", data_dir / "image_urls.jsonl"
+    failed = set(read_rejected(images_path, "item_id")) if has_urls else set()  # downloads
+    files += [rejected_path(images_path)] if failed else []
+    outputs += [urls_path] if has_urls else []
+    job = Job.of(
+        options, file_digests(*files), limit=options.limit, raw_dir=options.raw_dir, **settings
+    )
+    with WholeOutput(job, outputs, [rejected_rows_path(options)]) as output:
+        if output.is_needed:
+            log, catalogue, rejected = load()
+            if has_urls:
+                catalogue["image"] = _image_files(catalogue["url"], failed, options)
+            data = rules(log, catalogue, options)
+            counts = write_data_set(data, rejected, options)
+            if has_urls:
+                _write_urls(data.items["url"].dropna(), failed, urls_path)
+            output.finish(counts)
+    more = "python data_processing/download_images.py --config"
+    print(f"next: {more if has_urls else 'bash scripts/02_image_summary.sh'} {options.config}")
+
+
+def _image_files(urls: pd.Series, failed: set[str], options: DataOptions) -> list[str | None]:
+    """Where the images are after the download; None for items without one."""
+    folder, there = f"{options.data_dir}/images", urls.notna() & ~urls.index.isin(list(failed))
+    if failed and not there.any():
+        raise InputError(
+            f"no image could be fetched ({options.data_dir}/images.rejected.jsonl says why); when "
+            f"that is fixed: python data_processing/download_images.py --config {options.config} "
+            f"--data_dir {options.data_dir} --retry_rejected true"
+        )
+    return [f"{folder}/{i}.jpg" if has else None for i, has in zip(urls.index, there, strict=True)]
+
+
+def _write_urls(urls: pd.Series, failed: set[str], path: Path) -> None:
+    """Write image_urls.jsonl, with the URLs of failed downloads, so that they can be tried again."""
+    earlier = (
+        read_by_id(path, "item_id", keys=("item_id", "url")) if failed and path.exists() else {}
+    )
+    kept = {item_id: row["url"] for item_id, row in earlier.items() if item_id in failed}
+    merged = kept | urls.to_dict()
+    write_rows(path, ({"item_id": item_id, "url": url} for item_id, url in merged.items()))
+
+
+def data_outputs(options: DataOptions) -> list[Path]:
+    """users.jsonl, items.jsonl and stats.json in the data folder."""
+    return [Path(options.data_dir) / name for name in ("users.jsonl", "items.jsonl", "stats.json")]
+
+
+def rejected_rows_path(options: DataOptions) -> Path:
+    """Where the rejected rows of the raw files go."""
+    return Path(options.data_dir) / "interactions.rejected.jsonl"
+
+
+def write_data_set(
+    data: PreparedData, rejected: Sequence[Row], options: DataOptions
+) -> dict[str, int]:
+    """Write all outputs of a loader, print the statistics; return the counts for the record.
+
+    rejected: rows of the raw files.
+    """
+    statistics, paths = data.statistics, data_outputs(options)
+    for name in ("train", "test"):  # without validation users, the last epoch is kept
+        if statistics["written_users"][name] == 0 and not options.limit:
+            raise InputError(
+                f"of {len(data.user_ids)} users none is in the {name} split; change "
+                "--train_fraction, --validation_fraction or --folds"
+            )
+    statistics["rejected_rows"] = len(rejected)
+    _write_items(data.items, paths[1], options)
+    with atomic_file(paths[0]) as file:
+        file.writelines(map(str.encode, data.encoded_lines()))
+    write_json(paths[2], statistics)
+    rejected_file = rejected_rows_path(options)
+    write_rejected(rejected_file, rejected)
+    if rejected:
+        logger.info(f"{len(rejected):,} rows of the raw files were rejected; see {rejected_file}")
+    print_statistics(statistics, options)
+    logger.info(f"wrote {paths[0]} and {paths[1]}")
+    return {
+        "in": statistics["raw"]["interactions"],
+        "users": len(set(data.line_user.tolist())),
+        "items": len(data.items),
+        "rejected": len(rejected),
+    }
+
+
+def _write_items(items: pd.DataFrame, path: Path, options: DataOptions) -> None:
+    """Write items.jsonl. Raises InputError for an image outside the folders that are allowed."""
+    folder_of = cache(lambda folder: relative_path(f"{folder}/x", path)[:-1])
+    parts = [image.rpartition("/") if isinstance(image, str) else None for image in items["image"]]
+    names = [folder_of(part[0]) + part[2] if part else None for part in parts]
+    given = [name for name in names if name]
+    try:
+        check_image_paths(given, path, options.data_dir, options.image_roots)
+    except InputError as reason:  # here the images of the raw files are those that were named
+        check_image_paths(given, path, options.data_dir, [options.raw_dir])
+        logger.info(f"note: {reason}")
+    columns = zip(items.index, items["title"], names, strict=True)
+    write_rows(path, ({"item_id": i, "title": title, "image": name} for i, title, name in columns))
+
+
+def print_statistics(statistics: dict[str, Any], options: DataOptions) -> None:
+    """The core's numbers beside the paper's, if the config names them."""
+    print(f"{'':16}{'raw log':>12}{'this core':>12}{'the paper':>12}")
+    for name in ("users", "items", "interactions", "average_length", "sparsity"):
+        paper = getattr(options, f"paper_{name}")
+        print(
+            f"{name:16}{statistics['raw'][name]:>12,}{statistics[name]:>12,}"
+            f"{format(paper, ',') if paper else '-':>12}"
+        )
+    written = statistics["written_users"].items()
+    print(", ".join(f"{count:,} {name}" for name, count in written) + " users written")
