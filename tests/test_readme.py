@@ -5,8 +5,8 @@ import importlib
 import re
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
+from pkgutil import iter_modules
 
 import pytest
 from conftest import ROOT, call
@@ -139,7 +139,8 @@ def test_every_import_of_the_library_resolves_and_none_is_of_a_stage(folder):
                 if modules[0].startswith("mllmrec"):
                     library = importlib.import_module(node.module)
                     for name in (alias.name for alias in node.names):
-                        found = hasattr(library, name) or find_spec(f"{node.module}.{name}")
+                        inner = iter_modules(getattr(library, "__path__", []))
+                        found = hasattr(library, name) or name in [m.name for m in inner]
                         assert found, f"{path}, line {node.lineno}: {name}"
             assert not {module.split(".")[0] for module in modules} & outside, path
 
@@ -152,7 +153,7 @@ for package in (mllmrec.data, mllmrec.evaluation, mllmrec.prompts, mllmrec.stage
         importlib.import_module(module.name)
 import mllmrec.generation.preferences
 import mllmrec.models.model_options
-from mllmrec.ranking import checkpoints, datasets, options, rows
+from mllmrec.ranking import checkpoints, datasets, list_options, questions, rows, training_options
 from mllmrec.stage.scripts import load_script
 for path in sys.argv[1:]:
     load_script(path)

@@ -12,6 +12,7 @@ import sys
 import pytest
 import yaml
 from conftest import ROOT
+from test_readme import options_class
 
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.options import load_config, parse_options
@@ -38,10 +39,8 @@ def step_options(step):
     """The options object of a step, as its stage would parse them."""
     script, *words = shlex.split(re.sub(r"\{(mllm_msr|mllm4rec|text_model)\}", r"x/\1", step))
     stage = stage_of(STAGE_OF.get(script, script))
-    options_class = getattr(stage, "Options", None) or stage.DatasetOptions
-    section = getattr(stage, "SECTION", "datasets")
     words += ["--config", str(ROOT / "configs/sample.yaml")]
-    return parse_options(options_class, section, words)
+    return parse_options(options_class(stage), getattr(stage, "SECTION", "datasets"), words)
 
 
 @pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
@@ -72,11 +71,12 @@ def test_each_deviation_is_the_released_codes_value():
     for key in ("sequence", "vision", "optimiser", "question", "raw", "bare", "released"):
         for step in rows[key].steps:
             script, *words = shlex.split(step)
+            known = released.get(sections.get(script), {})
             for option, value in itertools.pairwise(words):
-                name, section = option.removeprefix("--"), sections.get(script)
-                if option.startswith("--") and section and name in released.get(section, {}):
-                    assert str(released[section][name]).lower() == value.lower(), name
-                    seen.setdefault(key, set()).add((section, name))
+                name = option.removeprefix("--")
+                if name != option and name in known:
+                    assert str(known[name]).lower() == value.lower(), name
+                    seen.setdefault(key, set()).add((sections[script], name))
     sizes = {"dtype", "limit", "epochs", "accumulation", "lora_r", "max_text_tokens"}
     sizes |= {"reuse_prefix"}  # what depends on the size of models and data
     wanted = {(s, n) for s in sections.values() for n in released[s] if n not in sizes}
@@ -84,23 +84,22 @@ def test_each_deviation_is_the_released_codes_value():
     assert wanted - {("score", "pad_images")} <= set().union(*seen.values()), "row `padded`"
 
 
-@pytest.mark.parametrize(
-    ("row", "says"),
-    [
-        ("{label: a, scores: a/a, steps: [], wrld: main}", "rows.a.wrld"),
-        ("{label: a, scores: a/a}", "'rows.a.steps' is missing"),
-        ("{label: a, scores: a/a, steps: [], world: moon}", "rows.yaml has no 'moon'"),
-        ("{like: popularty}", "rows.yaml has no 'popularty'"),
-        ("popularity", "input should be a valid dictionary"),
-        ("{like: sasrec, world: popular, against: b}", "'b' is no row of the same table and data"),
-    ],
-)
-def test_a_table_with_a_mistake_is_refused(tmp_path, row, says):
+MISTAKES = {
+    "{label: a, scores: a/a, steps: [], wrld: main}": "rows.a.wrld",
+    "{label: a, scores: a/a}": "'rows.a.steps' is missing",
+    "{label: a, scores: a/a, steps: [], world: moon}": "rows.yaml has no 'moon'",
+    "{like: popularty}": "rows.yaml has no 'popularty'",
+    "popularity": "input should be a valid dictionary",
+    "{like: sasrec, world: popular, against: b}": "'b' is no row of the same table and data",
+}
+
+
+@pytest.mark.parametrize("row", MISTAKES)
+def test_a_table_with_a_mistake_is_refused(tmp_path, row):
     (tmp_path / "rows.yaml").write_text((definitions.FOLDER / "rows.yaml").read_text())
     (tmp_path / "t.yaml").write_text(f"about: t\nrows:\n  b: {{like: sasrec}}\n  a: {row}\n")
-    with pytest.raises(InputError, match=re.escape(says)) as error:
+    with pytest.raises(InputError, match=f"t.yaml.*{re.escape(MISTAKES[row])}"):
         definitions.read_table("t", tmp_path)
-    assert "t.yaml" in str(error.value)
 
 
 def reproduce(folder, table, *words, configs=()):
@@ -120,14 +119,12 @@ def test_a_table_of_two_seeds_resumes_and_has_an_interval_for_each_cell(tmp_path
     done, out = reproduce(tmp_path, *words), tmp_path / "out"
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads((out / "sample.json").read_text())
-    assert list(report["rows"]) == ["popularity", "title_only"]
     for row in report["rows"].values():
         assert row["per_seed"].keys() == {"1", "2"}
         mean = sum(run["auc"] for run in row["per_seed"].values()) / 2
         assert row["metrics"]["auc"] == pytest.approx(mean)
         assert row["metrics"]["auc_ci95"][0] < mean < row["metrics"]["auc_ci95"][1]
     text = (out / "sample.md").read_text()
-    assert "| popularity |" in text and "±" in text
     scores = out / "main-1/baselines/popularity/scores.jsonl"
     before = scores.stat().st_mtime_ns
     assert reproduce(tmp_path, *words).returncode == 0
@@ -151,7 +148,7 @@ def test_each_fold_is_tested_once_by_one_command(tmp_path):
 
 
 def test_a_row_that_fails_is_not_run_and_the_others_are(tmp_path):
-    (tmp_path / "out" / "main-1" / "baselines" / "popularity" / "scores.jsonl").mkdir(parents=True)
+    (tmp_path / "out/main-1/baselines/popularity/scores.jsonl").mkdir(parents=True)
     done = reproduce(tmp_path, "sample", "--rows", "popularity", "title_only", "--seeds", "1")
     assert done.returncode == 1
     assert "not run: popularity: MLLM-MSR/baselines/popularity.py: error" in done.stderr
@@ -167,7 +164,7 @@ def test_statistics_of_data_that_are_there_and_not_run_where_they_are_not(tmp_pa
     absent.write_text(yaml.safe_dump({"dataset": "microlens", "data": section}))
     done = reproduce(tmp_path, "table2", configs=("configs/sample.yaml", str(absent)))
     assert done.returncode == 1
-    assert "not run: absent: error: the folder" in done.stderr
+    assert "not run: absent: error: " in done.stderr and "none has no *_pairs.csv" in done.stderr
     text = (tmp_path / "out/table2.md").read_text()
     assert re.search(r"\| sample \| here \| 1,100 \| 200 \| [\d,]+ \|", text)
     assert "| absent | here | not run |" in text and "| absent | paper | 25,411 |" in text
@@ -195,7 +192,5 @@ def test_no_result_is_typed_into_the_page():
     prose = re.sub(r"\{\{.*?\}\}|`[^`]*`", "", template, flags=re.DOTALL)
     assert re.findall(r"\d+\.\d+(?![\de])", prose) == []
     used = set(re.findall(r"\"([a-z_0-9]+/[a-z_0-9]+)\"", template))
-    results = ROOT / "results"
-    made = {str(path.relative_to(results).with_suffix("")) for path in results.rglob("*.json")}
-    assert used <= made
-    assert {name for name in made if not name.startswith("benchmarks/")} <= used, "all are shown"
+    made = {f"{path.parent.name}/{path.stem}" for path in (ROOT / "results").rglob("*.json")}
+    assert {name for name in made if not name.startswith("benchmarks/")} == used, "all are shown"
