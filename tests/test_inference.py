@@ -282,9 +282,5 @@ def test_long_texts_are_shortened_and_counted_and_images_are_not(small_run, tmp_
     message = "--max_new_tokens 150 leaves no room for a prompt: the model takes 150 tokens"
     with pytest.raises(InputError, match=message):
         run_stage(
-            small_run,
-            STAGE_2,
-            tmp_path,
-            *more,
-            *("--max_new_tokens", "150", "--overwrite", "true"),
+            small_run, STAGE_2, tmp_path, *more, *("--max_new_tokens", "150", "--overwrite", "true")
         )

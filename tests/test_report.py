@@ -123,10 +123,7 @@ def test_published_rows_are_beside_ours_with_their_source():
     ]
     rows = groups["published"]
     assert ("MLLM-MSR", "paper, Table 3", ["83.17", "78.23", "60.38", "-"]) in rows
-    assert {source for _, source, _ in rows} == {
-        "paper, Table 3",
-        "re-run by MGRASRec's authors",
-    }
+    assert {source for _, source, _ in rows} == {"paper, Table 3", "re-run by MGRASRec's authors"}
 
 
 def test_rows_are_grouped_and_the_page_says_what_it_is_about(small_run):

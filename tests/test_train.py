@@ -18,12 +18,7 @@ from mllmrec.models.lora import add_lora, decoder_layer_class
 from mllmrec.ranking.answers import answer_tokens
 from mllmrec.ranking.batches import Collator, EpochSampler, EpochSettings, pack_into_batches
 from mllmrec.ranking.reader import RowReader, load_ranker
-from mllmrec.ranking.trainer import (
-    TrainingEvents,
-    load_with_lora,
-    mean_loss,
-    training_arguments,
-)
+from mllmrec.ranking.trainer import TrainingEvents, load_with_lora, mean_loss, training_arguments
 from mllmrec.ranking.training_options import (
     FineTuningOptions,
     RankerOptions,
