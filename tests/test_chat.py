@@ -6,7 +6,7 @@ import itertools
 import pytest
 import torch
 from conftest import TINY
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
@@ -72,12 +72,6 @@ def test_the_end_token_follows_the_answer_whatever_the_template_writes():
     assert tokens.ids[1][1] == chat.tokenizer.eos_token_id
 
 
-def test_the_answer_token_is_not_the_one_of_the_bare_word(llava):
-    """` Yes` and `Yes` are different tokens; the first one follows `[/INST]`."""
-    rendered, bare = llava.tokenizer([" Yes", "Yes"], add_special_tokens=False).input_ids
-    assert answer_tokens(llava).first_ids[1] == rendered[0] != bare[0]
-
-
 def test_a_template_that_drops_the_answer_is_refused():
     chat = new_chat("llama")
     turns = "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
@@ -87,14 +81,14 @@ def test_a_template_that_drops_the_answer_is_refused():
 
 
 @given(st.text(max_size=60))
+@settings(max_examples=40, deadline=None)
 def test_a_title_adds_no_image_and_ends_no_turn(title):
     chat = llava_chat()
     for data in (title, f"<image>{title}[/INST]", f"</s>{title}<pad>"):
         text, _ = QuestionFormat().question(data, data)
         ids = chat.ids(chat.render([user_turn(text, images=1)]))
         assert ids.count(chat.image_token_id) == 1
-        assert chat.tokenizer.eos_token_id not in ids
-        assert chat.tokenizer.pad_token_id not in ids
+        assert not {chat.tokenizer.eos_token_id, chat.tokenizer.pad_token_id} & set(ids)
 
 
 def test_control_tokens_are_those_of_the_tokenizer_and_the_processor():
@@ -164,13 +158,6 @@ def test_a_marker_across_the_start_of_the_preference_is_broken(llava):
     assert "Taste: < image> likes jazz word" in prompt
     assert prompt.endswith("word\nYes or no? [/INST]")
     assert ids.count(llava.image_token_id) == 1
-
-
-def test_a_row_without_markers_is_rendered_as_it_is(llava):
-    row = edited_row("A  [Official]\ttitle ", " likes [2021] ")
-    prompt, _ = RowReader(llava, ".").prompt(row)
-    assert prompt == llava.render(row["messages"])
-    assert question_text(row) in prompt
 
 
 def chat_with(folder):

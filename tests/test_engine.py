@@ -35,18 +35,6 @@ IMAGE_SUMMARY = load_script("Inference/image_summary.py")
 OUT_OF_MEMORY = "CUDA out of memory. Tried to allocate 2 GiB."
 
 
-@pytest.fixture(scope="module")
-def llama():
-    model, tokenizer = load_text(str(TINY / "llama"))
-    return model, ChatProcessor(tokenizer)
-
-
-@pytest.fixture(scope="module")
-def llava():
-    model, processor = load_multimodal(str(TINY / "llava"))
-    return model, ChatProcessor(processor)
-
-
 TEXT_MODELS = {
     "llama": lambda: load_text(str(TINY / "llama")),
     "random llama": lambda: random_llama("tiny"),
@@ -61,16 +49,30 @@ IMAGE_MODELS = {
 SAMPLED = {"temperature": 0.9, "top_p": 0.95, "seed": 5}
 
 
+def loaded(make):
+    """(model, chat)"""
+    model, processor = make()
+    return model, ChatProcessor(processor)
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return loaded(TEXT_MODELS["llama"])
+
+
+@pytest.fixture(scope="module")
+def llava():
+    return loaded(IMAGE_MODELS["next"])
+
+
 @pytest.fixture(scope="module", params=TEXT_MODELS)
 def text_model(request):
-    model, tokenizer = TEXT_MODELS[request.param]()
-    return model, ChatProcessor(tokenizer)
+    return loaded(TEXT_MODELS[request.param])
 
 
 @pytest.fixture(scope="module", params=IMAGE_MODELS)
 def image_model(request):
-    model, processor = IMAGE_MODELS[request.param]()
-    return model, ChatProcessor(processor)
+    return loaded(IMAGE_MODELS[request.param])
 
 
 def simulated_histories(n, seed=3):

@@ -3,54 +3,44 @@
 import json
 import shutil
 import zipfile
+import zlib
 from collections import Counter
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import REAL, ROOT, STAGES, call, skip_without_real_data, small_config
 from fork_server import HEAVY, LIGHT, ForkServer
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from mllmrec.ranking.checkpoints import last_complete_checkpoint, seal_checkpoint
 from mllmrec.stage.jsonl import read_by_id, read_rows, write_rows
 from mllmrec.stage.schema import SCHEMAS
 from mllmrec.stage.scripts import load_script
 
-PUBLISHED_COMMANDS = (
-    "Inference/microlens/image_summary.py",
-    "Inference/microlens/preferece_inference_recurrent.py",
-    "MLLM-MSR/train/dataset_create.py",
-    "MLLM-MSR/test/multi_col_dataset.py",
-    "MLLM-MSR/train/train_llava_sft.py",
-    "MLLM-MSR/test/test_with_llava_sft.py",
-)
-ALL_SCRIPTS = (
-    *STAGES,
-    *PUBLISHED_COMMANDS[:2],
-    "Inference/preference_direct.py",
-    "MLLM-MSR/train/merge_adapter.py",
-    "data_processing/microlens.py",
-    "data_processing/amazon.py",
-    "data_processing/download_images.py",
-    "data_processing/split.py",
-)
+LAUNCHERS = [
+    f"Inference/microlens/{n}.py" for n in ("image_summary", "preferece_inference_recurrent")
+]
+PUBLISHED_COMMANDS = (*LAUNCHERS, *STAGES[3:7])
+ALL_SCRIPTS = [*STAGES, *LAUNCHERS, "Inference/preference_direct.py"]
+ALL_SCRIPTS += ["MLLM-MSR/train/merge_adapter.py", "data_processing/split.py"]
+ALL_SCRIPTS += [f"data_processing/{name}.py" for name in ("microlens", "amazon", "download_images")]
 
 
 @pytest.fixture(scope="module")
 def light_server(tmp_path_factory):
     """Runs scripts that are not to import torch."""
-    server = ForkServer(tmp_path_factory.mktemp("light"), LIGHT, ROOT)
-    yield server
-    server.close()
+    with closing(ForkServer(tmp_path_factory.mktemp("light"), LIGHT, ROOT)) as server:
+        yield server
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     """Runs any script; strings have other hashes than in this process."""
-    server = ForkServer(tmp_path_factory.mktemp("heavy"), HEAVY, ROOT, PYTHONHASHSEED="7")
-    yield server
-    server.close()
+    folder = tmp_path_factory.mktemp("heavy")
+    with closing(ForkServer(folder, HEAVY, ROOT, PYTHONHASHSEED="7")) as server:
+        yield server
 
 
 def folders(path):
@@ -134,7 +124,7 @@ def test_a_preference_does_not_depend_on_the_target(small_run, tmp_path):
             if row["item_id"] == changed:
                 row[key] = "football purple cross " * 9
         write_rows(tmp_path / name, rows)
-    small_run.run("Inference/preference_recurrent.py", *folders(tmp_path))
+    small_run.run(STAGES[2], *folders(tmp_path))
     name = "mllm_msr/user_preferences.jsonl"
     before, after = (read_by_id(f / name, "user_id") for f in (small_run.folder, tmp_path))
     differ = {user_id for user_id in users if before[user_id] != after[user_id]}
@@ -172,17 +162,15 @@ def test_the_published_commands_run_verbatim_and_give_the_same_bytes(small_run, 
     assert "image_summaries.jsonl is up to date, nothing to do" in done.stderr
 
 
+DATA = "scripts/01_prepare_data.sh"
 MISSING = [
     ("data_processing/download_images.py", "image_urls.jsonl", "data_processing/amazon.py"),
-    ("Inference/image_summary.py", "items.jsonl", "scripts/01_prepare_data.sh"),
-    ("Inference/preference_recurrent.py", "users.jsonl", "scripts/01_prepare_data.sh"),
-    ("MLLM-MSR/train/dataset_create.py", "users.jsonl", "scripts/01_prepare_data.sh"),
-    ("MLLM-MSR/test/multi_col_dataset.py", "users.jsonl", "scripts/01_prepare_data.sh"),
-    ("MLLM-MSR/train/train_llava_sft.py", "train.jsonl", "scripts/04_datasets.sh"),
-    ("MLLM-MSR/test/test_with_llava_sft.py", "test.jsonl", "scripts/04_datasets.sh"),
-    ("MLLM-MSR/baselines/popularity.py", "users.jsonl", "scripts/01_prepare_data.sh"),
-    ("MLLM-MSR/test/report.py", "metrics.json", "scripts/07_report.sh"),
-    ("MLLM-MSR/test/compute_metrics.py", None, None),
+    *[(path, "items.jsonl" if path == STAGES[1] else "users.jsonl", DATA) for path in STAGES[1:5]],
+    (STAGES[5], "train.jsonl", "scripts/04_datasets.sh"),
+    (STAGES[6], "test.jsonl", "scripts/04_datasets.sh"),
+    (STAGES[7], "users.jsonl", DATA),
+    (STAGES[8], None, None),
+    (STAGES[9], "metrics.json", "scripts/07_report.sh"),
 ]
 
 
@@ -230,17 +218,15 @@ def test_other_trainers_can_read_the_rows(small_run):
 
 
 FOREIGN = """
+import sys
 from peft import PeftModel
 from transformers import AutoModelForImageTextToText, AutoProcessor
-adapter = sys.argv[1]
 base = AutoModelForImageTextToText.from_pretrained("Inference/tiny_models/llava")
-before = base.model.language_model.layers[0].self_attn.q_proj.weight.clone()
-model = PeftModel.from_pretrained(base, adapter)
+model = PeftModel.from_pretrained(base, sys.argv[1])
 layer = model.get_base_model().model.language_model.layers[0].self_attn.q_proj
 assert layer.lora_B["default"].weight.abs().sum() > 0
-AutoProcessor.from_pretrained(adapter)
-ours = {"mllmrec", "Inference", "data_processing"}
-assert not ours & {name.split(".")[0] for name in sys.modules}
+AutoProcessor.from_pretrained(sys.argv[1])
+assert not any(name.startswith("mllmrec") for name in sys.modules)
 print("loaded")
 """
 
@@ -252,18 +238,9 @@ def test_the_adapter_loads_in_plain_peft(small_run, server, tmp_path):
     assert done.returncode == 0
 
 
-def cover_from(title, size=(48, 64)):
-    """An image that depends on a title, for data whose own covers may not be redistributed."""
-    rng = np.random.default_rng(list(title.encode()))
-    image = Image.new("RGB", size, tuple(int(v) for v in rng.integers(0, 256, 3)))
-    colour = tuple(int(v) for v in rng.integers(0, 256, 3))
-    ImageDraw.Draw(image).ellipse((8, 16, 40, 48), fill=colour)
-    return image
-
-
 @skip_without_real_data
 def test_real_data_passes_all_stages(tmp_path, monkeypatch):
-    """12 test users of MicroLens-50k and 8 others, covers drawn from titles, tiny models."""
+    """12 test users of MicroLens-50k and 8 others, covers of one colour, tiny models."""
     monkeypatch.chdir(ROOT)
     raw, plan = tmp_path / "raw", tmp_path / "plan"
     (raw / "MicroLens-50k_covers").mkdir(parents=True)
@@ -274,7 +251,8 @@ def test_real_data_passes_all_stages(tmp_path, monkeypatch):
     load = load_script("data_processing/microlens.py").main
     load([*pilot, "--config", "configs/microlens.yaml", "--data_dir", str(plan)])
     for row in read_rows(plan / "items.jsonl"):  # covers for the pilot's items, not for all 11,896
-        cover_from(row["title"]).save(raw / "MicroLens-50k_covers" / f"{row['item_id']}.jpg")
+        cover = Image.new("RGB", (48, 64), tuple(zlib.crc32(row["title"].encode()).to_bytes(4)[:3]))
+        cover.save(raw / "MicroLens-50k_covers" / f"{row['item_id']}.jpg")
     data, outputs = tmp_path / "data", tmp_path / "outputs"
     config = tmp_path / "small.yaml"
     config.write_text(f"""
@@ -317,7 +295,7 @@ def test_users_with_a_candidate_without_readable_image_are_rejected_whole(small_
     )
     cover = tmp_path / "covers" / f"{broken}.png"
     cover.write_bytes(cover.read_bytes()[:50])
-    small_run.run("MLLM-MSR/test/multi_col_dataset.py", *folders(tmp_path))
+    small_run.run(STAGES[4], *folders(tmp_path))
     hit = {u["user_id"] for u in users if {without, broken} & {u["target"], *u["negatives"]}}
     rows = read_rows(tmp_path / "mllm_msr/test.jsonl")
     assert {row["user_id"] for row in rows} == {user["user_id"] for user in users} - hit
@@ -336,42 +314,40 @@ def test_the_schemas_name_scripts_that_exist():
     assert (ROOT / "scripts" / "quickstart.sh").stat().st_mode & 0o100
 
 
-@pytest.mark.parametrize(
-    ("stage", "name", "n_rows", "batch"),
-    [
-        ("Inference/image_summary.py", "image_summaries.jsonl", 60, "700"),
-        ("Inference/preference_recurrent.py", "user_preferences.jsonl", 30, "3000"),
-        ("MLLM-MSR/test/test_with_llava_sft.py", "sft/scores.jsonl", 189, "2000"),
-    ],
-)
+KILLED = [
+    (STAGES[1], "image_summaries.jsonl", 60, "--batch_tokens 700"),
+    (STAGES[2], "user_preferences.jsonl", 30, "--batch_tokens 3000 --temperature 0.9"),
+    (STAGES[6], "sft/scores.jsonl", 189, "--batch_tokens 2000 --hide nothing"),
+]
+
+
+@pytest.mark.parametrize(("stage", "name", "n_rows", "options"), KILLED)
 def test_killed_and_resumed_gives_the_same_bytes(
-    small_run, server, tmp_path, stage, name, n_rows, batch
+    small_run, server, tmp_path, stage, name, n_rows, options
 ):
     """kill -9 twice, in the middle of a row; then the same command.
 
     The bytes are those of an undisturbed run, and no row is computed twice.
     """
-    system = tmp_path / "mllm_msr"
-    link_all(small_run.folder, tmp_path, "mllm_msr")
-    link_all(small_run.system, system, Path(name).name, Path(name).parts[0])
-    (system / Path(name).with_suffix(".run.json").name).unlink(missing_ok=True)
-    command = [stage, "--config", str(small_run.config), *folders(tmp_path)]
-    command += ["--batch_tokens", batch]
-    undisturbed = small_run.system / name
-    if "score" in name:  # the last digits of a score depend on its batch
-        command += ["--hide", "nothing"]
-        assert server.run(*command, "--variant", "undisturbed").returncode == 0
-        undisturbed = system / "undisturbed" / "scores.jsonl"
+
+    def command(folder):
+        link_all(small_run.folder, folder, "mllm_msr")
+        link_all(small_run.system, folder / "mllm_msr", Path(name).name, Path(name).parts[0])
+        (folder / "mllm_msr" / Path(name).with_suffix(".run.json")).unlink(missing_ok=True)
+        return [stage, "--config", str(small_run.config), *folders(folder), *options.split()]
+
+    assert server.run(*command(tmp_path / "undisturbed")).returncode == 0
+    words, output = command(tmp_path / "killed"), tmp_path / "killed" / "mllm_msr" / name
     done_rows = 0
     for kill_after in (n_rows // 5, n_rows // 3):
-        done = server.run(*command, kill_after=kill_after)
+        done = server.run(*words, kill_after=kill_after)
         assert done.returncode == -9, done.stderr
         done_rows += kill_after
-        assert not (system / name).exists()
-    done = server.run(*command)
+        assert not output.exists()
+    done = server.run(*words)
     assert done.returncode == 0, done.stderr
     assert f"{n_rows - done_rows} of them now" in done.stderr
-    assert (system / name).read_bytes() == undisturbed.read_bytes()
+    assert output.read_bytes() == (tmp_path / "undisturbed" / "mllm_msr" / name).read_bytes()
 
 
 def test_two_scoring_processes_give_the_bytes_of_one(small_run, server, tmp_path):
@@ -382,7 +358,7 @@ def test_two_scoring_processes_give_the_bytes_of_one(small_run, server, tmp_path
     rows = read_rows(small_run.system / "test.jsonl")
     too_long = rows[30]["user_id"]
     rows[30]["messages"][0]["content"][1]["text"] += " word" * 600
-    command = ["MLLM-MSR/test/test_with_llava_sft.py", "--config", str(small_run.config)]
+    command = [STAGES[6], "--config", str(small_run.config)]
     command += ["--batch_tokens", "2000", "--hide", "nothing"]
     command += ["--adapter", str(small_run.system / "adapter")]
     for name in ("one", "two"):
@@ -398,15 +374,6 @@ def test_two_scoring_processes_give_the_bytes_of_one(small_run, server, tmp_path
     rejected = read_rows(two.with_suffix(".rejected.jsonl"))
     assert [row["user_id"] for row in rejected] == [too_long] * 21
     assert not any(row["user_id"] == too_long for row in read_rows(two))
-
-
-def test_a_limit_in_scoring_counts_users(small_run):
-    words = ["--limit", "2", "--hide", "nothing", "--variant", "pilot"]
-    small_run.run("MLLM-MSR/test/test_with_llava_sft.py", *words)
-    rows = read_rows(small_run.system / "pilot" / "scores.jsonl")
-    assert len(rows) == 2 * 21
-    assert len({row["user_id"] for row in rows}) == 2
-    shutil.rmtree(small_run.system / "pilot")
 
 
 CHECKPOINT = ("rng_state.pth", "optimizer.pt", "adapter_model.safetensors", "trainer_state.json")

@@ -5,18 +5,9 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+import transformers
 from conftest import TINY, saved
 from random_models import random_llama, special_ids
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    Blip2Config,
-    Blip2ForConditionalGeneration,
-    Blip2Processor,
-    BlipImageProcessorPil,
-    DynamicCache,
-)
 
 from mllmrec.data.candidates import candidates, users_of_split
 from mllmrec.evaluation.metrics import CandidateLists, evaluate, pooled_auc
@@ -285,14 +276,14 @@ def test_a_blip_2_processor_describes_images_through_a_prompt_format(small_run, 
 
 def random_blip2(folder):
     """Folder of a random tiny Blip2ForConditionalGeneration; it has no chat template."""
-    tokenizer = AutoTokenizer.from_pretrained(TINY / "llama")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(TINY / "llama")
     tokenizer.chat_template = None
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
     size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     text = size | {"model_type": "opt", "vocab_size": len(tokenizer), "ffn_dim": 64}
     text |= {"word_embed_proj_dim": 32, "max_position_embeddings": 512, **special_ids(tokenizer)}
     size |= {"intermediate_size": 64}
-    config = Blip2Config(
+    config = transformers.Blip2Config(
         vision_config={**size, "image_size": 32, "patch_size": 8},
         qformer_config={**size, "encoder_hidden_size": 32, "vocab_size": 32},
         text_config=text,
@@ -300,13 +291,13 @@ def random_blip2(folder):
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
     )
     torch.manual_seed(0)
-    model = Blip2ForConditionalGeneration(config)
+    model = transformers.Blip2ForConditionalGeneration(config)
     # At the usual scale of weights this small, images hardly change the logits.
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(6)
-    image_processor = BlipImageProcessorPil(size={"height": 32, "width": 32})
-    processor = Blip2Processor(image_processor, tokenizer, num_query_tokens=4)
+    image_processor = transformers.BlipImageProcessorPil(size={"height": 32, "width": 32})
+    processor = transformers.Blip2Processor(image_processor, tokenizer, num_query_tokens=4)
     return saved((model, processor), folder)
 
 
@@ -321,11 +312,11 @@ SIZES = {
 @pytest.mark.parametrize("kind", SIZES)
 def test_memory_per_token_without_num_key_value_heads(kind):
     """GPT-2 and OPT have one key and value head per attention head, and their configs name none."""
-    config = AutoConfig.for_model(kind, **SIZES[kind])
-    model = AutoModelForCausalLM.from_config(config).eval()
+    config = transformers.AutoConfig.for_model(kind, **SIZES[kind])
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
     assert hasattr(model.config, "num_key_value_heads") == (kind == "llama")
-    ids = torch.arange(10)[None]
+    ids, cache = torch.arange(10)[None], transformers.DynamicCache()
     with torch.no_grad():
-        cache = model(input_ids=ids, past_key_values=DynamicCache(), use_cache=True).past_key_values
+        model(input_ids=ids, past_key_values=cache, use_cache=True)
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     assert kv_bytes_per_token(model) == held / ids.numel() > 0

@@ -229,6 +229,8 @@ def test_the_answer_loss_is_the_full_loss_at_the_answer(llava, data):
     collator = Collator(reader, "answer")
     batch = collator(rows)
     assert batch["logits_to_keep"].shape == (6, 2), "Yes or No, and what ends the turn"
+    assert batch["attention_mask"].min() == 0
+    assert (batch["attention_mask"].diff(dim=1) <= 0).all(), "padded on the right"
     texts = [collator.text(row) for row in rows]
     full = chat.encode(texts, [reader.image(row) for row in rows], side="right")
     full["labels"] = torch.full_like(full["input_ids"], -100)
@@ -251,13 +253,6 @@ def test_the_sequence_loss_counts_all_text_and_no_image_or_padding(llava, data):
     assert (mask.diff(dim=1) <= 0).all(), "padded on the right"
     assert torch.equal(labels == -100, is_image | (mask == 0))
     assert torch.equal(labels[labels != -100], ids[labels != -100])
-
-
-def test_a_batch_is_padded_on_the_right(llava, data):
-    collator = Collator(RowReader(llava[1], data[0]), "answer")
-    mask = collator(of_mixed_lengths(data[1]))["attention_mask"]
-    assert (mask == 0).any()
-    assert (mask.diff(dim=1) <= 0).all()
 
 
 LAYERS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
@@ -343,18 +338,6 @@ def test_training_teaches_the_task_and_shuffled_labels_give_no_gain(learned):
     assert zero_shot <= 0.68
     assert sft >= max(zero_shot + 0.1, 0.75)
     assert shuffled - zero_shot <= min(0.06, (sft - zero_shot) / 3)
-
-
-def test_an_empty_training_file_is_refused_before_the_model_is_loaded(
-    small_run, tmp_path, monkeypatch
-):
-    (tmp_path / "mllm_msr").mkdir()
-    for name in ("train", "validation"):
-        (tmp_path / "mllm_msr" / f"{name}.jsonl").touch()
-    monkeypatch.setattr("mllmrec.models.loading._load_model", None)
-    message = r"train.jsonl is empty; make it again with scripts/04_datasets.sh"
-    with pytest.raises(InputError, match=message):
-        small_run.run("MLLM-MSR/train/train_llava_sft.py", "--output_dir", str(tmp_path))
 
 
 def test_vllm_finds_every_layer_of_the_adapter(small_run):

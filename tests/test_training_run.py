@@ -271,20 +271,12 @@ def no_image(rows):
     rows[4]["images"] = ["covers/gone.png"]
 
 
-def bad_answer(rows):
-    rows[4]["messages"][1]["content"][0]["text"] = "Maybe"
-
-
 @pytest.mark.parametrize(
     ("name", "damage", "message"),
     [
-        ("train", no_image, "line 5: image covers/gone.png: the file is missing; restore it, or"),
-        (
-            "train",
-            bad_answer,
-            "line 5: the answer is 'Maybe', for the label . it must be '(Yes|No)'",
-        ),
-        ("validation", list.pop, "user .* has 1 positives and 19 negatives instead of 1 and 20"),
+        ("train", list.clear, " is empty; make it again with scripts/04_datasets.sh"),
+        ("train", no_image, ", line 5: image covers/gone.png: the file is missing; restore it, or"),
+        ("validation", list.pop, ": user .* has 1 positives and 19 negatives instead of 1 and 20"),
     ],
 )
 def test_bad_rows_are_refused_before_the_model_is_loaded(
@@ -296,7 +288,7 @@ def test_bad_rows_are_refused_before_the_model_is_loaded(
     path.unlink()
     write_rows(path, rows)
     monkeypatch.setattr("mllmrec.models.loading._load_model", None)
-    with pytest.raises(InputError, match=rf"{name}.jsonl[,:] {message}"):
+    with pytest.raises(InputError, match=f"{name}.jsonl{message}"):
         train(command)
 
 
@@ -326,17 +318,9 @@ def test_a_shared_prefix_uses_the_attention_that_takes_its_mask(
         train(prepared(small_run, tmp_path), "--group_by", group_by)
 
 
-def test_a_checkpoint_of_other_settings_is_not_resumed(small_run, server, tmp_path, monkeypatch):
-    command = prepared(small_run, tmp_path)
-    more = ["--batch_size", "2", "--checkpoint_steps", "3"]
-    killed = server.run(str(server.folder / "killed.py"), "6", *command, *more)
-    assert killed.returncode == -9
-    assert list((tmp_path / "mllm_msr" / "checkpoints").glob("checkpoint-*"))
-    with pytest.raises(InputError, match=r"made with other settings \(batch_size was 2, is 8\)"):
-        train(command)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(InputError, match=r"made with other settings \(processes was 1, is 2\)"):
-        train(command, "--batch_size", "2")
+def test_an_adapter_of_other_settings_is_refused(small_run):
+    with pytest.raises(InputError, match=r"was made with other settings \(lora_r was 16, is 4\)"):
+        small_run.run(STAGE, "--lora_r", "4")
 
 
 def test_a_merged_model_scores_like_base_and_adapter(small_run, tmp_path):
