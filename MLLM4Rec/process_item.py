@@ -14,12 +14,13 @@ from mllmrec.stage.main import run_main
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.options import ROOT, config_of_dataset
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
     config, words = config_of_dataset(sys.argv[1:] if argv is None else list(argv), __doc__)
     command = ["bash", str(ROOT / "scripts/01_prepare_data.sh"), config, *words]
     done = subprocess.run(command, env=os.environ | {"PYTHON": sys.executable})

@@ -34,8 +34,8 @@ from mllmrec.stage.record import Job, file_digests
 from mllmrec.stage.schema import Row
 
 if TYPE_CHECKING:
-    from mllmrec.sequential.data import SequenceData
     from mllmrec.sequential.retrieval import Scorer
+    from mllmrec.sequential.sequences import SequenceData
 
 SECTION = "retriever"
 
@@ -65,6 +65,7 @@ def train(
     """(scorer of all items, log of the epochs, best epoch): the retriever, trained."""
     import torch
 
+    from mllmrec.sequential.baseline_run import chosen_device, print_epoch
     from mllmrec.sequential.gru4rec_model import GRU4Rec
     from mllmrec.sequential.lrurec import LRURec
     from mllmrec.sequential.retrieval import (
@@ -73,7 +74,6 @@ def train(
         popularity_scorer,
         retrieval_metrics,
     )
-    from mllmrec.sequential.run import chosen_device, print_epoch
     from mllmrec.sequential.sasrec_model import SASRec
     from mllmrec.sequential.training import fit
 
@@ -143,8 +143,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     outputs = [folder / name for name in ("candidates.jsonl", "scores.jsonl", "metrics.json")]
     with WholeOutput(job, outputs) as output:
         if output.is_needed:
-            from mllmrec.sequential.data import SequenceData
-            from mllmrec.sequential.run import peak_gb
+            from mllmrec.sequential.baseline_run import peak_gb
+            from mllmrec.sequential.sequences import SequenceData
 
             users, items = read_data(*paths)
             data = SequenceData.of(users, items)

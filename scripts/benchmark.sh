@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Times a published procedure and ours, same machine, same run -> outputs/benchmark/NAME.json
-# Usage: bash scripts/benchmark.sh data|inference|train|scoring|recurrence [options of scripts/benchmarks/NAME.py]
+# Usage: bash scripts/benchmark.sh data|inference|train|scoring|recurrence [options of scripts/benchmarks/time_NAME.py]
 source "$(dirname "$0")/common.sh"
 name=${CONFIG##*/} # the first argument
-if [[ $name == tools || ! -f scripts/benchmarks/$name.py ]]; then
+if [[ ! -f scripts/benchmarks/time_$name.py ]]; then
     echo "error: there is no benchmark '$name'; choose one of: data, inference, train, scoring, recurrence" >&2
     exit 1
 fi
-"$PYTHON" "scripts/benchmarks/$name.py" "$@"
+"$PYTHON" "scripts/benchmarks/time_$name.py" "$@"

@@ -17,8 +17,8 @@ from mllmrec.prompts.templates import user_turn
 from mllmrec.stage.scripts import load_script
 
 limits = load_script("scripts/benchmarks/limits.py")
-inference = load_script("scripts/benchmarks/inference.py")
-scoring = load_script("scripts/benchmarks/scoring.py")
+inference = load_script("scripts/benchmarks/time_inference.py")
+scoring = load_script("scripts/benchmarks/time_scoring.py")
 SPEEDS = limits.Speeds(flops=1e9, bandwidth=1e8)
 
 
@@ -93,7 +93,7 @@ def test_the_benchmark_of_stage_6_runs(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_the_benchmark_of_stage_5_runs(tmp_path):
     words = ["--size", "tiny", "--steps", "1", "--step", "2", "--batch", "2", "--repeats", "1"]
-    script = str(ROOT / "scripts/benchmarks/train.py")
+    script = str(ROOT / "scripts/benchmarks/time_train.py")
     done = subprocess.run([sys.executable, script, *words], cwd=tmp_path, capture_output=True)
     assert done.returncode == 0, done.stderr.decode()
     [row, *_] = json.loads((tmp_path / "outputs/benchmark/train.json").read_text())["rows"]

@@ -9,16 +9,16 @@ from test_sequential import ITEMS, chain_users
 
 from mllmrec.data.candidates import item_popularity
 from mllmrec.evaluation.metrics import evaluate
-from mllmrec.sequential.data import SequenceData
 from mllmrec.sequential.lrurec import CHUNK, LinearRecurrentUnit, LRURec, linear_recurrence
 from mllmrec.sequential.retrieval import RankedUsers, popularity_scorer, retrieval_metrics, retrieve
+from mllmrec.sequential.sequences import SequenceData
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import read_rows, write_rows
 from mllmrec.stage.record import read_record
 from mllmrec.stage.scripts import load_script
 
 stage = load_script("MLLM4Rec/train_retriever.py")
-step_by_step = load_script("scripts/benchmarks/recurrence.py").step_by_step
+step_by_step = load_script("scripts/benchmarks/time_recurrence.py").step_by_step
 
 
 @pytest.mark.parametrize("length", [1, 5, CHUNK, CHUNK + 1, 50, 200, 1000])

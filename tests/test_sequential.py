@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from mllmrec.evaluation.metrics import evaluate
-from mllmrec.sequential.data import SequenceData, padded, windows
+from mllmrec.sequential.baseline_run import is_test, scored_rows, with_other_histories
 from mllmrec.sequential.gru4rec_model import GRU4Rec
 from mllmrec.sequential.items import ItemVectors, encode
-from mllmrec.sequential.run import is_test, scored_rows, with_other_histories
 from mllmrec.sequential.sasrec_model import SASRec
+from mllmrec.sequential.sequences import SequenceData, padded, windows
 from mllmrec.sequential.training import fit, next_item_loss, score_candidates, validation_metrics
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import read_by_id, read_rows

@@ -102,8 +102,9 @@ def train_adapter(folder, tone="low", stop_after=None, **options):
         for step in STEPS[len(weights) :]:
             weights.append(f"{tone} {step}")
             write_checkpoint(output.checkpoints / f"checkpoint-{step}", weights)
-            if step == stop_after:
+            if step == stop_after:  # amid the checkpoint
                 (output.checkpoints / f"checkpoint-{step}" / "digests.json").unlink()
+                (output.checkpoints / f"checkpoint-{step}" / "weights.json").write_text("[")
                 stop()
             for old in output.checkpoints.glob(f"checkpoint-{step - 2}"):
                 shutil.rmtree(old)  # as transformers does

@@ -40,8 +40,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parse_options(Options, SECTION, argv, __doc__)
     print_options(options, "baseline: GRU4Rec")
     # Imported here, so that --help and a wrong option are answered at once.
+    from mllmrec.sequential.baseline_run import run_baseline
     from mllmrec.sequential.gru4rec_model import GRU4Rec
-    from mllmrec.sequential.run import run_baseline
 
     run_baseline("gru4rec", GRU4Rec, options)
 

@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parse_options(Options, SECTION, argv, __doc__)
     print_options(options, "baseline: SASRec")
     # Imported here, so that --help and a wrong option are answered at once.
-    from mllmrec.sequential.run import run_baseline
+    from mllmrec.sequential.baseline_run import run_baseline
     from mllmrec.sequential.sasrec_model import SASRec
 
     run_baseline("sasrec", SASRec, options)

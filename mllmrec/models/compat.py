@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
-from transformers import Trainer, TrainerState, TrainingArguments
+from transformers import TrainerState, TrainingArguments
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.models.auto.processing_auto import (
     PROCESSOR_MAPPING_NAMES,
@@ -153,18 +153,6 @@ def select_cache_rows(cache: Any, rows: torch.Tensor) -> Any:
     selected.layers = [copy.copy(layer) for layer in cache.layers]
     selected.batch_select_indices(rows)
     return selected
-
-
-class SamplerTrainer(Trainer):
-    """A Trainer that takes its training rows in the order of `train_sampler`.
-
-    Overrides `_get_train_sampler`; checked with transformers 5.17 and 5.23.
-    """
-
-    train_sampler: Any = None
-
-    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
-        return self.train_sampler
 
 
 def one_device_per_process(arguments: TrainingArguments) -> TrainingArguments:

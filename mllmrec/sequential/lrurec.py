@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from mllmrec.sequential.data import PADDING
 from mllmrec.sequential.items import ItemVectors
+from mllmrec.sequential.sequences import PADDING
 
 CHUNK = 32  # positions whose states are computed by one matrix product
 RING = (0.8, 0.99)  # absolute values of the decays at the start

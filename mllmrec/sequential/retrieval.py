@@ -9,7 +9,7 @@ import torch
 
 from mllmrec.data.candidates import item_popularity, users_of_split
 from mllmrec.evaluation.metrics import Array, CandidateLists, per_user
-from mllmrec.sequential.data import SequenceData
+from mllmrec.sequential.sequences import SequenceData
 from mllmrec.sequential.training import item_products
 from mllmrec.stage.schema import Row
 

@@ -16,7 +16,7 @@ import torch
 from torch.nn import functional
 
 from mllmrec.evaluation.metrics import CandidateLists, per_user
-from mllmrec.sequential.data import PADDING, CandidateNumbers, SequenceData, padded
+from mllmrec.sequential.sequences import PADDING, CandidateNumbers, SequenceData, padded
 from mllmrec.stage.errors import InputError
 
 CHOSEN_BY = "ndcg@5"  # of the validation users

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from PIL.Image import Image
 from tools import count_parameters, timed
 
 from mllmrec.generation.prefill import kv_bytes_per_token
@@ -55,7 +54,7 @@ def layer_weights(model: Any) -> tuple[int, int]:
 
 
 def vision_passes(
-    model: Any, chat: ChatProcessor, prompts: Iterable[tuple[str, Image]]
+    model: Any, chat: ChatProcessor, prompts: Iterable[tuple[str, Any]]
 ) -> list[Pass]:
     """[(weights, tokens)] of tower and projector. prompts: (text, image) each."""
     tower, projector = model.model.vision_tower, model.model.multi_modal_projector

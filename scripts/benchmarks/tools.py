@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from mllmrec.ranking.questions import Candidate, QuestionFormat, candidate_row
-from mllmrec.stage.jsonl import write_json
+from mllmrec.stage.jsonl import PathLike, write_json
 from mllmrec.stage.record import machine
 from mllmrec.stage.schema import Row
 
@@ -51,7 +51,7 @@ def preference(number: int) -> str:
     return " ".join((words[start:] + words[:start])[: 20 + 11 * number % 20])
 
 
-def save_cover(number: int, folder: str) -> None:
+def save_cover(number: int, folder: PathLike) -> None:
     """Write the cover of item `number` to where its rows expect it."""
     cover(number).save(Path(folder) / f"{number}.png")
 
@@ -91,7 +91,8 @@ def timed_interleaved(
 
     works: {name: function}; once: names of those that are called in the first repeat only.
     """
-    seconds, results = {name: [] for name in works}, {}
+    seconds: dict[str, list[float]] = {name: [] for name in works}
+    results = {}
     for repeat in range(repeats):
         for name, work in works.items():
             if repeat == 0 or name not in once:

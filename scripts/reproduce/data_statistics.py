@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tables import markdown_table, write_files
+from table_writer import markdown_table, write_files
 
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import read_json

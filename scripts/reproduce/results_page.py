@@ -10,13 +10,14 @@ those of today; the commit is that of the run.
 
 from mllmrec.stage.main import run_main
 
+from collections.abc import Callable
 from typing import Any
 
 import yaml
 from data_statistics import markdown as statistics_table
 from definitions import read_table
 from jinja2 import Environment, StrictUndefined
-from tables import markdown, markdown_table
+from table_writer import markdown, markdown_table
 
 from mllmrec.stage.jsonl import atomic_file, read_json
 from mllmrec.stage.options import ROOT
@@ -134,8 +135,8 @@ def render() -> str:
     """The page as text. Raises an error for a file, row or metric that is not there."""
     environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True)
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
-    functions = (result, row, table, statistics, figures, per_seed, gap, difference_over_seeds)
-    functions += (cost, published, chosen, choice)
+    functions: list[Callable[..., Any]] = [result, row, table, statistics, figures, per_seed, gap]
+    functions += [difference_over_seeds, cost, published, chosen, choice]
     return template.render({function.__name__: function for function in functions})
 
 

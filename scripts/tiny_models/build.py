@@ -158,7 +158,7 @@ def new_llava(seed: int) -> tuple[LlavaNextForConditionalGeneration, LlavaNextPr
         text_config=MistralConfig(
             num_hidden_layers=3, sliding_window=None, **language_model(tokenizer)
         ),
-        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        image_token_index=tokenizer.get_vocab()["<image>"],
         image_grid_pinpoints=[[TILE, TILE]],
         vision_feature_layer=-1,
         vision_feature_select_strategy="default",

@@ -98,7 +98,7 @@ def random_turns(rng: Generator, most_lines: int, most_items: int) -> tuple[Turn
         best = lines[int(rng.integers(len(lines)))]
         for attribute, weights in wanted.items():
             if rng.random() < 0.9:
-                best[attribute] = max(weights, key=weights.get)
+                best[attribute] = max(weights, key=weights.__getitem__)
         best["title"] = world.title_of(best["topic"], rng)
         fits = [sum(weights.get(line[a], 0) for a, weights in wanted.items()) for line in lines]
         if fits.count(max(fits)) == 1:
@@ -153,8 +153,9 @@ def train(model: Any, chat: ChatProcessor, rng: Generator, phase: Phase) -> None
         logits, ids = answer_logits(model, chat, turns, phase.tokens)
         cross_entropy(logits.flatten(0, 1), ids.flatten()).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for stepped in (*optimizers, *schedules):
-            stepped.step()
+        for optimizer, schedule in zip(optimizers, schedules, strict=True):
+            optimizer.step()
+            schedule.step()
         model.zero_grad()
         right.append((logits[:, 0].argmax(-1) == ids[:, 0]).float().mean().item())
         if step % 50 == 0:

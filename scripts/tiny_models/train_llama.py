@@ -76,7 +76,7 @@ def random_turns(rng: Generator, direct: bool) -> tuple[Turn, Turn]:
         wanted = world.rolled_preferences(block)[-1]
     else:
         wanted = world.update_preference(previous, block)
-    prompt = fill(template, "video", **texts)
+    prompt = fill(template, "video", None, **texts)
     return user_turn(prompt), assistant_turn(world.preference_text(wanted))
 
 

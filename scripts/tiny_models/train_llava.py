@@ -98,13 +98,14 @@ def title_prompt(item: Item, rng: Generator) -> Turns:
 
 
 def fusion_prompt(item: Item, rng: Generator) -> Turns:
-    texts = {"image_summary": world.caption(item), "text_summary": world.title_note(item)}
-    return fill(prompts.FUSION, "video", **texts), world.fused_caption(item)
+    image, text = world.caption(item), world.title_note(item)
+    question = fill(prompts.FUSION, "video", image_summary=image, text_summary=text)
+    return question, world.fused_caption(item)
 
 
 # Kind of question -> its fraction, of each phase.
-SINGLE_MIX = {one_word: 1.0}
-TEXT_MIX = {
+SINGLE_MIX: Mix = {one_word: 1.0}
+TEXT_MIX: Mix = {
     one_word: 0.2,
     several_words: 0.3,
     words_first: 0.1,
@@ -113,7 +114,13 @@ TEXT_MIX = {
     title_prompt: 0.05,
     fusion_prompt: 0.05,
 }
-IMAGE_MIX = {image_prompt: 0.35, one_word: 0.25, several_words: 0.15, words_first: 0.05, note: 0.2}
+IMAGE_MIX: Mix = {
+    image_prompt: 0.35,
+    one_word: 0.25,
+    several_words: 0.15,
+    words_first: 0.05,
+    note: 0.2,
+}
 WITHOUT_IMAGE = (title_prompt, fusion_prompt)  # these have no image, nor a caption instead
 
 
@@ -185,13 +192,13 @@ def train_vision(model: Any, processor: Any, rng: Generator) -> None:
     for step in range(VISION_STEPS):
         items = [world.random_item(rng) for _ in range(VISION_BATCH)]
         features = tower(cover_tiles(processor, items, rng)).last_hidden_state[:, 1:].mean(1)
-        loss, right = 0.0, {}
+        losses, right = [], {}
         for attribute, values in classes.items():
             wanted = torch.tensor([values.index(item[attribute]) for item in items])
             logits = heads[attribute](features)
-            loss = loss + cross_entropy(logits, wanted)
+            losses.append(cross_entropy(logits, wanted))
             right[attribute] = (logits.argmax(-1) == wanted).float().mean().item()
-        loss.backward()
+        torch.stack(losses).sum().backward()
         optimizer.step()
         optimizer.zero_grad()
         if (step + 1) % 50 == 0:

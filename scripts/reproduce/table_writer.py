@@ -1,4 +1,4 @@
-"""A report of run.py as a table and as a chart, and the files of a table."""
+"""A report of run_table.py as a table and as a chart, and the files of a table."""
 
 import csv
 import io

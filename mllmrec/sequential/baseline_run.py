@@ -16,8 +16,8 @@ from mllmrec.data.candidates import (
     score_row,
     users_of_split,
 )
-from mllmrec.sequential.data import CandidateNumbers, SequenceData
 from mllmrec.sequential.items import read_features
+from mllmrec.sequential.sequences import CandidateNumbers, SequenceData
 from mllmrec.sequential.training import CHOSEN_BY, fit, score_candidates, validation_metrics
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import require, write_rows

@@ -36,6 +36,7 @@ from mllmrec.ranking.reader import RowReader
 from mllmrec.ranking.rows import group_rows
 from mllmrec.ranking.scoring import ScoringOptions, score_rows
 from mllmrec.ranking.token_counts import scoring_tokens
+from mllmrec.stage.jsonl import PathLike
 from mllmrec.stage.schema import Row
 from mllmrec.stage.scripts import load_script
 
@@ -58,7 +59,7 @@ class Options:
     repeats: Annotated[int, "of which the median is taken"] = 3
 
 
-def make_rows(folder: str, n_items: int, n_users: int) -> list[Row]:
+def make_rows(folder: PathLike, n_items: int, n_users: int) -> list[Row]:
     """Rows of test.jsonl: each of `n_items` items for each of `n_users` users."""
     for item in range(n_items):
         tools.save_cover(item, folder)
@@ -108,7 +109,8 @@ def score_ours(model: Any, reader: RowReader, rows: list[Row], batch_tokens: int
 
 def least_seconds(model: Any, reader: RowReader, rows: list[Row], speeds: Speeds) -> float:
     """Each item's image and the beginning that its prompts share once, and the rest of each."""
-    lengths, prompts = [], []
+    lengths: list[float] = []
+    prompts = []
     for group in group_rows(rows):
         members = [rows[n] for n in group]
         first = scoring_tokens(members[:1], reader).prompt

@@ -22,7 +22,7 @@ from tools import print_row, read_options, timed_interleaved, write_report
 
 from mllmrec.models.loading import pick_device
 from mllmrec.sequential import lrurec
-from mllmrec.sequential.data import SequenceData
+from mllmrec.sequential.sequences import SequenceData
 from mllmrec.sequential.training import next_item_loss
 
 WIDTH, CHANNELS = 64, 128  # of the published model
@@ -98,7 +98,7 @@ def compare(length: int, args: Options, device: torch.device) -> list[dict[str, 
     for case, work in (("recurrence", states_and_gradients), ("epoch", epoch)):
         works = {name: work(own, length, args, device) for name, own in RECURRENCES.items()}
         seconds, _ = timed_interleaved(works, args.repeats)
-        row = {"case": f"{case}, length {length}"}
+        row: dict[str, Any] = {"case": f"{case}, length {length}"}
         row |= {f"{name}_s": round(value, 4) for name, value in seconds.items()}
         rows.append(row | {"ratio": round(seconds["baseline"] / seconds["ours"], 2)})
         print_row(rows[-1])

@@ -51,7 +51,11 @@ from mllmrec.stage.scripts import load_script
 
 MODELS = load_script("tests/random_models.py")
 GROUP_FRACTIONS = (0.22, 0.22, 0.17, 0.39)  # of groups of one to four rows, MicroLens-50k
-GROUP_BY = {"published": "none", "length": "length", "item": "item"}
+GROUP_BY: dict[str, Literal["none", "length", "item"]] = {
+    "published": "none",
+    "length": "length",
+    "item": "item",
+}
 
 
 @dataclass
@@ -70,7 +74,8 @@ class Options:
 
 def make_rows(folder: str, n_rows: int) -> list[Row]:
     """Rows of train.jsonl about items with covers of noise."""
-    rng, rows, item = np.random.default_rng(0), [], 0
+    rng, item = np.random.default_rng(0), 0
+    rows: list[Row] = []
     while len(rows) < n_rows:
         tools.save_cover(item, folder)
         for _ in range(rng.choice((1, 2, 3, 4), p=GROUP_FRACTIONS)):
@@ -96,7 +101,8 @@ class Training:
         model, processor = MODELS.random_llava(args.size, dtype=self.dtype, device=device)
         self.rows = make_rows(folder, args.step * args.steps)
         reader = RowReader(ChatProcessor(processor), folder)
-        sizes = {Path(folder) / row["images"][0]: reader.image(row).size for row in self.rows}
+        images = {Path(folder) / row["images"][0]: reader.image(row) for row in self.rows}
+        sizes = {path: image.size for path, image in images.items() if image}
         self.lengths = reader.lengths(self.rows, sizes)
         self.pad_token_id = reader.chat.tokenizer.pad_token_id
         self.model = add_lora(model, LoraOptions(lora_vision=published)).train()
@@ -105,7 +111,7 @@ class Training:
         self.weights = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.weights, lr=2e-5)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
-        loss = "sequence" if published else "answer"
+        loss: Literal["sequence", "answer"] = "sequence" if published else "answer"
         self.collator = Collator(reader, loss, share_prefix=procedure == "item")
         size = 1 if published else args.batch
         settings = EpochSettings(args.step, size, GROUP_BY[procedure], seed=0)

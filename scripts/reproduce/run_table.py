@@ -33,7 +33,7 @@ from typing import Any
 
 from data_statistics import report_statistics
 from definitions import Table, TableRow, read_table, table_names
-from tables import RETRIEVED, dot_chart, markdown, table_lines, write_files
+from table_writer import RETRIEVED, dot_chart, markdown, table_lines, write_files
 
 from mllmrec.evaluation.metrics import SHOWN, aggregate, evaluate
 from mllmrec.evaluation.paired import Scored, paired_differences
