@@ -101,12 +101,10 @@ def ended_dialogues(engine, dialogues):
 
 def preferences(model, chat, histories, batch_tokens=20_000, order=None, **options):
     """User number -> the output row of the recurrence."""
-    writer, stage_options = PromptWriter(chat, 1000, "video"), RECURRENT.Options()
-    numbers = order if order is not None else range(len(histories))
-    users = {n: UserHistory({"user_id": str(n)}, histories[n]) for n in numbers}
-    dialogues = {
-        n: RECURRENT.recurrent_preference(user, writer, stage_options) for n, user in users.items()
-    }
+    writer, dialogues = PromptWriter(chat, 1000, "video"), {}
+    for n in order or range(len(histories)):
+        user = UserHistory({"user_id": str(n)}, histories[n])
+        dialogues[n] = RECURRENT.recurrent_preference(user, writer, RECURRENT.Options())
     engine = new_engine(model, chat, batch_tokens=batch_tokens, **options)
     return ended_dialogues(engine, dialogues)
 
@@ -305,10 +303,8 @@ def test_the_tiny_llava_describes_unseen_covers(llava):
 
 @pytest.mark.parametrize("how", [{}, SAMPLED], ids=["greedy", "sampled"])
 def test_captions_in_batches_of_mixed_shapes_equal_captions_one_by_one(image_model, how):
-    covers = [
-        cover.resize((48 + 20 * (n % 3), 64 - 11 * (n % 4)))
-        for n, cover in enumerate(unseen_covers(9)[1])
-    ]
+    _, covers = unseen_covers(9)
+    covers = [c.resize((48 + 20 * (n % 3), 64 - 11 * (n % 4))) for n, c in enumerate(covers)]
     batched = captions(*image_model, covers, **how)
     assert batched == captions(*image_model, covers, batch_tokens=1, **how)
     chunked = captions(*image_model, covers, chunk_tokens=150, **how)

@@ -23,10 +23,8 @@ OUTPUTS = {STAGE_2: "image_summaries.jsonl", STAGE_3: "user_preferences.jsonl"}
 N_ROWS = {STAGE_2: 60, STAGE_3: 30}  # of small_run
 SLOW = pytest.mark.slow
 SAMPLED = ("--temperature", "0.9", "--top_p", "0.95")
-ACCELERATE = (
-    *("-m", "accelerate.commands.launch"),
-    *("--config_file", "configs/accelerate/multi_gpu.yaml", "--num_processes", "2"),
-)
+ACCELERATE = ["-m", "accelerate.commands.launch", "--num_processes", "2"]
+ACCELERATE += ["--config_file", "configs/accelerate/multi_gpu.yaml"]
 
 
 def stage_options(small_run, stage, folder, *more):

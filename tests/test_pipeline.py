@@ -19,9 +19,8 @@ from mllmrec.stage.jsonl import read_by_id, read_rows, write_rows
 from mllmrec.stage.schema import SCHEMAS
 from mllmrec.stage.scripts import load_script
 
-LAUNCHERS = [
-    f"Inference/microlens/{n}.py" for n in ("image_summary", "preferece_inference_recurrent")
-]
+LAUNCHERS = ["Inference/microlens/image_summary.py"]
+LAUNCHERS += ["Inference/microlens/preferece_inference_recurrent.py"]
 PUBLISHED_COMMANDS = (*LAUNCHERS, *STAGES[3:7])
 ALL_SCRIPTS = [*STAGES, *LAUNCHERS, "Inference/preference_direct.py"]
 ALL_SCRIPTS += ["MLLM-MSR/train/merge_adapter.py", "data_processing/split.py"]
@@ -289,10 +288,8 @@ def test_users_with_a_candidate_without_readable_image_are_rejected_whole(small_
     users = [user for user in read_rows(tmp_path / "users.jsonl") if user["split"] == "test"]
     without, broken = users[0]["negatives"][5], users[1]["target"]
     items = read_rows(tmp_path / "items.jsonl")
-    write_rows(
-        tmp_path / "items.jsonl",
-        [{**row, "image": None} if row["item_id"] == without else row for row in items],
-    )
+    next(item for item in items if item["item_id"] == without)["image"] = None
+    write_rows(tmp_path / "items.jsonl", items)
     cover = tmp_path / "covers" / f"{broken}.png"
     cover.write_bytes(cover.read_bytes()[:50])
     small_run.run(STAGES[4], *folders(tmp_path))

@@ -76,12 +76,10 @@ def test_a_second_system_is_in_the_metrics_and_in_the_report(copy_of_run):
 def test_two_systems_with_a_variant_of_one_name_are_rejected(copy_of_run):
     folder, run = copy_of_run
     shutil.copytree(folder / "mllm_msr/sft", folder / "other_system/sft")
-    message = (
-        "mllm_msr/sft/scores.jsonl and .*other_system/sft/scores.jsonl are two variants of one "
-        "name; score one of them again with another --variant$"
-    )
+    files = "mllm_msr/sft/scores.jsonl and .*other_system/sft/scores.jsonl"
+    remedy = "are two variants of one name; score one of them again with another --variant$"
     for stage in ("compute_metrics", "report"):
-        with pytest.raises(InputError, match=message):
+        with pytest.raises(InputError, match=f"{files} {remedy}"):
             run(stage, "--overwrite", "true")
 
 
