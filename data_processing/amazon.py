@@ -5,7 +5,7 @@ In, all in {raw_dir}, as published, gzipped or not:
      <category>.csv[.gz]         the 0core and 5core tables, with the header
                                  user_id,parent_asin,rating,timestamp
      meta_<category>.jsonl[.gz]  product pages: parent_asin, title, description, features, images
-Out: users.jsonl, items.jsonl, stats.json: see `split.py`; the rules are in `mllmrec/data/split.py`
+Out: users.jsonl, items.jsonl, stats.json: see `split.py`; rules: `mllmrec/data/data_split.py`
      {data_dir}/image_urls.jsonl  item_id, url: what `download_images.py` downloads into images/
 
     python data_processing/amazon.py --config configs/amazon_baby.yaml --raw_dir data/raw/amazon
@@ -24,11 +24,11 @@ import pandas as pd
 from pydantic.dataclasses import dataclass
 
 from mllmrec.data.amazon_pages import PageOptions, read_pages
+from mllmrec.data.data_split import SplitOptions
 from mllmrec.data.interactions import InteractionLog
 from mllmrec.data.loader import run_loader
 from mllmrec.data.raw_files import csv_table, json_table, only_file
 from mllmrec.data.raw_log import read_log
-from mllmrec.data.split import SplitOptions
 from mllmrec.stage.options import parse_options, print_options
 from mllmrec.stage.schema import Row
 
@@ -68,8 +68,8 @@ def load(
 def main(argv: Sequence[str] | None = None) -> None:
     options = parse_options(Options, SECTION, argv, __doc__)
     print_options(options, "stage 1, data: Amazon Reviews 2023")
-    files = find_files(options.raw_dir, options.category)
-    run_loader(options, files, lambda: load(*files, options), has_urls=True)
+    reviews, pages = find_files(options.raw_dir, options.category)
+    run_loader(options, [reviews, pages], lambda: load(reviews, pages, options), has_urls=True)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 In, both in {raw_dir}, as published, gzipped or not:
      ratings_<category>.csv       no header: user, item, rating, seconds
      meta_<category>.json[.gz]    a Python literal in each line: asin, title, imUrl (may be missing)
-Out: users.jsonl, items.jsonl, stats.json: see `split.py`; the rules are in `mllmrec/data/split.py`
+Out: users.jsonl, items.jsonl, stats.json: see `split.py`; rules: `mllmrec/data/data_split.py`
      {data_dir}/image_urls.jsonl  item_id, url: what `download_images.py` downloads into images/
 
     python data_processing/amazon_2014.py --config configs/mllm4rec/beauty.yaml
@@ -23,11 +23,11 @@ import pandas as pd
 from pydantic.dataclasses import dataclass
 
 from mllmrec.data.amazon_pages import catalogue_of, item_text
+from mllmrec.data.data_split import SplitOptions
 from mllmrec.data.interactions import Array, InteractionLog
 from mllmrec.data.loader import run_loader
 from mllmrec.data.raw_files import csv_table, only_file, open_raw
 from mllmrec.data.raw_log import read_log
-from mllmrec.data.split import SplitOptions
 from mllmrec.stage.options import NAME, option, parse_options, print_options
 from mllmrec.stage.schema import Row
 

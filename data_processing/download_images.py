@@ -19,12 +19,12 @@ import errno
 import io
 import random
 import socket
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from ipaddress import ip_address
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import aiohttp
 import tenacity
@@ -133,7 +133,7 @@ async def fetch(session: aiohttp.ClientSession, url: str, limit: int) -> bytes:
     except TimeoutError as error:
         raise Failed(str(error) or "not complete in time (--timeout)", again=True) from None
     except aiohttp.ClientError as error:
-        if getattr(error, "errno", None) == errno.EACCES:
+        if isinstance(error, aiohttp.ClientConnectorError) and error.errno == errno.EACCES:
             reason = f"{error.host} is not contacted: {error.strerror}"
             raise Failed(f"{reason}; --allow_private true would contact it") from None
         reason = str(error) or type(error).__name__
@@ -142,7 +142,8 @@ async def fetch(session: aiohttp.ClientSession, url: str, limit: int) -> bytes:
 
 def seconds_until_retry(state: tenacity.RetryCallState) -> float:
     """What the server asks for, up to MAX_WAIT, else BACKOFF; both with jitter."""
-    asked = state.outcome.exception().after
+    error = state.outcome.exception() if state.outcome else None
+    asked = getattr(error, "after", None)
     return BACKOFF(state) if asked is None else min(asked, MAX_WAIT) + random.uniform(0, 1)
 
 
@@ -181,19 +182,23 @@ async def ended(tasks: Iterable[asyncio.Task[Result]]) -> None:
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def download_all(row_ids: Iterable[RowId], folder: Path, options: Options) -> Iterator[Result]:
+def download_all(
+    row_ids: Iterable[RowId], folder: Path, options: Options
+) -> Generator[Result, None, None]:
     """Yield (row_id, row, reason) as downloads end, at most `options.workers` in flight.
 
     Closing the generator cancels those in flight.
     """
-    waiting, in_flight, done = iter(row_ids), set(), set()
+    waiting = iter(row_ids)
+    in_flight: set[asyncio.Task[Result]] = set()
+    done: set[asyncio.Task[Result]] = set()
     with asyncio.Runner() as runner:
         session = runner.run(open_session(options))
         try:
             while True:
                 for row_id in islice(waiting, options.workers - len(in_flight)):
-                    task = download(session, row_id, folder, options)
-                    in_flight.add(runner.get_loop().create_task(task))
+                    coroutine = download(session, row_id, folder, options)
+                    in_flight.add(runner.get_loop().create_task(coroutine))
                 if not in_flight:
                     return
                 first = asyncio.wait(in_flight, return_when=asyncio.FIRST_COMPLETED)
@@ -234,7 +239,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if world_size() == 1:  # else another process may be writing one of them
         for path in folder.glob(f".*{TEMPORARY}*"):  # of a run that was killed
             path.unlink()
-    output.write_results(download_all(output.todo, folder, options), "images", "image")
+    todo = cast(list[RowId], output.todo)
+    output.write_results(download_all(todo, folder, options), "images", "image")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ In, all in {raw_dir}, as published:
      MicroLens-50k_pairs.tsv     user, TAB, item ids separated by blanks, oldest first
      MicroLens-50k_titles.csv    item,title with or without a header; also *_title_en.csv
      MicroLens-50k_covers/       <item>.jpg, also .jpeg, .png, .webp, upper case
-Out: see `split.py`; the rules of the split are in `mllmrec/data/split.py`.
+Out: see `split.py`; the rules of the split are in `mllmrec/data/data_split.py`.
 
     python data_processing/microlens.py --config configs/microlens.yaml --raw_dir data/raw/microlens
 
@@ -22,12 +22,12 @@ from pathlib import Path
 import pandas as pd
 from pydantic.dataclasses import dataclass
 
+from mllmrec.data.data_split import SplitOptions
 from mllmrec.data.images import image_index
 from mllmrec.data.interactions import InteractionLog
 from mllmrec.data.loader import run_loader
 from mllmrec.data.raw_files import RawTable, csv_table, header_of
 from mllmrec.data.raw_log import read_log, read_titles
-from mllmrec.data.split import SplitOptions
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.options import option, parse_options, print_options
 from mllmrec.stage.schema import Row

@@ -3,7 +3,7 @@
 In, both in {raw_dir}, as published:
      ratings.csv    header userId,movieId,rating,timestamp (seconds)
      movies.csv     header movieId,title,genres
-Out: see `split.py`; the rules of the split are in `mllmrec/data/split.py`
+Out: see `split.py`; the rules of the split are in `mllmrec/data/data_split.py`
 
     python data_processing/movielens.py --config configs/ml_latest_small.yaml
 
@@ -18,11 +18,11 @@ from pathlib import Path
 
 import pandas as pd
 
+from mllmrec.data.data_split import SplitOptions
 from mllmrec.data.interactions import InteractionLog
 from mllmrec.data.loader import run_loader
 from mllmrec.data.raw_files import csv_table
 from mllmrec.data.raw_log import read_log, read_titles
-from mllmrec.data.split import SplitOptions
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import require
 from mllmrec.stage.options import parse_options, print_options

@@ -28,11 +28,11 @@ import pandas as pd
 from pydantic.dataclasses import dataclass
 
 from mllmrec.data.amazon_pages import PageOptions, read_pages
+from mllmrec.data.data_split import DataOptions
 from mllmrec.data.interactions import log_statistics
 from mllmrec.data.loader import run_loader
 from mllmrec.data.raw_files import check_raw_file, csv_table
 from mllmrec.data.raw_log import require_rows
-from mllmrec.data.split import DataOptions
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.options import option, parse_options, print_options
 from mllmrec.stage.schema import Row
@@ -107,7 +107,8 @@ def load(
     lists, item_map, pages = files
     table = csv_table(item_map, ("item_id", "original"), delimiter="\t", quoted=False)
     own_ids = dict(table.frame().itertuples(index=False))
-    lines, rejected = [], []
+    lines: list[Row] = []
+    rejected: list[Row] = []
     for split, path in lists.items():
         more, bad = read_lists(path, split, own_ids)
         lines, rejected = lines + more[: options.limit or None], rejected + bad

@@ -31,9 +31,9 @@ from mllmrec.data.candidates import (
     score_row,
     users_of_split,
 )
+from mllmrec.data.data_split import SplitOptions, prepare
 from mllmrec.data.interactions import InteractionLog
 from mllmrec.data.loader import data_outputs, write_data_set
-from mllmrec.data.split import SplitOptions, prepare
 from mllmrec.evaluation.metrics import evaluate
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import atomic_file, write_rows

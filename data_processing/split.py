@@ -10,7 +10,7 @@ Out: {data_dir}/items.jsonl      item_id, title, image (path relative to the fil
 
     python data_processing/split.py --config configs/microlens.yaml --raw_dir DIR --data_dir DIR
 
-The rules of the split are in `mllmrec/data/split.py`. CPU, seconds.
+The rules of the split are in `mllmrec/data/data_split.py`. CPU, seconds.
 """
 
 from mllmrec.stage.main import run_main
@@ -21,11 +21,11 @@ from pathlib import Path
 
 import pandas as pd
 
+from mllmrec.data.data_split import SplitOptions
 from mllmrec.data.interactions import InteractionLog
 from mllmrec.data.loader import run_loader
 from mllmrec.data.raw_files import csv_table, json_table
 from mllmrec.data.raw_log import read_log, read_titles
-from mllmrec.data.split import SplitOptions
 from mllmrec.stage.jsonl import require
 from mllmrec.stage.options import parse_options, print_options
 from mllmrec.stage.schema import Row

@@ -11,7 +11,7 @@ from conftest import ROOT
 from pydantic import TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from mllmrec.data.split import SplitOptions
+from mllmrec.data.data_split import SplitOptions
 from mllmrec.stage import options as options_module
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.options import (

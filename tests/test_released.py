@@ -13,8 +13,8 @@ from conftest import REAL, ROOT, skip_without_real_data
 from sklearn.model_selection import train_test_split
 
 from mllmrec.data.candidates import candidates, score_row
+from mllmrec.data.data_split import SplitOptions, prepare
 from mllmrec.data.interactions import sample_negatives
-from mllmrec.data.split import SplitOptions, prepare
 from mllmrec.evaluation.metrics import evaluate
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import read_rows

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mllmrec.data.candidates import item_popularity, popularity_scores, redraw_negatives
+from mllmrec.data.data_split import SPLITS, SplitOptions, prepare
 from mllmrec.data.interactions import InteractionLog, k_core, sample_negatives, split_users
 from mllmrec.data.loader import write_data_set
 from mllmrec.data.raw_log import NO_TIME
-from mllmrec.data.split import SPLITS, SplitOptions, prepare
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import read_rows
 from mllmrec.stage.options import parse_options

@@ -9,8 +9,8 @@ from typing import Any
 
 import pandas as pd
 
+from mllmrec.data.data_split import DataOptions, prepare
 from mllmrec.data.images import check_image_paths
-from mllmrec.data.split import DataOptions, prepare
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import (
     atomic_file,

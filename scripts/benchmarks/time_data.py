@@ -29,8 +29,8 @@ import duckdb
 import pandas as pd
 from tools import new_parser, parse, print_row, write_report
 
+from mllmrec.data.data_split import prepare
 from mllmrec.data.interactions import k_core
-from mllmrec.data.split import prepare
 from mllmrec.stage.scripts import load_script
 
 MICROLENS = load_script("data_processing/microlens.py")

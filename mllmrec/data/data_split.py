@@ -152,9 +152,7 @@ class PreparedData:
 
 
 def check_options(options: SplitOptions) -> None:
-    """Raise InputError for options that would leave a line without history or a split without
-    users.
-    """
+    """Raise InputError for options that leave a line without history or a split without users."""
     fractions = options.train_fraction + options.validation_fraction
     wrong = {
         "--train_fraction and --validation_fraction must leave users for the test": (
