@@ -159,7 +159,7 @@ async def download(
         reraise=True,
     )
     try:
-        body = await retrying(fetch, session, url, int(options.max_megabytes * 1e6))
+        body: bytes = await retrying(fetch, session, url, int(options.max_megabytes * 1e6))
         width, height = await asyncio.to_thread(save, body, folder / f"{item_id}.jpg")
     except Failed as error:
         return row_id, None, f"{error}, {options.retries} times" if error.again else str(error)
