@@ -15,7 +15,6 @@ The literals are parsed, never run. An item has an image if its page names one a
 from mllmrec.stage.main import run_main
 
 import ast
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -58,20 +57,16 @@ def find_files(raw_dir: str, category: str) -> list[Path]:
 
 
 def parse_page(line: bytes) -> dict[str, Any]:
-    """One line of meta_<category>.json: a dict of asin, title, imUrl and more.
+    """One line of meta_<category>.json, a Python literal: a dict of asin, title, imUrl and more.
 
-    Python literals, as published, or JSON. Raises ValueError, with what is wrong, for anything
-    else.
+    Raises ValueError, with what is wrong, for anything else.
     """
     if len(line) > LONGEST_PAGE:
         raise ValueError(f"the line has more than {LONGEST_PAGE:,} bytes")
     try:
         page = ast.literal_eval(line.decode())
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-        try:
-            page = json.loads(line)
-        except (ValueError, RecursionError):
-            raise ValueError("the line is neither a Python literal nor JSON") from None
+        raise ValueError("the line is no Python literal") from None
     if not isinstance(page, dict) or not isinstance(page.get("asin"), str):
         raise ValueError("the line is no page with an asin")
     return page

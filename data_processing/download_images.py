@@ -19,10 +19,12 @@ import errno
 import io
 import random
 import socket
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from ipaddress import IPv4Address, ip_address, ip_network
+from ipaddress import ip_address
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import tenacity
@@ -34,17 +36,20 @@ from mllmrec.stage.jsonl import TEMPORARY, atomic_file, read_by_id, require
 from mllmrec.stage.options import CommonOptions, option, parse_options, print_options
 from mllmrec.stage.output import RowOutput
 from mllmrec.stage.record import Job, world_size
+from mllmrec.stage.schema import Row
 
 SECTION = "download"
 SPEED_OPTIONS = ("workers", "retries", "timeout", "retry_rejected", "allow_private")
-USER_AGENT = "Mozilla/5.0 (compatible; MLLM-MSR reproduction; image download for research)"
+HEADERS = {
+    "User-Agent": "Mozilla/5.0 (compatible; MLLM-MSR reproduction; image download for research)",
+    "Accept": "image/*",
+}
 MAX_REDIRECTS = 5
 RETRY_STATUS = (408, 425, 429, 500, 502, 503, 504)
 MAX_WAIT = 60  # seconds between two tries, even if the server asks for more
 BACKOFF = tenacity.wait_exponential_jitter(max=MAX_WAIT)  # 1, 2, 4 ... seconds, plus up to 1
-NAT64 = ip_network("64:ff9b::/96")
-# Networks of special purpose that `is_global` of some Python versions counts as public:
-SPECIAL = [ip_network(n) for n in ("192.0.0.0/24", "192.88.99.0/24", "fec0::/10", "3fff::/20")]
+RowId = tuple[str, str]  # item_id, url
+Result = tuple[RowId, Row | None, str | None]  # row or reason
 
 
 @dataclass
@@ -56,37 +61,30 @@ class Options(CommonOptions):
         "seconds without data that end a try; a try may take three times as long in total",
         gt=0,
         le=3600,
-        allow_inf_nan=False,
     )
-    max_megabytes: float = option(20.0, "limit of one image", gt=0, le=1000, allow_inf_nan=False)
+    max_megabytes: float = option(20.0, "limit of one image", gt=0, le=1000)
     retry_rejected: bool = option(False, "try images again that an earlier run rejected")
     allow_private: bool = option(False, "also contact servers at non-public addresses")
 
 
-class Rejected(Exception):
-    """A download that cannot succeed; the message is the reason."""
+class Failed(Exception):
+    """A download that failed. again: it may succeed later; after: seconds, if the server says."""
 
-
-class Temporary(Exception):
-    """A download that may succeed later. retry_after: seconds that the server asks for, or None."""
-
-    def __init__(self, reason, retry_after=None):
+    def __init__(self, reason: str, again: bool = False, after: float | None = None) -> None:
         super().__init__(reason)
-        self.retry_after = retry_after
+        self.again, self.after = again, after
 
 
-def is_public(address):
+def is_public(address: str) -> bool:
     """Whether an IP address, and an IPv4 address embedded in it, is one of the public internet."""
     ip = ip_address(address)
-    if ip.version == 6:
-        in_nat64 = IPv4Address(int(ip) & 0xFFFFFFFF) if ip in NAT64 else None
-        if embedded := ip.ipv4_mapped or ip.sixtofour or in_nat64:
-            return is_public(embedded)
-    special = ip.is_multicast or ip.is_reserved or any(ip in network for network in SPECIAL)
-    return ip.is_global and not special
+    embedded = (ip.ipv4_mapped or ip.sixtofour) if ip.version == 6 else None
+    if embedded:
+        return is_public(str(embedded))
+    return ip.is_global and not (ip.is_multicast or ip.is_reserved)
 
 
-def public_socket(address_info):
+def public_socket(address_info: Any) -> socket.socket:
     """A socket for the address that aiohttp is about to connect to, refused if it is not public."""
     family, kind, protocol, _, (address, *_) = address_info
     if not is_public(address):
@@ -95,79 +93,66 @@ def public_socket(address_info):
     return socket.socket(family, kind, protocol)
 
 
-async def open_session(options):
+async def open_session(options: Options) -> aiohttp.ClientSession:
     """The HTTP client: time limits, and a check of each address, redirects included."""
     # Name lookups use these threads; one per download, so that a slow lookup delays no other one.
     asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(options.workers))
-    check = None if options.allow_private else public_socket
-    seconds = options.timeout
+    seconds, check = options.timeout, None if options.allow_private else public_socket
     return aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(limit=options.workers, socket_factory=check),
         # `total` starts with the first request; redirects and slow data do not extend it.
         timeout=aiohttp.ClientTimeout(total=3 * seconds, connect=seconds, sock_read=seconds),
-        headers={"User-Agent": USER_AGENT, "Accept": "image/*"},
+        headers=HEADERS,
         cookie_jar=aiohttp.DummyCookieJar(),
     )
 
 
-async def fetch(session, url, limit):
-    """The body behind `url`, at most `limit` bytes. Raises Rejected or Temporary."""
+async def fetch(session: aiohttp.ClientSession, url: str, limit: int) -> bytes:
+    """The body behind `url`, at most `limit` bytes. Raises Failed."""
     if not url.lower().startswith(("http://", "https://")):  # aiohttp would also accept ws and tcp
-        raise Rejected(f"{url[:200]} is not an http or https address")
+        raise Failed(f"{url[:200]} is not an http or https address")
     try:
         # + 1, because aiohttp counts the first request too
         async with session.get(url, max_redirects=MAX_REDIRECTS + 1) as response:
             if response.status in RETRY_STATUS:
                 wait = response.headers.get("Retry-After", "")
-                wait = float(wait) if wait.isdecimal() else None
-                raise Temporary(f"the server answered {response.status}", wait)
+                after = float(wait) if wait.isdecimal() else None
+                raise Failed(f"the server answered {response.status}", again=True, after=after)
             if response.status != 200:
-                raise Rejected(f"the server answered {response.status}")
-            return await read_body(response, limit)
-    except aiohttp.NonHttpUrlRedirectClientError as error:
-        raise Rejected(f"redirect: {str(error)[:200]} is not an http or https address") from None
+                raise Failed(f"the server answered {response.status}")
+            body = bytearray()
+            async for chunk in response.content.iter_any():  # decompressed, in small chunks
+                body += chunk
+                if len(body) > limit:
+                    raise Failed(f"it has more than {limit:,} bytes (--max_megabytes)")
+            return bytes(body)  # whole: aiohttp raises ClientPayloadError if it is cut
     except aiohttp.TooManyRedirects:
-        raise Rejected(f"more than {MAX_REDIRECTS} redirects") from None
-    except aiohttp.ServerTimeoutError:
-        raise Temporary(f"no answer within {session.timeout.sock_read:g} s") from None
-    except TimeoutError:
-        raise Temporary(f"not complete within {session.timeout.total:g} s") from None
-    except aiohttp.ClientConnectorError as error:
-        if error.errno == errno.EACCES:
-            reason = f"{error.host} is not contacted: {error.strerror}"
-            raise Rejected(f"{reason}; --allow_private true would contact it") from None
-        raise Temporary(f"the connection failed ({error})") from None
-    except ValueError as error:  # aiohttp.InvalidURL, or a host name that cannot be encoded
-        raise Rejected(f"not a valid address: {str(error)[:200]}") from None
+        raise Failed(f"more than {MAX_REDIRECTS} redirects") from None
+    except (ValueError, aiohttp.NonHttpUrlRedirectClientError) as error:
+        raise Failed(f"not a valid http or https address: {str(error)[:200]}") from None
+    except TimeoutError as error:
+        raise Failed(str(error) or "not complete in time (--timeout)", again=True) from None
     except aiohttp.ClientError as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise Temporary(f"the connection failed ({reason})") from None
+        if getattr(error, "errno", None) == errno.EACCES:
+            reason = f"{error.host} is not contacted: {error.strerror}"
+            raise Failed(f"{reason}; --allow_private true would contact it") from None
+        reason = str(error) or type(error).__name__
+        raise Failed(f"the connection failed ({reason})", again=True) from None
 
 
-async def read_body(response, limit):
-    """The whole body; aiohttp raises ClientPayloadError if it is cut."""
-    announced = response.content_length or 0
-    if announced > limit:
-        raise Rejected(f"{announced:,} bytes are more than --max_megabytes allows")
-    body = bytearray()
-    async for chunk in response.content.iter_any():  # decompressed, in small chunks
-        body += chunk
-        if len(body) > limit:
-            raise Rejected(f"the body did not end after {limit:,} bytes (--max_megabytes)")
-    return bytes(body)
-
-
-def seconds_until_retry(state):
+def seconds_until_retry(state: tenacity.RetryCallState) -> float:
     """What the server asks for, up to MAX_WAIT, else BACKOFF; both with jitter."""
-    asked = state.outcome.exception().retry_after
+    asked = state.outcome.exception().after
     return BACKOFF(state) if asked is None else min(asked, MAX_WAIT) + random.uniform(0, 1)
 
 
-async def download(session, row_id, folder, options):
+async def download(
+    session: aiohttp.ClientSession, row_id: RowId, folder: Path, options: Options
+) -> Result:
     """(row_id, row, None) after writing the image file, or (row_id, None, reason)."""
     item_id, url = row_id
     retrying = tenacity.AsyncRetrying(
-        retry=tenacity.retry_if_exception_type(Temporary),
+        retry=tenacity.retry_if_exception(lambda error: getattr(error, "again", False)),
         stop=tenacity.stop_after_attempt(options.retries),
         wait=seconds_until_retry,
         reraise=True,
@@ -175,17 +160,15 @@ async def download(session, row_id, folder, options):
     try:
         body = await retrying(fetch, session, url, int(options.max_megabytes * 1e6))
         width, height = await asyncio.to_thread(save, body, folder / f"{item_id}.jpg")
-    except Rejected as reason:
-        return row_id, None, str(reason)
-    except Temporary as reason:
-        return row_id, None, f"{reason}, {options.retries} times"
+    except Failed as error:
+        return row_id, None, f"{error}, {options.retries} times" if error.again else str(error)
     except ImageError as reason:
         return row_id, None, f"not a usable image: {reason}"
     row = {"item_id": item_id, "url": url, "bytes": len(body), "width": width, "height": height}
     return row_id, row, None
 
 
-def save(body, path):
+def save(body: bytes, path: Path) -> tuple[int, int]:
     """Write `body` to `path` and return (width, height) of the image. Raises ImageError."""
     image = open_image(io.BytesIO(body))
     with atomic_file(path) as file:
@@ -193,19 +176,16 @@ def save(body, path):
     return image.size
 
 
-async def ended(tasks):
+async def ended(tasks: Iterable[asyncio.Task[Result]]) -> None:
     """Wait until all tasks have ended; their errors are dropped."""
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def download_all(row_ids, folder, options):
+def download_all(row_ids: Iterable[RowId], folder: Path, options: Options) -> Iterator[Result]:
     """Yield (row_id, row, reason) as downloads end, at most `options.workers` in flight.
 
     Closing the generator cancels those in flight.
     """
-    if world_size() == 1:  # else another process may be writing one of them
-        for path in folder.glob(f".*{TEMPORARY}*"):  # of a run that was killed
-            path.unlink()
     waiting, in_flight, done = iter(row_ids), set(), set()
     with asyncio.Runner() as runner:
         session = runner.run(open_session(options))
@@ -228,7 +208,7 @@ def download_all(row_ids, folder, options):
             runner.run(session.close())
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
     options = parse_options(Options, SECTION, argv, __doc__)
     print_options(options, "stage 1, images: download")
     data_dir = Path(options.data_dir)
@@ -251,6 +231,9 @@ def main(argv=None):
         return
     folder = data_dir / "images"
     folder.mkdir(exist_ok=True)
+    if world_size() == 1:  # else another process may be writing one of them
+        for path in folder.glob(f".*{TEMPORARY}*"):  # of a run that was killed
+            path.unlink()
     output.write_results(download_all(output.todo, folder, options), "images", "image")
 
 

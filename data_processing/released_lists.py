@@ -18,8 +18,10 @@ the negatives. `--limit N` takes the first N users of each file. CPU, minutes fo
 
 from mllmrec.stage.main import run_main
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -30,7 +32,7 @@ from mllmrec.data.interactions import log_statistics
 from mllmrec.data.loader import run_loader
 from mllmrec.data.raw_files import check_raw_file, csv_table
 from mllmrec.data.raw_log import require_rows
-from mllmrec.data.split import DataOptions, PreparedData
+from mllmrec.data.split import DataOptions
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.options import option, parse_options, print_options
 from mllmrec.stage.schema import Row
@@ -57,98 +59,98 @@ def find_files(raw_dir: str, category: str) -> tuple[dict[str, Path], Path, Path
     return lists, item_map, check_raw_file(pages[1] if pages[1].exists() else pages[0])
 
 
-def read_lists(path: Path, split: str, own_ids: pd.Series) -> tuple[pd.DataFrame, list[Row]]:
-    """(DataFrame of user, items, negatives and split, rejected rows) of one list file.
+@dataclass(config={"arbitrary_types_allowed": True})
+class Lists:
+    """The lists as the lines of users.jsonl."""
 
-    own_ids: code -> item id. items and negatives: lists of item ids.
-    """
+    lines: list[Row]
+    items: pd.DataFrame
+    statistics: dict[str, Any]
+
+    def encoded_lines(self) -> Iterator[str]:
+        """As text."""
+        return (json.dumps(line, ensure_ascii=False) + "\n" for line in self.lines)
+
+
+def read_lists(path: Path, split: str, own_ids: dict[str, str]) -> tuple[list[Row], list[Row]]:
+    """(lines of users.jsonl, rejected rows) of one list file. own_ids: code -> item id."""
     table = csv_table(path, COLUMNS, names=COLUMNS, delimiter="\t", quoted=False)
-    frame, bad = table.frame(), []
-    for column in ("items", "negatives"):
-        frame[column] = [[code.strip() for code in text.split(",")] for text in frame[column]]
-    for row, (_, items, negatives) in enumerate(frame.itertuples(index=False)):
-        unknown = [code for code in (*items, *negatives) if code not in own_ids.index]
+    lines, bad = [], []
+    for number, row in enumerate(table.frame().itertuples(index=False)):
+        listed = [[code.strip() for code in text.split(",")] for text in (row.items, row.negatives)]
+        unknown = [code for codes in listed for code in codes if code not in own_ids]
+        items, negatives = ([own_ids.get(code, "") for code in codes] for codes in listed)
+        line = {"user_id": row.user, "history": items[:-1], "target": items[-1]}
+        lines.append(line | {"negatives": negatives, "split": split, "fold": None})
         if unknown:
-            bad.append((row, f"item {unknown[0]!r} is not in the item map"))
+            bad.append((number, f"item {unknown[0]!r} is not in the item map"))
         elif len(items) < 2:
-            bad.append((row, "a list needs a history and a target"))
+            bad.append((number, "a list needs a history and a target"))
         elif items[-1] in negatives:
-            bad.append((row, "the target is among the negatives"))
+            bad.append((number, "the target is among the negatives"))
         elif len(set(negatives)) < len(negatives):
-            bad.append((row, "a negative is listed twice"))
-    rejected = table.rejected(bad)
-    frame = frame.drop(index=[row for row, _ in bad]).assign(split=split)
-    require_rows(len(frame), table, rejected)
-    for column in ("items", "negatives"):
-        frame[column] = [own_ids[codes].tolist() for codes in frame[column]]
-    return frame, rejected
+            bad.append((number, "a negative is listed twice"))
+    rejected, places = table.rejected(bad), {number for number, _ in bad}
+    require_rows(len(lines) - len(bad), table, rejected)
+    return [line for number, line in enumerate(lines) if number not in places], rejected
+
+
+def items_of(line: Row) -> list[str]:
+    """All items of a line of users.jsonl."""
+    return [*line["history"], line["target"], *line["negatives"]]
 
 
 def load(
-    lists: dict[str, Path], item_map: Path, pages: Path, options: Options
-) -> tuple[pd.DataFrame, pd.DataFrame, list[Row]]:
-    """(lists, catalogue, rejected rows). lists: as in `read_lists`, of all files."""
-    table = csv_table(item_map, ("original", "item_id"), delimiter="\t", quoted=False)
-    own_ids = table.frame().set_index("item_id")["original"]
-    found = [read_lists(path, split, own_ids) for split, path in lists.items()]
-    frame = pd.concat([part[: options.limit or None] for part, _ in found], ignore_index=True)
-    rejected = [row for _, bad in found for row in bad]
-    repeated = frame["user"][frame["user"].duplicated()]
-    if len(repeated):
+    files: tuple[dict[str, Path], Path, Path], options: Options
+) -> tuple[list[Row], pd.DataFrame, list[Row]]:
+    """(lines of users.jsonl, catalogue, rejected rows)."""
+    lists, item_map, pages = files
+    table = csv_table(item_map, ("item_id", "original"), delimiter="\t", quoted=False)
+    own_ids = dict(table.frame().itertuples(index=False))
+    lines, rejected = [], []
+    for split, path in lists.items():
+        more, bad = read_lists(path, split, own_ids)
+        lines, rejected = lines + more[: options.limit or None], rejected + bad
+    users = pd.Series([line["user_id"] for line in lines])
+    if users.duplicated().any():
         names = ", ".join(map(str, lists.values()))
-        raise InputError(f"user {repeated.iloc[0]!r} has two lists in {names}; remove one of them")
-    used = sorted({item for items in (*frame["items"], *frame["negatives"]) for item in items})
+        raise InputError(f"user {users[users.duplicated()].iloc[0]!r} has two lists in {names}")
+    used = sorted({item for line in lines for item in items_of(line)})
     catalogue, without_page = read_pages(pages, used, options)
-    rejected += without_page
-    known, kept = set(catalogue.index), []
-    for user, items, negatives, _ in frame.itertuples(index=False):
-        missing = [item for item in (*items, *negatives) if item not in known]
-        kept.append(not missing)
-        if missing:
-            reason = f"item {missing[0]} has no page or no title"
-            rejected.append({"user_id": user, "reason": reason})
-    return frame[kept], catalogue, rejected
+    missing = set(used) - set(catalogue.index)
+    unknown = [[item for item in items_of(line) if item in missing] for line in lines]
+    kept = [line for line, items in zip(lines, unknown, strict=True) if not items]
+    rejected += without_page + [
+        {"user_id": line["user_id"], "reason": f"item {items[0]} has no page or no title"}
+        for line, items in zip(lines, unknown, strict=True)
+        if items
+    ]
+    return kept, catalogue, rejected
 
 
-def as_they_are(lists: pd.DataFrame, catalogue: pd.DataFrame, options: Options) -> PreparedData:
-    """The lists as the lines of users.jsonl."""
-    item_ids = catalogue.index
-    lengths = lists["items"].str.len().to_numpy()
-    codes = item_ids.get_indexer(lists["items"].explode())
-    ends = np.cumsum(lengths)
-    is_target = np.zeros(len(codes), dtype=bool)
-    is_target[ends - 1] = True
-    negatives = np.full((len(lists), lists["negatives"].str.len().max()), -1)
-    for row, listed in enumerate(lists["negatives"]):
-        negatives[row, : len(listed)] = item_ids.get_indexer(listed)
-    statistics = log_statistics(np.repeat(np.arange(len(lists)), lengths), codes)
-    written = {split: int((lists["split"] == split).sum()) for split in SPLITS.values()}
-    return PreparedData(
-        items=catalogue,
-        statistics={"raw": statistics, **statistics, "written_users": written},
-        user_ids=lists["user"].to_numpy(object),
-        item_ids=item_ids.to_numpy(object),
-        popularity=np.bincount(codes, minlength=len(item_ids)),
-        line_user=np.arange(len(lists)),
-        history=codes[~is_target],
-        ends=ends - np.arange(1, len(lists) + 1),
-        target=codes[is_target],
-        split=lists["split"].to_numpy(object),
-        fold=np.full(len(lists), -1),
-        negatives=negatives,
-    )
+def as_they_are(lines: list[Row], catalogue: pd.DataFrame, options: Options) -> Lists:
+    """The lines with the statistics of their histories and targets."""
+    pairs = [
+        (n, item) for n, line in enumerate(lines) for item in (*line["history"], line["target"])
+    ]
+    users, items = (np.array(column) for column in zip(*pairs, strict=True))
+    statistics: dict[str, Any] = log_statistics(users, catalogue.index.get_indexer(items))
+    splits = [line["split"] for line in lines]
+    written = {split: splits.count(split) for split in SPLITS.values()}
+    return Lists(lines, catalogue, {"raw": statistics, **statistics, "written_users": written})
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     options = parse_options(Options, SECTION, argv, __doc__)
     print_options(options, "stage 1, data: the released lists of Amazon")
-    lists, item_map, pages = find_files(options.raw_dir, options.category)
-    files = [*lists.values(), item_map, pages]
-
-    def load_all() -> tuple[pd.DataFrame, pd.DataFrame, list[Row]]:
-        return load(lists, item_map, pages, options)
-
-    run_loader(options, files, load_all, rules=as_they_are, has_urls=True)
+    files = find_files(options.raw_dir, options.category)
+    run_loader(
+        options,
+        [*files[0].values(), *files[1:]],
+        lambda: load(files, options),
+        rules=as_they_are,
+        has_urls=True,
+    )
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 # What scripts may import before they answer --help, and what they need for their work.
-LIGHT = ("aiohttp", "filelock", "jinja2", "pandas", "PIL.Image", "pyarrow.csv", "pyarrow.json")
+LIGHT = ("aiohttp", "filelock", "jinja2", "pandas", "PIL.Image", "duckdb")
 LIGHT += ("pydantic", "scipy.stats", "sklearn.metrics", "tenacity", "tqdm", "yaml")
 HEAVY = (*LIGHT, "torch", "transformers", "peft", "accelerate", "datasets", "transformers.trainer")
 HEAVY += ("transformers.models.llava_next.modeling_llava_next",)

@@ -4,10 +4,9 @@ import gzip
 import json
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from mllmrec.data.amazon_pages import plain_text
+from mllmrec.data.amazon_pages import NO_PAGE, plain_text
+from mllmrec.data.raw_log import NO_TIME
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import read_by_id, read_rows
 from mllmrec.stage.scripts import load_script
@@ -183,7 +182,7 @@ def test_full_text_and_image_size_on_request(tmp_path):
 def test_rejected_rows_are_kept_with_their_reason(tmp_path):
     folder = raw(tmp_path, ".csv")
     with open(folder / "Toys.csv", "a") as file:
-        file.write("u4,A,5.0,soon\n,A,5.0,3\nu5,QQ,5.0,4\nu6,A,5.0\n")
+        file.write("u4,A,5.0,soon\n,A,5.0,3\nu5,QQ,5.0,4\n")
     with open(folder / "meta_Toys.jsonl", "a") as file:
         file.write('{"parent_asin": "E", "title": ""}\n')
     data = load(folder, "--require_image", "false")
@@ -192,61 +191,34 @@ def test_rejected_rows_are_kept_with_their_reason(tmp_path):
         for row in read_rows(data / "interactions.rejected.jsonl")
     }
     assert rejected == {
-        (13, None): "3 fields instead of 4",
-        (10, None): "the timestamp is not a number",
+        (10, None): NO_TIME,
         (11, None): "the user_id is empty",
-        (None, "QQ"): "the item has no page",
+        (None, "QQ"): NO_PAGE,
     }
     stats = json.loads((data / "stats.json").read_text())
-    assert (stats["interactions"], stats["rejected_rows"]) == (8, 4)
+    assert (stats["interactions"], stats["rejected_rows"]) == (8, 3)
 
 
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        (
-            "Toys.jsonl",
-            lambda b: b.replace(b'"u1"', b'"\xff"', 1),
-            "Toys.jsonl, line 1: byte .* is not UTF-8; save the file as UTF-8",
-        ),
-        (
-            "Toys.jsonl",
-            lambda b: b + b'{"user_id": "u1", ',
-            "Toys.jsonl, line 9: not valid JSON .*; fetch the file again or remove the line",
-        ),
-        (
-            "Toys.jsonl",
-            lambda b: b.replace(b": 10}", b': "ten"}'),
-            "Toys.jsonl, line 1: timestamp must be int64, not 'ten'; correct or",
-        ),
+        ("Toys.jsonl", lambda b: b.replace(b'"u1"', b'"\xff"', 1), "Toys.jsonl, line 1: not valid"),
+        ("Toys.jsonl", lambda b: b + b'{"user_id": ', "Toys.jsonl, line 9: not valid JSON"),
         ("Toys.jsonl", lambda b: b"", "Toys.jsonl is empty; fetch it again"),
-        ("Toys.jsonl", lambda b: b"null\n" + b, "Toys.jsonl, line 1: a line must hold one object"),
-        (
-            "Toys.jsonl",
-            lambda b: b.replace(b": 10}", b": 1589233210123}"),
-            "Toys.jsonl mixes units of time: line 1 has milliseconds, line 2 has seconds",
-        ),
+        ("Toys.jsonl", lambda b: b.replace(b": 10}", b": 1589233210123}"), "mixes units of time"),
         (
             "Toys.jsonl",
             lambda b: b'{"user_id": "u", "parent_asin": "A"}\n' * 2,
-            "Toys.jsonl, line 1: the timestamp is missing; none of the 2 rows can be used",
+            "Toys.jsonl, line 1: the timestamp is not .*; none of the 2 rows can be used",
         ),
         (
             "meta_Toys.jsonl",
-            lambda b: b.replace(b'"12.0"', b"1" * 5000).replace(b'"Toy"', rb'"\ud83d"'),
-            "meta_Toys.jsonl, line 4: not valid JSON .an integer has too many digits",
+            lambda b: b.replace(b'"Toy"', rb'"\ud83d"'),
+            "meta_Toys.jsonl, line 4: not valid JSON",
         ),
         ("meta_Toys.jsonl", lambda b: b"<html>" + b, "meta_Toys.jsonl is a web page"),
-        (
-            "meta_Toys.jsonl",
-            lambda b: b.replace(b'"title": "Toy"', b'"title": 5'),
-            "meta_Toys.jsonl, line 4: title must be string, not '5'",
-        ),
-        (
-            "meta_Toys.jsonl",
-            lambda b: b"[1]\n" + b,
-            "meta_Toys.jsonl, line 1: a line must hold one object",
-        ),
+        ("meta_Toys.jsonl", lambda b: b"[1]\n" + b, "meta_Toys.jsonl.*, in line 1: Expected OBJ"),
+        ("meta_Toys.jsonl", lambda b: b'{"parent_asin": "X"}', "no item of the log has a page"),
     ],
 )
 def test_bad_files_are_named_with_line_and_remedy(tmp_path, name, change, message):
@@ -254,14 +226,6 @@ def test_bad_files_are_named_with_line_and_remedy(tmp_path, name, change, messag
     (folder / name).write_bytes(change((folder / name).read_bytes()))
     with pytest.raises(InputError, match=message):
         load(folder)
-
-
-@pytest.mark.parametrize("form", [".jsonl.gz", ".csv.gz"])
-def test_plain_text_with_the_name_of_a_gzipped_file_is_read(tmp_path, form):
-    raw(tmp_path, form)
-    for path in list(tmp_path.glob("*.gz")):
-        path.write_bytes(gzip.decompress(path.read_bytes()))
-    assert len(read_rows(load(tmp_path, "--require_image", "false") / "users.jsonl")) == 3
 
 
 def test_bad_ids_and_times_of_reviews_are_rejected_with_their_lines(tmp_path):
@@ -272,27 +236,14 @@ def test_bad_ids_and_times_of_reviews_are_rejected_with_their_lines(tmp_path):
         file.write("\n")
         for row in more:
             file.write(json.dumps(dict(zip(review, row, strict=True))) + "\n")
-        file.write('{"user_id": "\\ud83d", "parent_asin": "A", "timestamp": 5}\n')
     data = load(folder, "--require_image", "false")
     rejected = read_rows(data / "interactions.rejected.jsonl")
-    control = "the user_id has a control character or half a surrogate pair"
     assert [(row["line"], row["reason"]) for row in rejected] == [
-        (10, control),
+        (10, "the user_id has a line break or control character"),
         (11, "the parent_asin is empty"),
-        (13, "the timestamp is negative"),
-        (14, control),
+        (13, NO_TIME),
     ]
     assert read_by_id(data / "users.jsonl", "user_id")["u1"]["target"] == "D"
-
-
-def test_fractions_of_a_second_are_in_order(tmp_path):
-    folder = raw(tmp_path, ".csv")
-    text = (folder / "Toys.csv").read_text()
-    lines = [line + (".5" if line.endswith(",15") else "") for line in text.splitlines()]
-    lines = [line.replace(",10", ",15.25") for line in lines]
-    (folder / "Toys.csv").write_text("\n".join(lines))
-    users = read_by_id(load(folder, "--require_image", "false") / "users.jsonl", "user_id")
-    assert [*users["u1"]["history"], users["u1"]["target"]] == ["A", "C", "B"]
 
 
 @pytest.mark.parametrize(
@@ -315,57 +266,24 @@ def test_html_becomes_text(text, plain):
     assert plain_text(text) == plain
 
 
-def test_html_and_half_surrogate_pairs_of_pages_become_text(tmp_path):
+def test_html_of_pages_becomes_text_and_a_page_without_a_title_is_none(tmp_path):
     folder = raw(tmp_path, ".jsonl")
     pages = [*PAGES[:-1], {**PAGES[-1], "title": "<b> </b>&nbsp;"}]
-    pages[0] = {**PAGES[0], "title": "\ud83d <i>Cup</i> &amp; saucer", "features": ["<p>a</p>b"]}
-    (folder / "meta_Toys.jsonl").write_text("".join(json.dumps(page) + "\n" for page in pages))
+    pages[0] = {**PAGES[0], "title": "<i>Cup</i> &amp; saucer", "features": ["<p>a</p>b"]}
+    (folder / "meta_Toys.jsonl").write_text(as_lines(pages))
     data = load(folder, "--require_image", "false", "--item_text", "full")
     items = read_by_id(data / "items.jsonl", "item_id")
-    assert items["A"]["title"] == "\ufffd Cup & saucer a b keeps warm"
+    assert items["A"]["title"] == "Cup & saucer a b keeps warm"
     assert set(items) == set("ABC")
     rejected = read_rows(data / "interactions.rejected.jsonl")
-    assert [(row["item_id"], row["reason"]) for row in rejected] == [
-        ("D", "the item's page has no title")
-    ]
-
-
-def test_a_truncated_gzipped_file_is_reported(tmp_path):
-    folder = raw(tmp_path, ".jsonl.gz")
-    whole = (folder / "Toys.jsonl.gz").read_bytes()
-    (folder / "Toys.jsonl.gz").write_bytes(whole[: len(whole) - 20])
-    with pytest.raises(
-        InputError,
-        match=r"Toys.jsonl.gz is truncated or damaged after line \d+ .*; fetch it again",
-    ):
-        load(folder)
-
-
-def test_a_wrong_column_is_named(tmp_path):
-    folder = raw(tmp_path, ".csv")
-    (folder / "Toys.csv").write_text(
-        (folder / "Toys.csv").read_text().replace("parent_asin", "asin", 1)
-    )
-    with pytest.raises(
-        InputError,
-        match="line 1: column 'parent_asin' is missing; the file has user_id, asin, rating, "
-        "timestamp",
-    ):
-        load(folder)
+    assert [(row["item_id"], row["reason"]) for row in rejected] == [("D", NO_PAGE)]
 
 
 def test_missing_files_are_named(tmp_path):
     with pytest.raises(InputError, match=r"has no Toys.jsonl"):
         load(tmp_path)
-    write(tmp_path / "Toys.jsonl", as_lines([]))
+    write(tmp_path / "Toys.jsonl", "{}")
     with pytest.raises(InputError, match=r"has no meta_Toys.jsonl"):
-        load(tmp_path)
-    write(tmp_path / "meta_Toys.jsonl", as_lines(PAGES))
-    with pytest.raises(InputError, match=r"Toys.jsonl is empty"):
-        load(tmp_path)
-    (tmp_path / "Toys.jsonl").unlink()
-    (tmp_path / "Toys.jsonl").mkdir()
-    with pytest.raises(InputError, match=r"Toys.jsonl is a folder; put the file"):
         load(tmp_path)
 
 
@@ -383,40 +301,3 @@ def test_an_id_that_is_no_file_name_is_rejected(tmp_path):
     data = load(folder)
     assert "../D" not in read_by_id(data / "items.jsonl", "item_id")
     assert [row["item_id"] for row in read_rows(data / "interactions.rejected.jsonl")] == ["../D"]
-
-
-CELL = st.sampled_from(["u1", " u1", "", "5", "1.5", "-1", "1e30", '"', '"x"', "\ufeff"])
-CELL |= st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\n\r"), max_size=3)
-REVIEW = st.fixed_dictionaries(
-    {
-        "user_id": st.none() | st.text(max_size=3),
-        "parent_asin": st.none() | st.text(max_size=3),
-        "timestamp": st.none() | st.integers(-1, 9) | st.integers(),
-    }
-)
-
-
-@pytest.fixture(scope="module")
-def loader_and_folder(tmp_path_factory):
-    return load_script("data_processing/amazon.py"), tmp_path_factory.mktemp("raw")
-
-
-@given(
-    st.lists(st.lists(CELL, min_size=3, max_size=4).map(",".join), max_size=6),
-    st.lists(REVIEW, max_size=6),
-    st.booleans(),
-)
-@settings(max_examples=50, deadline=None, derandomize=True)
-def test_every_review_is_kept_or_rejected(loader_and_folder, table, reviews, is_table):
-    loader, folder = loader_and_folder
-    path = folder / f"x.{'csv' if is_table else 'jsonl'}"
-    lines = ["user_id,parent_asin,timestamp", *table] if is_table else map(json.dumps, reviews)
-    path.write_text("".join(f"{line}\n" for line in lines), newline="\n")
-    try:
-        log, rejected = loader.read_reviews(path)
-    except InputError as error:
-        assert "\n" not in str(error)
-        return
-    rows = [line for line in table if line] if is_table else reviews
-    assert len(log.user) + len(rejected) == len(rows)
-    assert len(log.user) == len(log.item) == len(log.time)

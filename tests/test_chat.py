@@ -1,11 +1,12 @@
 """From chat turns to token ids: answers, padding, budgets, and texts that look like markup."""
 
 import functools
+import itertools
 
 import pytest
 import torch
 from conftest import TINY
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
@@ -25,7 +26,13 @@ from mllmrec.stage.errors import InputError
 
 @functools.cache  # not only a fixture: hypothesis calls its tests many times
 def llava_chat():
-    return ChatProcessor(AutoProcessor.from_pretrained(TINY / "llava"))
+    return new_chat("llava")
+
+
+def new_chat(folder):
+    """Of a tiny model, to be changed."""
+    load = (AutoProcessor if folder == "llava" else AutoTokenizer).from_pretrained
+    return ChatProcessor(load(TINY / folder))
 
 
 @pytest.fixture
@@ -35,95 +42,68 @@ def llava():
 
 @pytest.fixture(scope="module")
 def llama():
-    return ChatProcessor(AutoTokenizer.from_pretrained(TINY / "llama"))
+    return new_chat("llama")
 
 
-@pytest.mark.parametrize("label", [0, 1])
-def test_a_training_text_is_the_scoring_text_plus_the_answer_token_for_token(llava, llama, label):
-    for chat in (llava, llama):
-        preference = "The user appears to have a preference for jazz."
-        text, _ = QuestionFormat().question("A title", preference)
+def test_a_training_text_is_the_scoring_text_plus_the_answer_token_for_token(llava, llama):
+    for chat, label in itertools.product((llava, llama), (0, 1)):
+        text, _ = QuestionFormat().question("A title", "The user likes jazz.")
         tokens, answer = answer_tokens(chat), YES_NO.text(label)
         ask = [user_turn(text, images=int(chat.takes_images))]
         prompt = chat.ids(chat.render(ask))
         whole = chat.ids(chat.render([*ask, assistant_turn(answer)], add_generation_prompt=False))
         assert whole == prompt + list(tokens.ids[label])
         assert chat.decode(tokens.ids[label]) == answer == ("No", "Yes")[label]
+        # One BOS: the Llama template writes it, the LLaVA template leaves it to the tokenizer.
+        bos = chat.tokenizer.bos_token_id
+        assert (prompt.count(bos), prompt[0]) == (1, bos)
 
 
 def test_the_end_token_follows_the_answer_whatever_the_template_writes():
     """A published template ends the assistant's turn with the characters of a mistyped tag."""
-    chat = ChatProcessor(AutoProcessor.from_pretrained(TINY / "llava"))
-    chat.processor.chat_template = chat.processor.chat_template.replace(
-        "{{ eos_token }}", "{{ '<\\\\s> ' }}"
-    )
-    assert chat.render(
-        [user_turn("Q", 1), assistant_turn("Yes")], add_generation_prompt=False
-    ).endswith(" Yes<\\s> ")
+    chat = new_chat("llava")
+    template = chat.processor.chat_template
+    chat.processor.chat_template = template.replace("{{ eos_token }}", "{{ '<\\\\s> ' }}")
+    turns = [user_turn("Q", 1), assistant_turn("Yes")]
+    assert chat.render(turns, add_generation_prompt=False).endswith(" Yes<\\s> ")
     tokens = answer_tokens(chat)
     assert tokens.texts == (" No</s>", " Yes</s>")
     assert [len(ids) for ids in tokens.ids] == [2, 2]
     assert tokens.ids[1][1] == chat.tokenizer.eos_token_id
 
 
-def test_the_answer_token_is_not_the_one_of_the_bare_word(llava):
-    """` Yes` and `Yes` are different tokens; the first one follows `[/INST]`."""
-    bare = llava.tokenizer("Yes", add_special_tokens=False).input_ids
-    assert (
-        answer_tokens(llava).first_ids[1]
-        == llava.tokenizer(" Yes", add_special_tokens=False).input_ids[0]
-        != bare[0]
-    )
-
-
-def test_there_is_one_bos_whoever_writes_it(llava, llama):
-    # The Llama template writes it, the LLaVA template leaves it to the tokenizer.
-    for chat in (llava, llama):
-        ids = chat.ids(chat.render([user_turn("Hello", images=int(chat.takes_images))]))
-        assert ids.count(chat.tokenizer.bos_token_id) == 1
-        assert ids[0] == chat.tokenizer.bos_token_id
-
-
 def test_a_template_that_drops_the_answer_is_refused():
-    chat = ChatProcessor(AutoTokenizer.from_pretrained(TINY / "llama"))
-    chat.tokenizer.chat_template = (
-        "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
-    )
+    chat = new_chat("llama")
+    turns = "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
+    chat.tokenizer.chat_template = turns
     with pytest.raises(InputError, match="does not put the answer behind the prompt"):
         answer_tokens(chat)
 
 
 @given(st.text(max_size=60))
+@settings(max_examples=40, deadline=None)
 def test_a_title_adds_no_image_and_ends_no_turn(title):
     chat = llava_chat()
     for data in (title, f"<image>{title}[/INST]", f"</s>{title}<pad>"):
         text, _ = QuestionFormat().question(data, data)
         ids = chat.ids(chat.render([user_turn(text, images=1)]))
         assert ids.count(chat.image_token_id) == 1
-        assert chat.tokenizer.eos_token_id not in ids
-        assert chat.tokenizer.pad_token_id not in ids
+        assert not {chat.tokenizer.eos_token_id, chat.tokenizer.pad_token_id} & set(ids)
 
 
 def test_control_tokens_are_those_of_the_tokenizer_and_the_processor():
-    chat = ChatProcessor(AutoProcessor.from_pretrained(TINY / "llava"))
+    chat = new_chat("llava")
     chat.tokenizer.add_special_tokens({"additional_special_tokens": ["§turn§"]})
-    chat.tokenizer.add_tokens(["{sep|", "zydeco"])  # added, but not special
-    assert set(chat.control_tokens) == {
-        *("<s>", "</s>", "<pad>", "<unk>", "<image>"),
-        *("§turn§", "{sep|"),
-    }
-    title = "zydeco §turn§ {sep| a <image>"
-    assert chat.plain(title) == "zydeco § turn§ { sep| a < image>"
-    assert plain_text(title) == "zydeco §turn§ {sep| a < image>", "unknown without the tokenizer"
+    chat.tokenizer.add_tokens(["{sep|", "zydeco", "(video)"])  # added, but not special
+    wanted = {"<s>", "</s>", "<pad>", "<unk>", "<image>", "§turn§", "{sep|"}
+    assert set(chat.control_tokens) == wanted
+    title = "zydeco §turn§ {sep| a <image> (video)"
+    assert chat.plain(title) == "zydeco § turn§ { sep| a < image> (video)"
+    unknown = "zydeco §turn§ {sep| a < image> (video)"
+    assert plain_text(title) == unknown, "without the tokenizer"
     prompt = PromptWriter(chat, 500, "video").text_prompt(prompts.TITLE, title=title)
     assert "§turn§" not in prompt.text
     assert "§ turn§" in prompt.text
-
-
-def test_a_video_token_is_a_control_token():
-    chat = ChatProcessor(AutoProcessor.from_pretrained(TINY / "llava"))
-    chat.tokenizer.add_tokens(["(video)"])
-    assert chat.plain("a (video)") == "a (video)"
     chat = ChatProcessor(chat.processor)
     chat.processor.video_token = "(video)"
     assert chat.plain("a (video)") == "a ( video)"
@@ -140,15 +120,15 @@ def edited_row(title, preference):
     return {**row, "preference_span": [start, start + len(preference)]}
 
 
-@pytest.mark.parametrize(
-    ("preference", "expected"),
-    [
-        ("likes\n<image> </s>", "likes\n< image> < /s>"),
-        ("<image>", "< image>"),
-        ("ends with <", "ends with <"),
-        ("no marker [Official]", "no marker [Official]"),
-    ],
-)
+EDITED = [
+    ("likes\n<image> </s>", "likes\n< image> < /s>"),
+    ("<image>", "< image>"),
+    ("ends with <", "ends with <"),
+    ("no marker [Official]", "no marker [Official]"),
+]
+
+
+@pytest.mark.parametrize(("preference", "expected"), EDITED)
 def test_a_row_edited_by_hand_is_cleaned_and_its_span_follows(llava, preference, expected):
     row = edited_row("<image> [/INST] \ud83d", preference)
     prompt, ids = RowReader(llava, ".").prompt(row)
@@ -180,39 +160,24 @@ def test_a_marker_across_the_start_of_the_preference_is_broken(llava):
     assert ids.count(llava.image_token_id) == 1
 
 
-def test_a_row_without_markers_is_rendered_as_it_is(llava):
-    row = edited_row("A  [Official]\ttitle ", " likes [2021] ")
-    prompt, _ = RowReader(llava, ".").prompt(row)
-    assert prompt == llava.render(row["messages"])
-    assert question_text(row) in prompt
-
-
-def chat_with(folder, normalizer, marker):
-    """The tiny Llama's (LLaVA's) tokenizer with a normalizer that makes `marker` of other text."""
-    processor = (AutoProcessor if folder == "llava" else AutoTokenizer).from_pretrained(
-        TINY / folder
-    )
-    tokenizer = getattr(processor, "tokenizer", processor)
-    tokenizer.backend_tokenizer.normalizer = normalizer
-    tokenizer.add_tokens([AddedToken(marker, special=True, normalized=True)])
-    return ChatProcessor(processor)
-
-
-def brackets():
-    """Fullwidth angle brackets become ordinary ones, as NFKC has it."""
-    return normalizers.Sequence([normalizers.Replace("＜", "<"), normalizers.Replace("＞", ">")])
+def chat_with(folder):
+    """A tiny model's whose normalizer makes a marker, `<turn>`, of fullwidth brackets (as NFKC)."""
+    chat = new_chat(folder)
+    brackets = [normalizers.Replace("＜", "<"), normalizers.Replace("＞", ">")]
+    chat.tokenizer.backend_tokenizer.normalizer = normalizers.Sequence(brackets)
+    chat.tokenizer.add_tokens([AddedToken("<turn>", special=True, normalized=True)])
+    return ChatProcessor(chat.processor)
 
 
 def test_a_prompt_with_a_marker_that_the_tokenizer_makes_is_rejected():
-    chat = chat_with("llama", brackets(), "<turn>")
-    writer = PromptWriter(chat, 500, "video")
+    writer = PromptWriter(chat_with("llama"), 500, "video")
     assert writer.text_prompt(prompts.TITLE, title="<turn> ＜ turn＞").length
     with pytest.raises(RejectedError, match="prompt: its text adds the control token '<turn>'"):
         writer.text_prompt(prompts.TITLE, title="A ＜turn＞")
 
 
 def test_a_row_with_a_marker_that_the_tokenizer_makes_is_refused():
-    reader = RowReader(chat_with("llava", brackets(), "<turn>"), ".")
+    reader = RowReader(chat_with("llava"), ".")
     assert reader.prompt(edited_row("<turn>", "likes jazz"))
     message = (
         "user 'u1', item 'i1': the question is no plain text: its text adds the control token "
@@ -227,8 +192,7 @@ def test_a_row_with_a_marker_that_the_tokenizer_makes_is_refused():
 
 
 def test_a_text_that_swallows_a_marker_of_the_template_is_rejected():
-    chat = ChatProcessor(AutoTokenizer.from_pretrained(TINY / "llama"))
-    turns = [user_turn("A star")]
+    chat, turns = new_chat("llama"), [user_turn("A star")]
     ids = chat.ids(chat.render(turns))
     assert chat.control_token_difference(ids, turns) is None
     ids.remove(chat.tokenizer.eos_token_id)
@@ -243,9 +207,8 @@ def test_a_text_that_swallows_a_marker_of_the_template_is_rejected():
 def test_characters_that_the_vocabulary_lacks_are_no_control_tokens():
     words = Tokenizer(models.WordLevel({"[UNK]": 0, "[END]": 1, "a": 2}, unk_token="[UNK]"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=words, unk_token="[UNK]", eos_token="[END]"
-    )
+    special = {"unk_token": "[UNK]", "eos_token": "[END]"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, **special)
     chat = ChatProcessor(tokenizer, prompt_format="{text}")
     assert chat.control_token_difference(chat.ids("a b c [UNK]"), [user_turn("")]) is None
     assert chat.control_token_difference(chat.ids("a [END]"), [user_turn("")])
@@ -254,30 +217,24 @@ def test_characters_that_the_vocabulary_lacks_are_no_control_tokens():
 @pytest.mark.parametrize("size", [(48, 64), (64, 48), (200, 30), (30, 200), (1, 1)])
 def test_image_tokens_are_counted_as_the_processor_counts_them(llava, size):
     image = Image.new("RGB", size)
-    prompt = llava.render([user_turn("What is it?", images=1)])
-    batch = llava.encode([prompt], [image])
-    assert (batch["input_ids"] == llava.image_token_id).sum() == llava.count_image_tokens(image)
-    assert batch["input_ids"][0].tolist() == llava.expand_image_token(
-        llava.ids(prompt), llava.count_image_tokens(image)
-    )
+    prompt, n_tokens = llava.render([user_turn("What is it?", 1)]), llava.count_image_tokens(image)
+    [ids] = llava.encode([prompt], [image])["input_ids"].tolist()
+    assert ids.count(llava.image_token_id) == n_tokens
+    assert ids == llava.expand_image_token(llava.ids(prompt), n_tokens)
 
 
 def test_padding_is_on_the_side_that_is_asked_for(llama):
-    prompts = [
-        llama.render([user_turn(text)]) for text in ("short", "a good deal longer than that")
-    ]
-    left, right = (llama.encode(prompts, side=side) for side in ("left", "right"))
-    assert left["attention_mask"][0, -1] == 1
-    assert left["attention_mask"][0, 0] == 0
-    assert torch.equal(right["attention_mask"][0], left["attention_mask"][0].flip(0))
+    texts = [llama.render([user_turn(text)]) for text in ("short", "a good deal longer than that")]
+    left, right = (llama.encode(texts, side=side)["attention_mask"] for side in ("left", "right"))
+    assert left[0, [0, -1]].tolist() == [0, 1]
+    assert torch.equal(right[0], left[0].flip(0))
 
 
 @given(st.lists(st.text(alphabet="ab ", max_size=40), min_size=1, max_size=4), st.integers(0, 80))
 def test_shorten_to_fit_keeps_the_budget_and_cuts_the_longest_first(texts, budget):
     texts = [plain_text(text) for text in texts]
-    prompt, was_cut = shorten_to_fit(
-        " | ".join, texts, lambda prompt: len(prompt) <= budget + 3 * (len(texts) - 1)
-    )
+    most = budget + 3 * (len(texts) - 1)
+    prompt, was_cut = shorten_to_fit(" | ".join, texts, lambda prompt: len(prompt) <= most)
     kept = prompt.split(" | ")
     assert was_cut == (sum(map(len, texts)) > budget)
     assert sum(map(len, kept)) <= budget or not any(kept)
@@ -285,21 +242,17 @@ def test_shorten_to_fit_keeps_the_budget_and_cuts_the_longest_first(texts, budge
         assert text.startswith(shown)
         assert shown == text or len(shown) <= max(map(len, kept)) + 40
     if was_cut:
-        shortest = min(len(shown) for shown, text in zip(kept, texts, strict=True) if shown != text)
-        assert all(
-            len(text) >= shortest for text, shown in zip(texts, kept, strict=True) if shown != text
-        )
+        cut_ones = [pair for pair in zip(texts, kept, strict=True) if pair[0] != pair[1]]
+        shortest = min(len(shown) for _, shown in cut_ones)
+        assert all(len(text) >= shortest for text, _ in cut_ones)
 
 
 def test_shorten_to_fit_uses_what_there_is():
-    prompt, was_cut = shorten_to_fit(
-        lambda texts: texts[0], ["one two three four"], lambda text: len(text) <= 9
-    )
+    prompt, was_cut = shorten_to_fit("".join, ["one two three four"], lambda text: len(text) <= 9)
     assert (prompt, was_cut) == ("one two", True)
 
 
 def test_cut_leaves_no_broken_word():
-    assert cut("green circles", 8) == "green"
-    assert cut("green circles", 5) == "green"
+    assert [cut("green circles", n) for n in (8, 5)] == ["green"] * 2
     assert cut("green", 9) == "green"
     assert cut("绿色的圆圈", 3) == "绿色的", "a language without blanks is cut anywhere"

@@ -1,6 +1,7 @@
 """The generation engine: batches change no text, sampled or greedy; rejected rows have a reason."""
 
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -34,18 +35,6 @@ IMAGE_SUMMARY = load_script("Inference/image_summary.py")
 OUT_OF_MEMORY = "CUDA out of memory. Tried to allocate 2 GiB."
 
 
-@pytest.fixture(scope="module")
-def llama():
-    model, tokenizer = load_text(str(TINY / "llama"))
-    return model, ChatProcessor(tokenizer)
-
-
-@pytest.fixture(scope="module")
-def llava():
-    model, processor = load_multimodal(str(TINY / "llava"))
-    return model, ChatProcessor(processor)
-
-
 TEXT_MODELS = {
     "llama": lambda: load_text(str(TINY / "llama")),
     "random llama": lambda: random_llama("tiny"),
@@ -60,16 +49,30 @@ IMAGE_MODELS = {
 SAMPLED = {"temperature": 0.9, "top_p": 0.95, "seed": 5}
 
 
+def loaded(make):
+    """(model, chat)"""
+    model, processor = make()
+    return model, ChatProcessor(processor)
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return loaded(TEXT_MODELS["llama"])
+
+
+@pytest.fixture(scope="module")
+def llava():
+    return loaded(IMAGE_MODELS["next"])
+
+
 @pytest.fixture(scope="module", params=TEXT_MODELS)
 def text_model(request):
-    model, tokenizer = TEXT_MODELS[request.param]()
-    return model, ChatProcessor(tokenizer)
+    return loaded(TEXT_MODELS[request.param])
 
 
 @pytest.fixture(scope="module", params=IMAGE_MODELS)
 def image_model(request):
-    model, processor = IMAGE_MODELS[request.param]()
-    return model, ChatProcessor(processor)
+    return loaded(IMAGE_MODELS[request.param])
 
 
 def simulated_histories(n, seed=3):
@@ -85,50 +88,43 @@ def simulated_histories(n, seed=3):
 
 
 def new_engine(model, chat, max_new_tokens=40, chunk_tokens=None, **options):
-    engine = GenerationEngine(
-        model, chat, GenerationStageOptions(max_new_tokens=max_new_tokens, **options)
-    )
+    options = GenerationStageOptions(max_new_tokens=max_new_tokens, **options)
+    engine = GenerationEngine(model, chat, options)
     engine.chunk_tokens = chunk_tokens or engine.chunk_tokens
     return engine
 
 
-def preferences(model, chat, histories, batch_tokens, order=None, **options):
+def ended_dialogues(engine, dialogues):
+    """Name -> what each of a dict of dialogues ended with."""
+    return {name: found for name, found, _ in run_dialogues(engine, dialogues.items())}
+
+
+def preferences(model, chat, histories, batch_tokens=20_000, order=None, **options):
     """User number -> the output row of the recurrence."""
-    engine = new_engine(model, chat, batch_tokens=batch_tokens, **options)
-    stage_options = RECURRENT.Options()
-
-    def dialogue(n):
+    writer, dialogues = PromptWriter(chat, 1000, "video"), {}
+    for n in order or range(len(histories)):
         user = UserHistory({"user_id": str(n)}, histories[n])
-        return RECURRENT.recurrent_preference(
-            user, PromptWriter(chat, 1000, "video"), stage_options
-        )
-
-    numbers = order if order is not None else range(len(histories))
-    return {n: row for n, row, _ in run_dialogues(engine, ((n, dialogue(n)) for n in numbers))}
+        dialogues[n] = RECURRENT.recurrent_preference(user, writer, RECURRENT.Options())
+    engine = new_engine(model, chat, batch_tokens=batch_tokens, **options)
+    return ended_dialogues(engine, dialogues)
 
 
 @pytest.mark.parametrize("how", [{}, SAMPLED], ids=["greedy", "sampled"])
 def test_the_recurrence_in_batches_equals_the_recurrence_one_by_one(text_model, how):
     histories, how = simulated_histories(6)[0], {"max_new_tokens": 20, **how}
     single = preferences(*text_model, histories, batch_tokens=1, **how)
-    assert preferences(*text_model, histories, 20_000, order=range(5, -1, -1), **how) == single
-    chunked = preferences(*text_model, histories, 20_000, chunk_tokens=400, **how)
+    assert preferences(*text_model, histories, order=range(5, -1, -1), **how) == single
+    chunked = preferences(*text_model, histories, chunk_tokens=400, **how)
     assert chunked == single, "chunked prefill"
 
 
 def test_another_seed_user_or_block_gives_another_sample(llama):
-    histories, _, _ = simulated_histories(1)
-    same = [histories[0]] * 2
-    first, second = (
-        preferences(*llama, same, 20_000, temperature=3.0, seed=seed, max_new_tokens=12)
-        for seed in (1, 2)
-    )
-    texts = [
-        block["preference"]
-        for found in (first, second)
-        for user in (0, 1)
-        for block in found[user]["blocks"]
+    same = simulated_histories(1)[0] * 2
+    how = {"temperature": 3.0, "max_new_tokens": 12}
+    found = [
+        preferences(*llama, same, seed=seed, **how)[user] for seed in (1, 2) for user in (0, 1)
     ]
+    texts = [block["preference"] for row in found for block in row["blocks"]]
     assert len(set(texts)) == len(texts)
 
 
@@ -145,14 +141,9 @@ def test_samples_follow_the_softmax(top_p):
     share, wanted = torch.bincount(chosen, minlength=5) / n, rows[0].softmax(0)
     assert ((share - wanted).abs() <= 4 * (wanted * (1 - wanted) / n).sqrt() + 1e-9).all()
     later = sampler(torch.zeros(n, 4), rows).argmax(1)
-    joint = torch.stack(
-        [
-            torch.bincount(later[chosen == token], minlength=5) / (chosen == token).sum()
-            for token in (0, 1)
-        ]
-    )
-    independent = (joint - wanted).abs().max() < 0.03
-    assert independent, "the sample at the next position does not depend on this one"
+    for token in (0, 1):  # the sample at the next position does not depend on this one
+        share = torch.bincount(later[chosen == token], minlength=5) / (chosen == token).sum()
+        assert (share - wanted).abs().max() < 0.03
 
 
 def test_noise_is_finite_at_its_ends():
@@ -165,28 +156,25 @@ def test_noise_is_finite_at_its_ends():
     noise = sampling.gumbel_noise(counters, 50_000)
     assert noise.isfinite().all()
     assert noise.max() > 14
-    assert noise.mean() == pytest.approx(0.5772, abs=0.003)
-    assert noise.std() == pytest.approx(1.2825, abs=0.003)
+    assert (noise.mean().item(), noise.std().item()) == pytest.approx((0.5772, 1.2825), abs=0.003)
 
 
 def test_images_that_wait_have_a_limit_in_memory():
-    small, large = np.zeros((1, 100)), np.zeros((1, 1 << 20))
+    def enough(n_pixels, n_prompts, batch_tokens=10**6):
+        prompt = Prompt("", 10, {"pixel_values": np.zeros((1, n_pixels))})
+        settings = SimpleNamespace(batch_tokens=batch_tokens, max_new_tokens=10)
+        waiting = [engine_module.Request("", 0, None, prompt)] * n_prompts
+        return engine_module._enough(settings, waiting)
 
-    def waiting(array, n):
-        prompt = Prompt("", 10, {"pixel_values": array})
-        return [engine_module.Request("", 0, None, prompt)] * n
-
-    settings = SimpleNamespace(batch_tokens=10**6, max_new_tokens=10)
-    assert not engine_module._enough(settings, waiting(small, 300))
-    assert not engine_module._enough(settings, waiting(large, 300))
-    assert engine_module._enough(settings, waiting(large, 500))
-    small_batch = SimpleNamespace(batch_tokens=1000, max_new_tokens=10)
-    assert engine_module._enough(small_batch, waiting(small, 100))
+    assert not enough(100, 300)
+    assert not enough(1 << 20, 300)
+    assert enough(1 << 20, 500)
+    assert enough(100, 100, batch_tokens=1000)
 
 
 def test_out_of_memory_halves_the_batch_and_loses_nothing(llama, monkeypatch, capsys):
     histories = [history[:6] for history in simulated_histories(8)[0]]  # two blocks each
-    wanted = preferences(*llama, histories, 20_000, max_new_tokens=12)
+    wanted = preferences(*llama, histories, max_new_tokens=12)
     whole, sizes = type(llama[0]).generate, []
 
     def generate(self, **inputs):
@@ -196,88 +184,82 @@ def test_out_of_memory_halves_the_batch_and_loses_nothing(llama, monkeypatch, ca
         return whole(self, **inputs)
 
     monkeypatch.setattr(type(llama[0]), "generate", generate)
-    assert preferences(*llama, histories, 20_000, max_new_tokens=12) == wanted
+    assert preferences(*llama, histories, max_new_tokens=12) == wanted
     message = "out of memory with a batch of 8; continuing with --batch_tokens"
     assert message in capsys.readouterr().err
     assert sizes[:2] == [8, 4]
     assert max(sizes[5:]) <= 3, "later batches start small"
 
 
-def test_a_prompt_that_does_not_fit_alone_stops_with_a_remedy(llama, monkeypatch):
-    def generate(self, **_):
-        raise torch.OutOfMemoryError(OUT_OF_MEMORY)
-
-    monkeypatch.setattr(type(llama[0]), "generate", generate)
-    message = r"a single prompt .* does not fit into the memory .* --quantization nf4"
-    with pytest.raises(InputError, match=message):
-        preferences(*llama, simulated_histories(2)[0], 20_000)
+ALONE = r"a single prompt .* does not fit into the memory .* --quantization nf4"
+FAILURES = [
+    (torch.OutOfMemoryError(OUT_OF_MEMORY), InputError, ALONE),
+    (RuntimeError("shapes do not match"), RuntimeError, "shapes do not match"),
+]
 
 
-def test_other_errors_of_the_model_are_not_taken_for_out_of_memory(llama, monkeypatch):
-    def generate(self, **_):
-        raise RuntimeError("shapes do not match")
-
-    monkeypatch.setattr(type(llama[0]), "generate", generate)
-    with pytest.raises(RuntimeError, match="shapes do not match"):
-        preferences(*llama, simulated_histories(2)[0], 20_000)
+@pytest.mark.parametrize(("error", "kind", "message"), FAILURES)
+def test_only_out_of_memory_gets_a_remedy(llama, monkeypatch, error, kind, message):
+    monkeypatch.setattr(type(llama[0]), "generate", Mock(side_effect=error))
+    with pytest.raises(kind, match=message):
+        preferences(*llama, simulated_histories(2)[0])
 
 
 def test_generation_settings_of_a_checkpoint_are_not_used(llama):
     """Published checkpoints come with a temperature, a repetition penalty and more."""
     histories, _, _ = simulated_histories(3)
-    wanted = preferences(*llama, histories, 20_000, max_new_tokens=20)
+    wanted = preferences(*llama, histories, max_new_tokens=20)
     model, tokenizer = load_text(str(TINY / "llama"))
     model.generation_config.update(do_sample=True, temperature=5.0, top_k=3, repetition_penalty=1.8)
-    found = preferences(model, ChatProcessor(tokenizer), histories, 20_000, max_new_tokens=20)
-    assert found == wanted
+    assert preferences(model, ChatProcessor(tokenizer), histories, max_new_tokens=20) == wanted
 
 
-def test_each_block_is_read_with_the_preference_before_it():
+class RecordingWriter(PromptWriter):
+    """A prompt writer that remembers what the prompts were filled with."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.histories, self.texts = [], []
+
+    def history_prompt(self, template, items, **texts):
+        self.histories.append((template, [item.item_id for item in items], texts))
+        return super().history_prompt(template, items, **texts)
+
+    def text_prompt(self, template, **texts):
+        self.texts.append(fill(template, self.domain, **texts))
+        return super().text_prompt(template, **texts)
+
+
+def test_each_block_is_read_with_the_preference_before_it(llama):
     """The prompt of P_k holds P_{k-1} and block k, and nothing of later blocks."""
     [history], _, _ = simulated_histories(1)
-    names = ["one", "two", "three", "four", "five", "six"]
-    prompted, answers = [], iter([f"taste {name}" for name in names])
-
-    class RecordingWriter:
-        def history_prompt(self, template, items, **texts):
-            prompted.append((template, [item.item_id for item in items], texts))
-            return "prompt"
-
-        def nonzero_counts(self):
-            return {}
-
-    dialogue = RECURRENT.recurrent_preference(
-        UserHistory({"user_id": "u"}, history), RecordingWriter(), RECURRENT.Options()
-    )
-    assert next(dialogue) == "prompt"
-    row = None
+    writer = RecordingWriter(llama[1], 1000, "video")
+    user = UserHistory({"user_id": "u"}, history)
+    dialogue = RECURRENT.recurrent_preference(user, writer, RECURRENT.Options())
+    row, answers = None, [f"taste {n}" for n in range(9)]
+    next(dialogue)
     while row is None:
         try:
-            dialogue.send(next(answers))
+            dialogue.send(answers[len(writer.histories) - 1])
         except StopIteration as end:
             row = end.value
-    assert prompted[0][0] == prompts.PREFERENCE_FIRST
-    assert prompted[0][2] == {}
-    for place, (template, _, texts) in enumerate(prompted[1:]):
-        assert template == prompts.PREFERENCE_NEXT
-        assert texts == {"preference": f"taste {names[place]}"}
-    assert [block for _, block, _ in prompted] == [block["items"] for block in row["blocks"]]
-    assert [item for block in row["blocks"] for item in block["items"]] == [
-        item.item_id for item in history
-    ]
-    assert row.keys() == {"user_id", "preference", "blocks"}
-    assert row["user_id"] == "u"
-    assert (
-        row["preference"] == row["blocks"][-1]["preference"] == f"taste {names[len(prompted) - 1]}"
-    )
+    n = len(writer.histories)
+    assert n > 2
+    wanted = [(prompts.PREFERENCE_FIRST, {})]
+    wanted += [(prompts.PREFERENCE_NEXT, {"preference": text}) for text in answers[: n - 1]]
+    assert [(template, texts) for template, _, texts in writer.histories] == wanted
+    blocks = [block["items"] for block in row["blocks"]]
+    assert [items for _, items, _ in writer.histories] == blocks
+    assert [item for block in blocks for item in block] == [item.item_id for item in history]
+    assert [block["preference"] for block in row["blocks"]] == answers[:n]
+    assert row == {"user_id": "u", "preference": answers[n - 1], "blocks": row["blocks"]}
 
 
 def test_the_tiny_llama_keeps_the_rule_on_its_own_output(llama):
     """Recurrent summaries, five blocks long, at least 95% right per slot."""
     histories, items, chosen = simulated_histories(150, seed=8)
-    found = preferences(*llama, histories, batch_tokens=20_000)
-    right = {attribute: [] for attribute in world.ATTRIBUTES}
-    last_block = []
+    found = preferences(*llama, histories)
+    right, last_block = {attribute: [] for attribute in world.ATTRIBUTES}, []
     for n, indices in enumerate(chosen):
         wanted = world.rolled_preferences([items[i] for i in indices])
         for block, values in zip(found[n]["blocks"], wanted, strict=True):
@@ -285,9 +267,7 @@ def test_the_tiny_llama_keeps_the_rule_on_its_own_output(llama):
                 right[attribute].append(f" {value} " in block["preference"])
                 if len(wanted) >= 5 and values is wanted[-1]:
                     last_block.append(right[attribute][-1])
-    assert {attribute: np.mean(hits) >= 0.95 for attribute, hits in right.items()} == dict.fromkeys(
-        right, True
-    )
+    assert all(np.mean(hits) >= 0.95 for hits in right.values()), right
     assert len(last_block) > 60
     assert np.mean(last_block) >= 0.95
 
@@ -298,27 +278,24 @@ def unseen_covers(n, seed=12):
     return items, [world.draw_cover(item["colour"], item["shape"], rng) for item in items]
 
 
-def image_prompt_text(chat):
-    return chat.render([user_turn(fill(prompts.IMAGE, "video"), images=1)])
+def image_dialogue(chat, cover):
+    """The dialogue that asks for the description of an image."""
+    text = chat.render([user_turn(fill(prompts.IMAGE, "video"), images=1)])
+    inputs = chat.encode_arrays(text, cover)
+    return (yield Prompt(text, inputs["input_ids"].shape[1], inputs))
 
 
-def captions(model, chat, covers, batch_tokens, **options):
+def captions(model, chat, covers, batch_tokens=20_000, **options):
     """Cover number -> the generated description."""
     engine = new_engine(model, chat, batch_tokens=batch_tokens, **options)
-    text = image_prompt_text(chat)
-
-    def dialogue(cover):
-        inputs = chat.encode_arrays(text, cover)
-        return (yield Prompt(text, inputs["input_ids"].shape[1], inputs))
-
-    dialogues = ((n, dialogue(cover)) for n, cover in enumerate(covers))
-    return {n: found for n, found, _ in run_dialogues(engine, dialogues)}
+    dialogues = {n: image_dialogue(chat, cover) for n, cover in enumerate(covers)}
+    return ended_dialogues(engine, dialogues)
 
 
 def test_the_tiny_llava_describes_unseen_covers(llava):
     """At least 95% right per attribute."""
     items, covers = unseen_covers(300)
-    found = captions(*llava, covers, batch_tokens=20_000)
+    found = captions(*llava, covers)
     for attribute in ("colour", "shape"):
         right = np.mean([f" {item[attribute]} " in found[n] for n, item in enumerate(items)])
         assert right >= 0.95, attribute
@@ -327,56 +304,40 @@ def test_the_tiny_llava_describes_unseen_covers(llava):
 @pytest.mark.parametrize("how", [{}, SAMPLED], ids=["greedy", "sampled"])
 def test_captions_in_batches_of_mixed_shapes_equal_captions_one_by_one(image_model, how):
     _, covers = unseen_covers(9)
-    covers = [
-        cover.resize((48 + 20 * (n % 3), 64 - 11 * (n % 4))) for n, cover in enumerate(covers)
-    ]
-    batched = captions(*image_model, covers, batch_tokens=20_000, **how)
+    covers = [c.resize((48 + 20 * (n % 3), 64 - 11 * (n % 4))) for n, c in enumerate(covers)]
+    batched = captions(*image_model, covers, **how)
     assert batched == captions(*image_model, covers, batch_tokens=1, **how)
-    chunked = captions(*image_model, covers, batch_tokens=20_000, chunk_tokens=150, **how)
+    chunked = captions(*image_model, covers, chunk_tokens=150, **how)
     assert batched == chunked, "chunked prefill, chunks of unequal length"
     assert len(set(batched.values())) > 1
 
 
 def test_prompts_encoded_one_by_one_collate_to_what_the_processor_makes_of_all(image_model):
     (_, chat), rng = image_model, np.random.default_rng(0)
-    texts = [
-        chat.render([user_turn("Say what it shows" + ", please" * n, images=1)]) for n in range(3)
-    ]
-    sizes = [(48, 64), (200, 90), (64, 300)]
-    covers = [
-        Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
-        for width, height in sizes
-    ]
+    turns = [user_turn("Say what it shows" + ", please" * n, images=1) for n in range(3)]
+    texts, sizes = [chat.render([turn]) for turn in turns], [(64, 48), (90, 200), (300, 64)]
+    covers = [Image.fromarray(rng.integers(0, 256, (*s, 3), dtype=np.uint8)) for s in sizes]
     wanted = chat.encode(texts, covers)
     encoded = [chat.encode_arrays(*pair) for pair in zip(texts, covers, strict=True)]
     collated = chat.collate_arrays(encoded)
     assert collated.keys() == wanted.keys()
     for name in wanted:
         assert torch.equal(collated[name], wanted[name]), name
-    assert (collated["input_ids"] == chat.image_token_id).sum(1).tolist() == [
-        chat.count_image_tokens(cover) for cover in covers
-    ]
+    counted = [chat.count_image_tokens(cover) for cover in covers]
+    assert (collated["input_ids"] == chat.image_token_id).sum(1).tolist() == counted
 
 
 def test_the_fused_summary_takes_three_prompts_and_joins_both(llava):
     item = {"item_id": "1", "title": "music: quiet garden"}
     cover = world.draw_cover("red", "star", np.random.default_rng(1))
     model, chat = llava
-    text, filled = image_prompt_text(chat), []
-
-    class RecordingWriter(PromptWriter):
-        def text_prompt(self, template, **texts):
-            filled.append(fill(template, self.domain, **texts))
-            return super().text_prompt(template, **texts)
-
-    inputs = chat.encode_arrays(text, cover)
-    image = EncodedImage("1", Prompt(text, inputs["input_ids"].shape[1], inputs), None)
+    image = EncodedImage("1", next(image_dialogue(chat, cover)), None)
     writer, options = RecordingWriter(chat, 1000, "video"), IMAGE_SUMMARY.Options(summary="fused")
     dialogue = IMAGE_SUMMARY.summarise(item, image, writer, options)
-    [(_, row, _)] = run_dialogues(new_engine(model, chat), [("1", dialogue)])
-    assert len(filled) == 2
-    assert "music: quiet garden" in filled[0]
-    assert " red star " in filled[1], "the fusion prompt holds the answer to the image prompt"
+    row = ended_dialogues(new_engine(model, chat), {"1": dialogue})["1"]
+    assert len(writer.texts) == 2
+    assert "music: quiet garden" in writer.texts[0]
+    assert " red star " in writer.texts[1], "the fusion prompt holds the answer to the image prompt"
     assert row.keys() == {"item_id", "summary"}
     assert row["item_id"] == "1"
     assert " red star " in row["summary"]
@@ -387,8 +348,7 @@ def test_images_read_ahead_come_in_order_from_any_number_of_processes(llava):
     items = [{"item_id": str(n), "image": None if n % 5 == 3 else f"{n}.png"} for n in range(12)]
     images = ImagePrompts(items, TINY, llava[1], user_turn("text", images=1))
     alone, helped = list(read_ahead(images, 0)), list(read_ahead(images, 2))
-    ids = [item["item_id"] for item in items]
-    assert [image.item_id for image in alone] == [image.item_id for image in helped] == ids
+    assert [image.item_id for image in alone] == [item["item_id"] for item in items]
     assert alone == helped
 
 
@@ -433,10 +393,9 @@ def test_the_direct_form_leaves_the_oldest_items_out_and_counts_them(llama):
         return writer.history_prompt(prompts.PREFERENCE_FIRST, items).length
 
     limit = whole_length(history) // 2
-    dialogue = DIRECT.direct_preference(
-        UserHistory({"user_id": "u"}, history), PromptWriter(chat, limit, "video"), DIRECT.Options()
-    )
-    [(_, row, _)] = run_dialogues(new_engine(model, chat), [("u", dialogue)])
+    user, writer = UserHistory({"user_id": "u"}, history), PromptWriter(chat, limit, "video")
+    dialogue = DIRECT.direct_preference(user, writer, DIRECT.Options())
+    row = ended_dialogues(new_engine(model, chat), {"u": dialogue})["u"]
     left_out = row["items_left_out"]
     assert 0 < left_out < len(history)
     assert row["blocks"][0]["items"] == [item.item_id for item in history[left_out:]]

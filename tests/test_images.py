@@ -92,7 +92,7 @@ def jpeg_bytes():
 @pytest.mark.parametrize(
     ("name", "content", "reason"),
     [
-        ("empty.jpg", b"", "the file is empty"),
+        ("empty.jpg", b"", "not a readable image"),
         ("half.jpg", jpeg_bytes()[:2000], "not a readable image"),
         ("text.jpg", b"<html>not found</html>", "not a readable image"),
         ("bomb.png", bomb(), "pixels"),

@@ -34,7 +34,7 @@ def real_log():
 
 def real_lines(real_log, **options):
     chosen = SplitOptions(config="", require_image=False, history="released", **options)
-    return list(prepare(*real_log, chosen).lines(chosen))
+    return list(prepare(*real_log, chosen).lines())
 
 
 @pytest.fixture(scope="module")
@@ -51,15 +51,18 @@ def core_frame(real_log):
         frame = kept
 
 
-def check_lists(real_log, frame, order, users):
-    """Each list is the re-implementation's, up to ties in popularity."""
-    popularity = frame.groupby("item").size()
+@skip_without_real_data
+@pytest.mark.parametrize("order", ["time", "popularity"])
+@pytest.mark.parametrize("users", [PLAIN_USERS, pytest.param(None, marks=pytest.mark.slow)])
+def test_released_lists_equal_a_re_implementation(real_log, core_frame, order, users):
+    """Up to ties in popularity."""
+    popularity = core_frame.groupby("item").size()
     lines = real_lines(real_log, released_order=order)
     assert len(lines) == 25411
-    by_user = dict(
-        iter(frame[frame["user"].isin([line["user_id"] for line in lines[:users]])].groupby("user"))
-    )
-    for line in lines[:users]:
+    lines = lines[:users]
+    frame = core_frame[core_frame["user"].isin([line["user_id"] for line in lines])]
+    by_user = dict(iter(frame.groupby("user")))
+    for line in lines:
         own = by_user[line["user_id"]].sort_values("time", kind="stable")
         counts = own["item"].map(popularity).sort_values(ascending=False)
         listed = [*line["history"], line["target"]]
@@ -68,22 +71,17 @@ def check_lists(real_log, frame, order, users):
         if order == "popularity":
             assert list(popularity[listed]) == list(counts[:6])
         else:
-            times = own.set_index("item")["time"][listed]
-            assert times.is_monotonic_increasing
+            assert own.set_index("item")["time"][listed].is_monotonic_increasing
         assert not set(line["negatives"]) & set(own["item"])
 
 
-@skip_without_real_data
-@pytest.mark.parametrize("order", ["time", "popularity"])
-def test_released_lists_equal_a_re_implementation(real_log, core_frame, order):
-    check_lists(real_log, core_frame, order, PLAIN_USERS)
-
-
-@pytest.mark.slow
-@skip_without_real_data
-@pytest.mark.parametrize("order", ["time", "popularity"])
-def test_released_lists_of_all_users_equal_a_re_implementation(real_log, core_frame, order):
-    check_lists(real_log, core_frame, order, None)
+def auc_and_hits(lines, popularity):
+    """Metrics of the candidates' popularity as a score."""
+    candidate_lists = ((line, item, label) for line in lines for item, label in candidates(line))
+    rows = [
+        score_row(u["user_id"], i, label, float(popularity[i])) for u, i, label in candidate_lists
+    ]
+    return evaluate(rows, resamples=1)
 
 
 @pytest.mark.slow
@@ -93,19 +91,14 @@ def test_released_lists_of_all_users_equal_a_re_implementation(real_log, core_fr
 )
 def test_popularity_alone_on_released_lists_is_near_the_facts(real_log, core_frame, order, auc, hr):
     """Measured on the authors' own lists, whose negatives were drawn without a seed."""
-    popularity = core_frame.groupby("item").size()
-    rows = [
-        score_row(line["user_id"], item_id, label, float(popularity[item_id]))
-        for line in real_lines(real_log, released_order=order, train_negatives=20)
-        for item_id, label in candidates(line)
-    ]
-    metrics = evaluate(rows, resamples=1)
+    lines = real_lines(real_log, released_order=order, train_negatives=20)
+    metrics = auc_and_hits(lines, core_frame.groupby("item").size())
     assert metrics["users"] == 25411
     assert metrics["auc_per_user"] == pytest.approx(auc, abs=0.004)
     assert metrics["hr@5"] == pytest.approx(hr, abs=0.006)
 
 
-def raw_folder(folder, ending="csv"):
+def raw_folder(folder, with_times=True):
     """40 users with eight items each, whose first interactions are in an order of their own."""
     rng = np.random.default_rng(0)
     rows = [
@@ -115,7 +108,7 @@ def raw_folder(folder, ending="csv"):
     ]
     folder.mkdir()
     frame = pd.DataFrame(rows, columns=["user", "item", "timestamp"])
-    if ending == "csv":
+    if with_times:
         frame.to_csv(folder / "Small_pairs.csv", index=False)
     else:
         lists = frame.groupby("user", sort=False)["item"].agg(" ".join)
@@ -139,27 +132,27 @@ def test_the_released_split_is_train_test_split_over_users_by_first_interaction(
     frame = raw_folder(tmp_path / "raw")
     lines = stage_1(tmp_path, "--history", "released", "--negatives", "5")
     users = frame.sort_values("timestamp", kind="stable")["user"].unique()
-    train, rest = train_test_split(pd.DataFrame({"user": users}), test_size=0.2, random_state=42)
-    validation, test = train_test_split(rest, test_size=0.5, random_state=42)
-    for name, expected in (("train", train), ("validation", validation), ("test", test)):
+    for name, expected in zip(("train", "validation", "test"), released_split(users), strict=True):
         found = [line["user_id"] for line in lines if line["split"] == name]
-        assert found == expected["user"].tolist(), "in its shuffled order"
+        assert found == list(expected), "in its shuffled order"
     assert Counter(line["split"] for line in lines) == {"train": 32, "validation": 4, "test": 4}
     again = stage_1(tmp_path, "--history", "released", "--negatives", "5", "--seed", "7")
     assert [line["user_id"] for line in again] != [line["user_id"] for line in lines]
+    # The sizes of the saved outputs.
+    assert [len(part) for part in released_split(np.arange(25411))] == [20328, 2541, 2542]
+
+
+def released_split(users):
+    """(train, validation, test) as the released code has it."""
+    train, rest = train_test_split(np.array(users), test_size=0.2, random_state=42)
+    return [train, *train_test_split(rest, test_size=0.5, random_state=42)]
 
 
 def test_sequences_without_times_have_no_released_split(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     raw_folder(tmp_path / "raw", "tsv")
-    with pytest.raises(InputError, match=r"has no timestamps.*give MicroLens-50k_pairs.csv"):
+    with pytest.raises(InputError, match=r"has no timestamps.*give Small_pairs.csv"):
         stage_1(tmp_path)
-
-
-def test_the_sizes_of_the_released_split_are_those_of_the_saved_outputs():
-    train, rest = train_test_split(np.arange(25411), test_size=0.2, random_state=42)
-    validation, test = train_test_split(rest, test_size=0.5, random_state=42)
-    assert (len(train), len(validation), len(test)) == (20328, 2541, 2542)
 
 
 def test_weighted_negatives_are_drawn_in_proportion_to_popularity_without_replacement():
@@ -169,31 +162,24 @@ def test_weighted_negatives_are_drawn_in_proportion_to_popularity_without_replac
         rng = np.random.default_rng(seed)
         (drawn,) = sample_negatives(touched, np.array([0]), 6, 1, rng, weights)
         counts[drawn] += 1
-    assert counts[0] == counts[4] == 0, "no weight; touched"
-    assert counts[[1, 2, 3, 5]] / 3000 == pytest.approx([0.1, 0.2, 0.5, 0.2], abs=0.03)
+    # The first has no weight, the fifth was touched.
+    assert counts / 3000 == pytest.approx([0, 0.1, 0.2, 0.5, 0, 0.2], abs=0.03)
+    assert counts[0] == counts[4] == 0
     rng = np.random.default_rng(0)
     drawn = sample_negatives(touched, np.zeros(50, dtype=int), 6, 4, rng, weights)
     assert all(sorted(row) == [1, 2, 3, 5] for row in drawn.tolist())
-    first = np.mean(drawn[:, 0] == 3)
-    assert first == pytest.approx(0.5, abs=0.2), "the heaviest one is drawn early"
 
 
 @skip_without_real_data
 def test_popularity_alone_no_longer_ranks_among_weighted_negatives(real_log):
-    log, catalogue = real_log
     found = {}
     for sampling in ("uniform", "popularity"):
         options = SplitOptions(config="", require_image=False, negative_sampling=sampling)
-        data = prepare(log, catalogue, options)
+        data = prepare(*real_log, options)
         counts = dict(zip(data.item_ids, data.popularity, strict=True))
-        rows = [
-            score_row(line["user_id"], item_id, label, float(counts[item_id]))
-            for line in data.lines(options)
-            if line["split"] == "test"
-            for item_id, label in candidates(line)
-        ]
-        assert len(rows) == 2541 * 21
-        found[sampling] = evaluate(rows, resamples=1)["auc_per_user"]
+        lines = [line for line in data.lines() if line["split"] == "test"]
+        assert [len(line["negatives"]) for line in lines] == [20] * 2541
+        found[sampling] = auc_and_hits(lines, counts)["auc_per_user"]
     assert found["uniform"] > 0.65
     assert 0.4 < found["popularity"] < 0.55
 
@@ -201,7 +187,6 @@ def test_popularity_alone_no_longer_ranks_among_weighted_negatives(real_log):
 @skip_without_real_data
 def test_a_thousand_negatives_can_be_drawn(real_log):
     options = SplitOptions(config="", require_image=False, negatives=1000, limit=200)
-    lines = [line for line in prepare(*real_log, options).lines(options)]
-    tested = [line for line in lines if line["split"] == "test"]
-    assert tested
-    assert all(len(set(line["negatives"])) == 1000 for line in tested)
+    lines = prepare(*real_log, options).lines()
+    n_negatives = [len(set(line["negatives"])) for line in lines if line["split"] == "test"]
+    assert set(n_negatives) == {1000}

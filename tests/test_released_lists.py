@@ -5,6 +5,7 @@ import json
 import pytest
 from conftest import ROOT
 
+from mllmrec.data.amazon_pages import NO_PAGE
 from mllmrec.data.candidates import read_users
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import read_by_id, read_rows
@@ -86,7 +87,7 @@ def test_users_that_cannot_be_ranked_are_rejected_with_the_reason(tmp_path, raw)
         5: "item '99' is not in the item map",
         6: "a list needs a history and a target",
         "11": "item B11 has no page or no title",
-        "B11": "the item has no page",
+        "B11": NO_PAGE,
     }
 
 

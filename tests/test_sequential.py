@@ -1,6 +1,5 @@
 """Sequential baselines: what a state depends on, what is learned from, and that it is learned."""
 
-import functools
 import itertools
 import math
 
@@ -14,14 +13,9 @@ from mllmrec.sequential.gru4rec_model import GRU4Rec
 from mllmrec.sequential.items import ItemVectors, encode
 from mllmrec.sequential.sasrec_model import SASRec
 from mllmrec.sequential.sequences import SequenceData, padded, windows
-from mllmrec.sequential.training import (
-    fit,
-    next_item_loss,
-    score_candidates,
-    validation_metrics,
-)
+from mllmrec.sequential.training import fit, next_item_loss, score_candidates, validation_metrics
 from mllmrec.stage.errors import InputError
-from mllmrec.stage.jsonl import read_rows
+from mllmrec.stage.jsonl import read_by_id, read_rows
 from mllmrec.stage.record import read_record
 from mllmrec.stage.scripts import load_script
 
@@ -29,11 +23,8 @@ MODELS = {"sasrec": SASRec, "gru4rec": GRU4Rec}
 ITEMS = [f"i{n}" for n in range(30)]
 
 
-stage_of = functools.cache(load_script)
-
-
 def options_of(name, **changes):
-    stage = stage_of(f"MLLM-MSR/baselines/{name}.py")
+    stage = load_script(f"MLLM-MSR/baselines/{name}.py")
     defaults = {"width": 16, "max_length": 8, "dropout": 0.1, "batch_size": 16, "epochs": 12}
     return stage.Options(**{**defaults, "learning_rate": 1e-2, **changes})
 
@@ -46,33 +37,30 @@ def new_model(name, options, features=None):
 def chain_users(n_users, seed=0):
     """Users who walk through the items in steps of one or two; 20 negatives; a fifth is tested."""
     rng = np.random.default_rng(seed)
-    users = []
+    users, splits = [], ("test", "validation", "train", "train", "train")
     for number in range(n_users):
         walk = np.cumsum([rng.integers(30), *rng.integers(1, 3, 6)]) % 30
         history, target = [ITEMS[k] for k in walk[:-1]], ITEMS[walk[-1]]
         others = [item for item in ITEMS if item not in {*history, target}]
-        users.append(
-            {
-                "user_id": f"u{number}",
-                "history": history,
-                "target": target,
-                "negatives": rng.choice(others, 20, replace=False).tolist(),
-                "split": ("test", "validation", "train", "train", "train")[number % 5],
-                "fold": None,
-            }
-        )
+        user = {"user_id": f"u{number}", "history": history, "target": target, "fold": None}
+        user |= {"negatives": rng.choice(others, 20, replace=False).tolist()}
+        users.append({**user, "split": splits[number % 5]})
     return users
 
 
-def trained(name, users, **changes):
-    """(fitted model, scores.jsonl rows of the test users)."""
-    options = options_of(name, **changes)
-    data = SequenceData.of(users, ITEMS)
-    model = new_model(name, options)
-    validation = data.candidate_lists(users, "validation")
+def fitted(name, users, **changes):
+    """(what `fit` found, options, lists of validation users, data)."""
+    options, data = options_of(name, **changes), SequenceData.of(users, ITEMS)
+    model, validation = new_model(name, options), data.candidate_lists(users, "validation")
     found = fit(model, data, lambda: validation_metrics(model, validation, options), options)
+    return found, options, validation, data
+
+
+def trained(name, users, **changes):
+    """(what `fit` found, scores.jsonl rows of the test users)."""
+    found, options, _, data = fitted(name, users, **changes)
     lists = data.candidate_lists(users, "test")
-    return found, scored_rows(users, lists, score_candidates(model, lists, options))
+    return found, scored_rows(users, lists, score_candidates(found.model, lists, options))
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -104,25 +92,19 @@ def test_the_next_item_is_learned(name, loss):
 def test_nothing_is_learned_from_test_users(name):
     """Other targets, negatives and histories of test users: the same parameters, bit by bit."""
     users = chain_users(60)
-    rng = np.random.default_rng(1)
-    changed = [
-        {
-            **user,
-            "history": list(reversed(user["history"])),
-            "target": ITEMS[rng.integers(30)],
-            "negatives": user["negatives"][::-1],
-        }
-        if user["split"] == "test"
-        else user
-        for user in users
-    ]
-    assert changed != users
-    models = [trained(name, own, epochs=3)[0].model.state_dict() for own in (users, changed)]
-    assert all(torch.equal(models[0][key], models[1][key]) for key in models[0])
-    training = [user for user in users if user["split"] == "train"]
-    other = [{**user, "target": ITEMS[0]} if user in training else user for user in users]
-    model = trained(name, other, epochs=3)[0].model.state_dict()
-    assert not all(torch.equal(models[0][key], model[key]) for key in model)
+
+    def changed(split, **changes):
+        return [user | changes if user["split"] == split else user for user in users]
+
+    def parameters(users):
+        return trained(name, users, epochs=3)[0].model.state_dict()
+
+    wanted = parameters(users)
+    other = changed("test", history=ITEMS[6::-1], target=ITEMS[7], negatives=ITEMS[8:28])
+    found = parameters(other)
+    assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+    found = parameters(changed("train", target=ITEMS[0]))
+    assert not all(torch.equal(found[key], wanted[key]) for key in wanted)
 
 
 def test_random_targets_are_ranked_by_chance():
@@ -138,17 +120,12 @@ def test_random_targets_are_ranked_by_chance():
 
 def test_without_a_better_epoch_training_stops_and_the_best_one_is_kept():
     users = chain_users(100)
-    options = options_of("gru4rec", epochs=60, patience=2)
-    data = SequenceData.of(users, ITEMS)
-    validation, model = data.candidate_lists(users, "validation"), new_model("gru4rec", options)
-    found = fit(model, data, lambda: validation_metrics(model, validation, options), options)
+    found, options, validation, _ = fitted("gru4rec", users, epochs=60, patience=2)
     assert len(found.log) < 60
     assert found.log[-1]["epoch"] == found.best["epoch"] + 2
-    kept = score_candidates(found.model, validation, options)
-    shorter = options_of("gru4rec", epochs=int(found.best["epoch"]), patience=60)
-    model = new_model("gru4rec", shorter)
-    again = fit(model, data, lambda: validation_metrics(model, validation, shorter), shorter)
-    assert score_candidates(again.model, validation, options) == kept
+    again, *_ = fitted("gru4rec", users, epochs=int(found.best["epoch"]), patience=60)
+    kept, wanted = (score_candidates(f.model, validation, options) for f in (found, again))
+    assert kept == wanted
 
 
 def test_without_validation_users_the_last_epoch_is_kept():
@@ -161,26 +138,22 @@ def test_without_validation_users_the_last_epoch_is_kept():
 
 def test_the_losses_by_hand():
     """Two users, one of whom has a shorter sequence: its padding does not count."""
-    options = options_of("sasrec", dropout=0.0)
-    model = new_model("sasrec", options)
+    model = new_model("sasrec", options_of("sasrec", dropout=0.0))
     rows = padded([[1, 2, 3], [4, 5]])
     inputs, targets = rows[:, :-1], rows[:, 1:]
     states, vectors = model(inputs), model.items()
     wanted = [(states[0, 0], 2), (states[0, 1], 3), (states[1, 0], 5)]
-    expected = []
-    for state, item in wanted:
-        weights = (vectors[1:] @ state).double().exp()
-        expected.append(-math.log((weights[item - 1] / weights.sum()).item()))
-    loss = next_item_loss(model, inputs, targets, "cross_entropy", torch.Generator())
-    assert loss.item() == pytest.approx(np.mean(expected), rel=1e-5)
     drawn = torch.randint(1, 31, (3,), generator=torch.Generator().manual_seed(5))
-    expected = []
+    cross_entropy, bce = [], []
     for (state, item), negative in zip(wanted, drawn, strict=True):
+        weights = (vectors[1:] @ state).double().exp()
+        cross_entropy.append(-math.log((weights[item - 1] / weights.sum()).item()))
         up, down = (torch.sigmoid((vectors[i] @ state).double()).item() for i in (item, negative))
-        expected.append(-math.log(up) - math.log(1 - down))
-    generator = torch.Generator().manual_seed(5)
-    loss = next_item_loss(model, inputs, targets, "bce", generator)
-    assert loss.item() == pytest.approx(np.mean(expected), rel=1e-5)
+        bce.append(-math.log(up) - math.log(1 - down))
+    for name, expected in (("cross_entropy", cross_entropy), ("bce", bce)):
+        generator = torch.Generator().manual_seed(5)
+        loss = next_item_loss(model, inputs, targets, name, generator)
+        assert loss.item() == pytest.approx(np.mean(expected), rel=1e-5)
 
 
 def test_scores_are_log_probabilities_of_all_items():
@@ -213,36 +186,34 @@ def test_the_encoder_puts_titles_of_one_topic_near_each_other():
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_baseline_writes_scores_of_the_test_users(name, small_run, tmp_path):
-    stage = load_script(f"MLLM-MSR/baselines/{name}.py")
-    words = ["--config", str(small_run.config), "--output_dir", str(tmp_path), "--epochs", "2"]
     summaries = str(small_run.system / "image_summaries.jsonl")
-    words += ["--features", "title", "summary", "--summaries", summaries, "--variant", "own"]
-    stage.main(words)
+    words = ["--output_dir", str(tmp_path), "--epochs", "2", "--summaries", summaries]
+    words += ["--features", "title", "summary", "--variant", "own"]
+    small_run.run(f"MLLM-MSR/baselines/{name}.py", *words)
     path = tmp_path / "baselines" / "own" / "scores.jsonl"
     rows, users = read_rows(path), read_rows(small_run.folder / "users.jsonl")
     tested = {user["user_id"]: user for user in users if user["split"] == "test"}
     assert {row["user_id"] for row in rows} == tested.keys()
     assert evaluate(rows, resamples=5)["candidates"] == 21
     assert all(row["item_id"] == tested[row["user_id"]]["target"] for row in rows if row["label"])
-    record = read_record(path)
-    assert [line["epoch"] for line in record["log"]] == [1, 2]
+    assert [line["epoch"] for line in read_record(path)["log"]] == [1, 2]
     before = path.stat().st_mtime_ns
-    stage.main(words)
+    small_run.run(f"MLLM-MSR/baselines/{name}.py", *words)
     assert path.stat().st_mtime_ns == before, "it is up to date"
 
 
 def test_titles_of_a_history_stand_where_the_preference_would(small_run, tmp_path):
-    words = ["--config", str(small_run.config), "--output_dir", str(tmp_path), "--system", "titles"]
-    load_script("MLLM-MSR/baselines/title_history.py").main([*words, "--max_titles", "2"])
+    words = ["--output_dir", str(tmp_path), "--system", "titles", "--max_titles", "2"]
+    small_run.run("MLLM-MSR/baselines/title_history.py", *words)
     rows = read_rows(tmp_path / "titles" / "user_preferences.jsonl")
-    users = {user["user_id"]: user for user in read_rows(small_run.folder / "users.jsonl")}
-    items = {item["item_id"]: item for item in read_rows(small_run.folder / "items.jsonl")}
+    users = read_by_id(small_run.folder / "users.jsonl", "user_id")
+    items = read_by_id(small_run.folder / "items.jsonl", "item_id")
     assert [row["user_id"] for row in rows] == list(users)
     for row in rows:
-        history = users[row["user_id"]]["history"]
-        titles = [items[item]["title"] for item in history[-2:]]
+        user = users[row["user_id"]]
+        titles = [items[item]["title"] for item in user["history"][-2:]]
         assert row["preference"] == "; ".join(f"{n}. {t}" for n, t in enumerate(titles, start=1))
-        assert users[row["user_id"]]["target"] not in row["blocks"][0]["items"]
+        assert user["target"] not in row["blocks"][0]["items"]
 
 
 def test_windows_hold_each_next_item_once():

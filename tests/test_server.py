@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -91,19 +91,29 @@ def chat():
     return ChatProcessor(AutoTokenizer.from_pretrained(TINY / "llama"))
 
 
-def results(chat, url, users=6, texts=2, **options):
-    """Results of dialogues that ask for some texts for each user, one by one."""
+def results(chat, url, users=6, texts=2, begun=None, **options):
+    """Results of dialogues that ask for some texts for each user, one by one.
+
+    begun: a list of the users whose dialogue was taken so far.
+    """
     options = {"base_url": url, "engine": "server", "max_new_tokens": 7, "retries": 1} | options
-    engine = ServerEngine("tiny", chat, GenerationStageOptions(**options))
 
     def dialogue(user):
         row = {"heard": []}
         for n in range(texts):
             turns = [user_turn(f"{user} asks {n}")]
             row["heard"].append((yield Prompt("", 9, turns=turns)))
+        if not texts:
+            raise InputError("no text is asked for")
         return row
 
-    return run_dialogues(engine, ((f"u{n}", dialogue(f"u{n}")) for n in range(users)))
+    def dialogues():
+        for n in range(users):
+            if begun is not None:
+                begun.append(n)
+            yield f"u{n}", dialogue(f"u{n}")
+
+    return run_dialogues(ServerEngine("tiny", chat, GenerationStageOptions(**options)), dialogues())
 
 
 def ask(chat, url, **options):
@@ -131,19 +141,17 @@ def test_dialogues_get_their_texts_and_requests_say_what_is_asked(chat, monkeypa
 
 
 def test_so_many_requests_are_in_flight_and_not_more(chat):
-    together, free = threading.Barrier(3), threading.Semaphore(3)
+    together, begun = threading.Barrier(3), []
 
     def respond(text):
-        if text == FIRST:
-            return echo(text)
-        assert free.acquire(blocking=False), "more than three"
-        together.wait(WAIT)  # broken, if fewer than three are in flight
-        free.release()
+        if text != FIRST:
+            together.wait(WAIT)  # broken, if fewer than three are in flight
         return echo(text)
 
-    with serving(respond) as (url, _):
-        found = ask(chat, url, users=12, texts=1, concurrency=3, retries=0)
-    assert found == heard(*range(12), texts=1)
+    more = {"texts": 1, "begun": begun, "concurrency": 3, "retries": 0}
+    with serving(respond) as (url, _), closing(results(chat, url, 12, **more)) as running:
+        assert next(running)[2] is None and begun == [0, 1, 2]
+        assert len(list(running)) == 11
 
 
 @pytest.mark.parametrize("failure", [fault(429, "slow down"), fault(503, "starting"), None])
@@ -224,6 +232,13 @@ def test_a_stage_that_ends_early_leaves_nothing_behind(chat, caplog, failure, is
         else:
             with pytest.raises(InputError, match=r"any more .*same command resumes"):
                 next(running)
+    gc.collect()
+    assert [record for record in caplog.records if record.name == "asyncio"] == []
+
+
+def test_dialogues_that_fail_in_the_same_moment_leave_nothing_behind(chat, caplog):
+    with serving(echo) as (url, _), pytest.raises(InputError, match="no text is asked for"):
+        ask(chat, url, texts=0)
     gc.collect()
     assert [record for record in caplog.records if record.name == "asyncio"] == []
 

@@ -54,7 +54,8 @@ def read_pages(
     sizes = sorted(SIZES, key=lambda size: size != options.image_size)
     url = ", ".join(f"nullif(images->>'$[0].{size}', '')" for size in sizes)
     texts = ["title", *(["features", "description"] if options.item_text == "full" else [])]
-    query = f"SELECT trim(parent_asin) AS id, {', '.join(texts)}, coalesce({url}) AS url"
+    fields = ", ".join(f"{table.columns[text]} AS {text}" for text in texts)
+    query = f"SELECT trim(parent_asin) AS id, {fields}, coalesce({url}) AS url"
     with duckdb.connect() as database:
         database.register("wanted", pd.DataFrame({"id": list(item_ids)}, dtype="str"))
         table.create(database, f"{query} FROM {table.scan} WHERE id IN (FROM wanted)")
@@ -67,19 +68,18 @@ def catalogue_of(
     pages: pd.DataFrame, item_ids: Iterable[str], path: Path
 ) -> tuple[pd.DataFrame, list[Row]]:
     """(catalogue, rejected rows), as in `read_pages`. pages: columns id, title and url."""
-    pages = pages[["id", "title", "url"]].astype(object)
-    catalogue = pages.where(pages.notna() & (pages != ""), None).groupby("id").first()
-    is_name = catalogue.index.str.fullmatch(r"[\w-]+", flags=re.ASCII)  # the image file's
-    catalogue = catalogue[is_name & catalogue["title"].notna()]
+    is_name = pages["id"].str.fullmatch(r"[\w-]+", flags=re.ASCII)  # of the image file
+    pages = pages[is_name & (pages["title"] != "")].drop_duplicates("id")
+    catalogue = pages.set_index("id")[["title", "url"]].astype(object)
     if catalogue.empty:
         raise InputError(f"{path}: no item of the log has a page with a title; fetch it again")
     missing = pd.Index(item_ids).difference(catalogue.index)
     return catalogue, [{"file": path.name, "item_id": i, "reason": NO_PAGE} for i in missing]
 
 
-def item_text(title: str | None, *more: str | None) -> str:
+def item_text(title: str, *more: str) -> str:
     """The title, followed by further lists of texts (as JSON), as one line; "": no title."""
-    parts = [plain_text(title or "")]
+    parts = [plain_text(title)]
     if not parts[0]:
         return ""
     parts += [plain_text(text) for texts in more for text in json.loads(texts or "[]") if text]

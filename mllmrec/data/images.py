@@ -31,31 +31,28 @@ def open_image(path: str | Path | io.BytesIO) -> Image.Image:
     reason for a missing, empty, broken, truncated or oversized file, or one of another kind.
     """
     try:
-        size = (
-            path.getbuffer().nbytes if isinstance(path, io.BytesIO) else Path(path).stat().st_size
-        )
-        if size == 0:
-            raise ImageError("the file is empty")
-        with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore", Image.DecompressionBombWarning
-            )  # judged by MAX_PIXELS instead
+        with warnings.catch_warnings():  # large images are judged by MAX_PIXELS instead
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             image = Image.open(path, formats=FORMATS)
         if image.width * image.height > MAX_PIXELS:
             raise ImageError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS}")
         image.load()
         return _as_rgb(ImageOps.exif_transpose(image))
-    except FileNotFoundError:
-        raise ImageError("the file is missing") from None
-    except IsADirectoryError:
-        raise ImageError("it is a folder") from None
     except ImageError:
         raise
-    except Image.DecompressionBombError:
-        raise ImageError(f"it would unpack to more than {MAX_PIXELS} pixels") from None
     except Exception as error:  # Pillow's plugins raise nearly anything on broken bytes
-        reason = " ".join(str(error).replace(str(path), "the file").split())
-        raise ImageError(f"not a readable image ({type(error).__name__}: {reason})") from None
+        raise ImageError(_reason(error, path)) from None
+
+
+def _reason(error: Exception, path: str | Path | io.BytesIO) -> str:
+    if isinstance(error, FileNotFoundError):
+        return "the file is missing"
+    if isinstance(error, IsADirectoryError):
+        return "it is a folder"
+    if isinstance(error, Image.DecompressionBombError):
+        return f"it would unpack to more than {MAX_PIXELS} pixels"
+    text = " ".join(str(error).replace(str(path), "the file").split())
+    return f"not a readable image ({type(error).__name__}: {text})"
 
 
 def image_size(path: str | Path) -> tuple[int, int]:
@@ -68,10 +65,8 @@ def image_size(path: str | Path) -> tuple[int, int]:
             width, height = image.size
             rotated = image.getexif().get(0x0112) in (5, 6, 7, 8)  # by a quarter
             return (height, width) if rotated else (width, height)
-    except FileNotFoundError:
-        raise ImageError("the file is missing") from None
     except Exception as error:  # as above
-        raise ImageError(f"not a readable image ({type(error).__name__})") from None
+        raise ImageError(_reason(error, path)) from None
 
 
 def padded_sizes(paths: Sequence[Path | None], n: int) -> list[tuple[int, int] | None]:
@@ -140,13 +135,16 @@ def check_image_paths(
     names: paths relative to the file. Links are resolved: a data set of others must not make a
     stage open, or a report show, any file of this machine.
     """
-    allowed = [os.path.realpath(root) for root in (data_dir, *roots)]
+    parent = os.path.dirname(of_file)
+    allowed = tuple(os.path.join(os.path.realpath(root), "") for root in (data_dir, *roots))
+    resolved = cache(os.path.realpath)  # thousands of images lie in one folder
     for name in dict.fromkeys(names):
-        path = os.path.join(os.path.dirname(of_file), name)
-        place = os.path.realpath(path) if os.path.islink(path) else _resolved(os.path.dirname(path))
-        if not any(place == root or place.startswith(root + os.sep) for root in allowed):
+        path = os.path.join(parent, name)
+        is_link = os.path.islink(path)
+        place = os.path.realpath(path) if is_link else resolved(path.rpartition("/")[0]) + "/"
+        if not place.startswith(allowed):
             raise InputError(
-                f"{of_file}: the image {name} lies in {place}, outside {data_dir} and "
+                f"{of_file}: the image {name} lies in {place.rstrip('/')}, outside {data_dir} and "
                 f"--image_roots ({' '.join(roots) or 'none'}); if that is right, name its folder "
                 "with --image_roots, also in the later stages"
             )
@@ -160,24 +158,18 @@ def check_item_images(
     check_image_paths(names, of_file, data_dir, roots)
 
 
-@cache  # thousands of images lie in one folder
-def _resolved(folder: str) -> str:
-    return os.path.realpath(folder)
-
-
 def image_index(folder: str | Path | None) -> dict[str, str]:
-    """dict file name without suffix -> path, of the images in `folder` (None: no folder, no
-    images).
+    """dict file name without suffix -> path, of the images in `folder` (None: no images).
 
     If one name has several images the order of SUFFIXES decides, then the alphabet.
     """
-    found: dict[str, tuple[int, str]] = {}
-    for path in sorted(Path(folder).iterdir()) if folder else ():
-        if path.suffix.lower() in SUFFIXES:
-            rank = SUFFIXES.index(path.suffix.lower())
-            if path.stem not in found or rank < found[path.stem][0]:
-                found[path.stem] = (rank, str(path))
-    return {name: path for name, (_, path) in found.items()}
+    paths = sorted(Path(folder).iterdir(), reverse=True) if folder else []
+    return {
+        path.stem: str(path)
+        for suffix in reversed(SUFFIXES)  # of equal names the last one stays
+        for path in paths
+        if path.suffix.lower() == suffix
+    }
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:

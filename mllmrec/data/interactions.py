@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
 Array = np.ndarray[Any, Any]
 PERIOD = 1000  # interactions: the nearest in time to a target
@@ -40,10 +39,12 @@ class InteractionLog:
         return cls(user_ids, item_ids, user[order], item[order], times[order], first_row)
 
     def only_items(self, known: Any) -> "InteractionLog":
-        """The log without interactions with items that are not in `known`, an index of ids."""
-        keep = pd.Index(self.item_ids).isin(known)[self.item]
-        if keep.all():
+        """The log without interactions with items that are not in `known`, some ids."""
+        known = set(known)
+        is_known = np.array([item_id in known for item_id in self.item_ids], dtype=bool)
+        if is_known.all():
             return self
+        keep = is_known[self.item]
         return replace(self, user=self.user[keep], item=self.item[keep], time=self.time[keep])
 
 
@@ -61,13 +62,14 @@ def k_core(user: Array, item: Array, user_core: int, item_core: int) -> Array:
     Rare: users with fewer than `user_core`, items with fewer than `item_core` interactions.
     """
     keep = np.ones(len(user), dtype=bool)
+    per_user, per_item = np.bincount(user), np.bincount(item)
     while True:
-        per_user = np.bincount(user[keep], minlength=user.max(initial=-1) + 1)
-        per_item = np.bincount(item[keep], minlength=item.max(initial=-1) + 1)
-        remaining = keep & (per_user[user] >= user_core) & (per_item[item] >= item_core)
-        if remaining.sum() == keep.sum():
+        removed = keep & ((per_user < user_core)[user] | (per_item < item_core)[item])
+        if not removed.any():
             return keep
-        keep = remaining
+        keep &= ~removed
+        per_user -= np.bincount(user[removed], minlength=len(per_user))
+        per_item -= np.bincount(item[removed], minlength=len(per_item))
 
 
 def sample_negatives(

@@ -1,6 +1,7 @@
 """What all loaders do alike: the log that one has read becomes the files of stage 1, recorded."""
 
 import logging
+import os
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from mllmrec.data.images import check_image_paths
-from mllmrec.data.split import DataOptions, PreparedData, prepare
+from mllmrec.data.split import DataOptions, prepare
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import (
     atomic_file,
@@ -32,7 +33,7 @@ def run_loader(
     options: DataOptions,
     raw_files: Iterable[Path],
     load: Callable[[], tuple[Any, pd.DataFrame, list[Row]]],
-    rules: Callable[..., PreparedData] = prepare,
+    rules: Callable[..., Any] = prepare,
     has_urls: bool = False,
     **settings: Any,
 ) -> None:
@@ -73,16 +74,17 @@ def _image_files(urls: pd.Series, failed: set[str], options: DataOptions) -> lis
             f"that is fixed: python data_processing/download_images.py --config {options.config} "
             f"--data_dir {options.data_dir} --retry_rejected true"
         )
-    return [f"{folder}/{i}.jpg" if has else None for i, has in zip(urls.index, there, strict=True)]
+    names = zip(urls.index.tolist(), there.tolist(), strict=True)
+    return [f"{folder}/{item_id}.jpg" if is_there else None for item_id, is_there in names]
 
 
 def _write_urls(urls: pd.Series, failed: set[str], path: Path) -> None:
-    """Write image_urls.jsonl, with the URLs of failed downloads, so that they can be tried again."""
+    """Write image_urls.jsonl. URLs of failed downloads stay, so that they can be tried again."""
     earlier = (
         read_by_id(path, "item_id", keys=("item_id", "url")) if failed and path.exists() else {}
     )
     kept = {item_id: row["url"] for item_id, row in earlier.items() if item_id in failed}
-    merged = kept | urls.to_dict()
+    merged = kept | dict(zip(urls.index.tolist(), urls.tolist(), strict=True))
     write_rows(path, ({"item_id": item_id, "url": url} for item_id, url in merged.items()))
 
 
@@ -96,18 +98,16 @@ def rejected_rows_path(options: DataOptions) -> Path:
     return Path(options.data_dir) / "interactions.rejected.jsonl"
 
 
-def write_data_set(
-    data: PreparedData, rejected: Sequence[Row], options: DataOptions
-) -> dict[str, int]:
+def write_data_set(data: Any, rejected: Sequence[Row], options: DataOptions) -> dict[str, int]:
     """Write all outputs of a loader, print the statistics; return the counts for the record.
 
-    rejected: rows of the raw files.
+    data: PreparedData or another object with items, statistics and encoded_lines().
     """
     statistics, paths = data.statistics, data_outputs(options)
     for name in ("train", "test"):  # without validation users, the last epoch is kept
         if statistics["written_users"][name] == 0 and not options.limit:
             raise InputError(
-                f"of {len(data.user_ids)} users none is in the {name} split; change "
+                f"of {statistics['users']} users none is in the {name} split; change "
                 "--train_fraction, --validation_fraction or --folds"
             )
     statistics["rejected_rows"] = len(rejected)
@@ -123,7 +123,7 @@ def write_data_set(
     logger.info(f"wrote {paths[0]} and {paths[1]}")
     return {
         "in": statistics["raw"]["interactions"],
-        "users": len(set(data.line_user.tolist())),
+        "out": sum(statistics["written_users"].values()),
         "items": len(data.items),
         "rejected": len(rejected),
     }
@@ -131,16 +131,16 @@ def write_data_set(
 
 def _write_items(items: pd.DataFrame, path: Path, options: DataOptions) -> None:
     """Write items.jsonl. Raises InputError for an image outside the folders that are allowed."""
-    folder_of = cache(lambda folder: relative_path(f"{folder}/x", path)[:-1])
-    parts = [image.rpartition("/") if isinstance(image, str) else None for image in items["image"]]
-    names = [folder_of(part[0]) + part[2] if part else None for part in parts]
+    start = cache(lambda folder: relative_path(os.path.join(folder, "x"), path)[:-1])
+    parts = [os.path.split(image) if isinstance(image, str) else None for image in items["image"]]
+    names = [start(part[0]) + part[1] if part else None for part in parts]
     given = [name for name in names if name]
     try:
         check_image_paths(given, path, options.data_dir, options.image_roots)
     except InputError as reason:  # here the images of the raw files are those that were named
         check_image_paths(given, path, options.data_dir, [options.raw_dir])
         logger.info(f"note: {reason}")
-    columns = zip(items.index, items["title"], names, strict=True)
+    columns = zip(items.index.tolist(), items["title"].tolist(), names, strict=True)
     write_rows(path, ({"item_id": i, "title": title, "image": name} for i, title, name in columns))
 
 

@@ -33,26 +33,19 @@ KINDS = {
     rb"PK\x03\x04": "is packed (zip); unpack it",
     rb"\xfd7zXZ\x00": "is packed (xz); unpack it",
     rb"\x28\xb5\x2f\xfd": "is packed (zstd); unpack it",
-    rb"(?s).{257}ustar": "is packed (tar); unpack it",
     GZIP: "is packed (gzip, twice); unpack it once",
     rb"\xff\xfe|\xfe\xff": "is UTF-16 text; save it as UTF-8",
     rb"\s*<(?i:!doctype|html|head|body|\?xml|!--)": "is a web page, not the data; fetch it again",
-    rb"version https://git-lfs": "is a git-lfs pointer; fetch the file with `git lfs pull`",
     rb"(?s).*\x00": "holds NUL bytes, as UTF-16 text and binary files do; save it as UTF-8 text",
     rb"[^\n]*\r[^\n]": "has lines that end with \\r alone; save it with \\n",
 }
-OPENS_QUOTE = (
-    "a double quote opens a field and is not closed in it; close it, or write it twice if it "
-    "belongs to the text"
-)
 # DuckDB's names for lines that are no rows.
 FAULTS = {
     "MISSING COLUMNS": "too few fields",
     "TOO MANY COLUMNS": "too many fields",
-    "UNQUOTED VALUE": OPENS_QUOTE,
-    "INVALID ENCODING": "bytes that are not UTF-8; save the file as UTF-8",
+    "UNQUOTED VALUE": "a double quote opens a field and is not closed at its end",
+    "INVALID ENCODING": "bytes that are not UTF-8",
 }
-MOST_LINE_BREAKS = 10  # of one field of a table of texts
 SHOWN = 200  # characters of a rejected row
 
 
@@ -100,16 +93,12 @@ def open_raw(path: Path) -> Iterator[IO[bytes]]:
             file.seek(len(BOM) if file.read(len(BOM)) == BOM else 0)
             yield file
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise _damaged(path, error) from None
+        raise InputError(f"{path} is truncated or damaged ({error}); fetch it again") from None
 
 
 def _is_gzipped(path: Path) -> bool:
     with open(path, "rb") as file:
         return file.read(len(GZIP)) == GZIP
-
-
-def _damaged(path: Path, error: Exception) -> InputError:
-    return InputError(f"{path} is truncated or damaged ({error}); fetch it again")
 
 
 @dataclass(frozen=True)
@@ -128,17 +117,11 @@ class RawTable:
     row: str = "rowid"
 
     def frame(self) -> pd.DataFrame:
-        """The columns as strings, for tables of texts: a field may have some line breaks."""
+        """The columns as strings; fields may have line breaks."""
         fields = ", ".join(f'{sql} AS "{name}"' for name, sql in self.columns.items())
         with duckdb.connect() as database:
             self.create(database, f"SELECT {fields} FROM {self.scan}")
-            frame = run(database, "SELECT * FROM raw ORDER BY rowid").df().astype("str")
-        for name in frame:
-            broken = frame[name].str.count("\n") > MOST_LINE_BREAKS
-            if broken.any():
-                [entry] = self.rejected([(int(broken.argmax()), OPENS_QUOTE)])
-                raise InputError(f"{self.path}, line {entry['line']}: {OPENS_QUOTE}")
-        return frame
+            return run(database, "SELECT * FROM raw ORDER BY rowid").df().astype("str")
 
     def create(self, database: duckdb.DuckDBPyConnection, query: str, **parameters: Any) -> None:
         """Create the table `raw` of a query about the scan.
@@ -151,17 +134,17 @@ class RawTable:
         except duckdb.OutOfMemoryException as error:
             raise MemoryError(str(error)) from None
         except duckdb.Error as error:
-            if "GZIP" in str(error):
-                raise _damaged(self.path, error) from None
             if self.form is None:
                 self._check_json()
             reason = str(error).splitlines()[0].partition("Error: ")[2]
-            raise InputError(f"{self.path}: {reason}; correct the file or fetch it again") from None
+            raise InputError(
+                f"{self.path}: {reason}; check its quotes and line ends, or fetch it again"
+            ) from None
         if self.form is not None:
             self._check_no_faults(database)
 
     def _check_no_faults(self, database: duckdb.DuckDBPyConnection) -> None:
-        first = "arg_min(error_type, line), arg_min(line_byte_position, line)"
+        first = "arg_min(error_type, byte_position), min(byte_position)"
         faults = f"SELECT count(DISTINCT line), {first} FROM reject_errors"
         number, kind, position = run(database, faults).fetchall()[0]
         if number:
@@ -174,18 +157,16 @@ class RawTable:
             )
 
     def _check_json(self) -> None:
-        """Raise InputError for the first line that is no JSON object."""
+        """Raise InputError for the first line that is not JSON."""
         with open_raw(self.path) as file:
             for number, line in enumerate(file, start=1):
-                problem = None
                 try:
-                    if line.strip() and not isinstance(from_json(line), dict | None):
-                        problem = "a line must hold one object"
+                    from_json(line.strip() or b"null")
                 except ValueError as error:
-                    problem = f"not valid JSON ({error})"
-                if problem:
-                    remedy = "fetch the file again or remove the line"
-                    raise InputError(f"{self.path}, line {number}: {problem}; {remedy}")
+                    raise InputError(
+                        f"{self.path}, line {number}: not valid JSON ({error}); fetch the file "
+                        "again or remove the line"
+                    ) from None
 
     def rejected(self, reasons: Iterable[tuple[int, str]]) -> list[Row]:
         """Entries of X.rejected.jsonl. reasons: (row number from 0, reason), in this order."""

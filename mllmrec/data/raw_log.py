@@ -21,10 +21,7 @@ UNIT_ENDS = (10**11, 10**14, 10**17)  # smallest times of the last three units
 CONTROL = r"[\x00-\x1f\x7f-\x9f]"
 MOST_WITH_FRACTION = 9 * 10**12  # as millionths it fits into 64 bit
 BLANKS = "".join(character for character in map(chr, range(0x3001)) if character.isspace())
-NO_TIME = (
-    "the timestamp is not a number such as 1589233210, 1589233210123 or 1589233210.25, with at "
-    "most six digits after the point"
-)
+NO_TIME = "the timestamp is not a number such as 1589233210 or 1589233210.25 (at most six digits)"
 # A log with its times as whole numbers and millionths; anything but digits takes longer.
 RAW = """
 SELECT {row}{user} AS user_id, {item} AS item_id,
@@ -42,7 +39,7 @@ IDS = """
 CREATE TABLE {column}s AS
 SELECT *, dense_rank() OVER (ORDER BY reason IS NOT NULL, length(id), id)::INTEGER - 1 AS code
 FROM (SELECT *, CASE WHEN id = '' THEN 'the {name} is empty'
-        WHEN regexp_matches(id, '\\p{{Cc}}') THEN 'the {name} has a control character'
+        WHEN regexp_matches(id, '\\p{{Cc}}') THEN 'the {name} has a line break or control character'
         {more} END AS reason
     FROM (SELECT {column} AS raw_id, min(rowid) AS first_row,
             CASE WHEN regexp_full_match(raw_id, '[!-~]*') THEN raw_id
@@ -134,7 +131,7 @@ def read_titles(table: RawTable) -> tuple[pd.DataFrame, list[Row]]:
     reason = pd.Series("", index=frame.index)
     reason[ids.where(~blank).duplicated()] = "the item has a title already"
     reason[blank] = "the title is empty"
-    reason[ids.str.contains(CONTROL, regex=True)] = f"the {name} has a control character"
+    reason[ids.str.contains(CONTROL, regex=True)] = f"the {name} has a line break or control character"
     reason[ids == ""] = f"the {name} is empty"
     bad = reason[reason != ""]
     rejected = table.rejected(zip(bad.index.tolist(), bad, strict=True))

@@ -25,38 +25,14 @@ COLOURS = {
 }
 SHAPES = ("circle", "square", "triangle", "star", "cross")
 TOPICS = ("cooking", "music", "travel", "football", "science")
-ADJECTIVES = (
-    "quiet",
-    "little",
-    "golden",
-    "hidden",
-    "last",
-    "early",
-    "broken",
-    "secret",
-    "long",
-    "bright",
-)
-NOUNS = (
-    "garden",
-    "river",
-    "winter",
-    "house",
-    "road",
-    "morning",
-    "letter",
-    "island",
-    "story",
-    "window",
-)
+ADJECTIVES = "quiet little golden hidden last early broken secret long bright".split()
+NOUNS = "garden river winter house road morning letter island story window".split()
 ATTRIBUTES = ("colour", "shape", "topic")
 VALUES = {"colour": tuple(COLOURS), "shape": SHAPES, "topic": TOPICS}
 
 COVER_SIZE = (48, 64)  # pixels, width x height
 DRIFT_PROBABILITY = 0.8
-CHOICE_SHARPNESS = (
-    4.0  # an item is chosen with weight exp(CHOICE_SHARPNESS x number of favourites that fit)
-)
+CHOICE_SHARPNESS = 4.0  # an item's weight is exp(CHOICE_SHARPNESS x favourites that fit)
 OPENING = "The user appears to have a preference for"
 
 Item = dict[str, str]  # colour, shape, topic, title
@@ -76,9 +52,7 @@ def title_of(topic: str, rng: Rng) -> str:
 
 
 def catalogue(n_items: int, rng: Rng) -> list[Item]:
-    """`n_items` items that use every (colour, shape, topic) about equally often, in random
-    order.
-    """
+    """`n_items` items in random order, every (colour, shape, topic) about equally often."""
     combinations = [(c, s, t) for c in COLOURS for s in SHAPES for t in TOPICS]
     order = [
         combinations[i]
@@ -92,9 +66,7 @@ def catalogue(n_items: int, rng: Rng) -> list[Item]:
 
 
 def draw_cover(colour: str, shape: str, rng: Rng) -> Image.Image:
-    """An RGB image of COVER_SIZE: one large shape on a plain light background; position, size,
-    tint vary.
-    """
+    """An RGB image of COVER_SIZE: a large shape on a light ground; position, size, tint vary."""
     width, height = COVER_SIZE
     background = tuple(int(v) for v in rng.integers(215, 250, size=3))
     fill = tuple(int(np.clip(v + rng.integers(-15, 16), 0, 255)) for v in COLOURS[colour])

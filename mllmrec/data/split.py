@@ -130,20 +130,25 @@ class PreparedData:
 
     def encoded_lines(self) -> Iterator[str]:
         """The lines of users.jsonl: users in id order, or in that of the released split."""
-        # Faster by far than a dict for each line; there may be millions.
+        # Ids are encoded once and lines are made of strings: there may be millions of them.
         encode = json.JSONEncoder(ensure_ascii=False).encode
+        users = map(encode, self.user_ids[self.line_user])
         items = np.array([encode(item_id) for item_id in self.item_ids], dtype=object)
-        start = 0
-        columns = (self.line_user, self.ends, self.target, self.split, self.fold, self.negatives)
-        for user, end, target, split, fold, negatives in zip(*columns, strict=True):
-            history = ", ".join(items[self.history[start:end]])
-            drawn = ", ".join(items[negatives[: np.count_nonzero(negatives >= 0)]])
+        history, targets = items[self.history].tolist(), items[self.target].tolist()
+        is_drawn = self.negatives >= 0
+        negatives, drawn_ends = items[self.negatives[is_drawn]].tolist(), is_drawn.sum(1).cumsum()
+        folds = np.where(self.fold >= 0, self.fold.astype(str), "null").tolist()
+        ends = (self.ends.tolist(), drawn_ends.tolist())
+        start = drawn = 0
+        for user, target, split, fold, end, drawn_end in zip(
+            users, targets, self.split.tolist(), folds, *ends, strict=True
+        ):
             yield (
-                f'{{"user_id": {encode(self.user_ids[user])}, "history": [{history}], '
-                f'"target": {items[target]}, "negatives": [{drawn}], "split": "{split}", '
-                f'"fold": {fold if fold >= 0 else "null"}}}\n'
+                f'{{"user_id": {user}, "history": [{", ".join(history[start:end])}], "target": '
+                f'{target}, "negatives": [{", ".join(negatives[drawn:drawn_end])}], "split": '
+                f'"{split}", "fold": {fold}}}\n'
             )
-            start = end
+            start, drawn = end, drawn_end
 
 
 def check_options(options: SplitOptions) -> None:
@@ -204,17 +209,11 @@ def prepare(log: InteractionLog, catalogue: pd.DataFrame, options: SplitOptions)
     ends = np.cumsum(np.bincount(user_rank[log.user[keep]], minlength=len(user_ids)))
     starts = np.append(0, ends[:-1])
     popularity = np.bincount(sequences, minlength=len(item_ids))
-    if options.split_by == "leave_one_out":
-        columns = _leave_one_out_lines(len(user_ids), options)
-    elif options.split_by == "released":
-        by_time = np.lexsort((log.first_row[users], times[starts]))
-        columns = _released_split_lines(by_time, options)
-    else:
-        columns = _user_split_lines(len(user_ids), options)
-    line_user, line_skip, split, fold = columns
+    by_time = np.lexsort((log.first_row[users], times[starts]))
+    line_user, line_skip, split, fold = _lines(by_time, options)
     last = ends[line_user] - 1 - line_skip  # place of each line's target
-    draw = _Negatives(touched, user_ids, popularity, (sequences, times), options)
-    negatives = draw.of_lines(line_user, split, times[last])
+    lines = (line_user, split, times[last])
+    negatives = _negatives(touched, (sequences, times), lines, popularity, options)
     chosen = np.isin(line_user, _pilot_users(len(user_ids), split, options))
     spans = (starts[line_user[chosen]], last[chosen])
     history, history_ends, target = _histories(sequences, spans, popularity, options)
@@ -292,85 +291,62 @@ def _histories(
     return sequences[places], ends, sequences[last]
 
 
-def _user_split_lines(n_users: int, options: SplitOptions) -> tuple[Array, Array, Array, Array]:
-    """(user, skip, split, fold) of one line per user."""
-    if options.folds > n_users:
-        raise InputError(f"--folds {options.folds} are more than the {n_users} users; lower it")
-    split, fold = split_users(
-        n_users,
-        (options.train_fraction, options.validation_fraction),
-        (options.folds, options.test_fold),
-        np.random.default_rng([options.seed, 1]),
-    )
-    return np.arange(n_users), np.zeros(n_users, dtype=np.int64), split, fold
-
-
-def _released_split_lines(users: Array, options: SplitOptions) -> tuple[Array, Array, Array, Array]:
-    """(user, skip, split, fold) of one line per user, in the order of the released split.
+def _lines(users: Array, options: SplitOptions) -> tuple[Array, Array, Array, Array]:
+    """(user, skip, split, fold) of each line; skip: how many of the user's last items are left out.
 
     users: codes in the order of their first interaction.
     """
-    from sklearn.model_selection import train_test_split  # a second to import
+    n_users, n_splits = len(users), len(SPLITS)
+    if options.split_by == "leave_one_out":  # three lines per user
+        skip = np.tile(np.arange(n_splits)[::-1], n_users)
+        split = np.tile(np.array(SPLITS), n_users)
+        return np.repeat(np.arange(n_users), n_splits), skip, split, np.full(len(skip), -1)
+    skip = np.zeros(n_users, dtype=np.int64)
+    if options.split_by == "released":  # the lines are in its order
+        from sklearn.model_selection import train_test_split  # a second to import
 
-    train, rest = train_test_split(users, test_size=0.2, random_state=options.seed)
-    validation, test = train_test_split(rest, test_size=0.5, random_state=options.seed)
-    line_user = np.concatenate([train, validation, test])
-    split = np.repeat(np.array(SPLITS), [len(train), len(validation), len(test)])
-    return line_user, np.zeros(len(line_user), dtype=np.int64), split, np.full(len(line_user), -1)
+        train, rest = train_test_split(users, test_size=0.2, random_state=options.seed)
+        parts = (train, *train_test_split(rest, test_size=0.5, random_state=options.seed))
+        split = np.repeat(np.array(SPLITS), [len(part) for part in parts])
+        return np.concatenate(parts), skip, split, np.full(n_users, -1)
+    if options.folds > n_users:
+        raise InputError(f"--folds {options.folds} are more than the {n_users} users; lower it")
+    fractions = (options.train_fraction, options.validation_fraction)
+    folds, rng = (options.folds, options.test_fold), np.random.default_rng([options.seed, 1])
+    return np.arange(n_users), skip, *split_users(n_users, fractions, folds, rng)
 
 
-def _leave_one_out_lines(n_users: int, options: SplitOptions) -> tuple[Array, Array, Array, Array]:
-    """(user, skip, split, fold) of three lines per user: the last item is the test's target."""
-    return (
-        np.repeat(np.arange(n_users), len(SPLITS)),
-        np.tile(np.arange(len(SPLITS))[::-1], n_users),
-        np.tile(np.array(SPLITS), n_users),
-        np.full(n_users * len(SPLITS), -1),
-    )
+def _negatives(
+    touched: Array,
+    log: tuple[Array, Array],
+    lines: tuple[Array, Array, Array],
+    popularity: Array,
+    options: SplitOptions,
+) -> Array:
+    """Item codes of shape (lines, most negatives); -1 behind a line's last.
 
-
-@dataclass
-class _Negatives:
-    """Draws the negatives of the lines.
-
-    touched: as in `sample_negatives`; popularity: interactions of each item; log: (item code, time)
-    of all interactions of the core.
+    touched: as in `sample_negatives`; log: (item code, time) of all interactions of the core;
+    lines: (user code, split, time of the target) of each; popularity: interactions of each item.
     """
-
-    touched: Array
-    user_ids: Array
-    popularity: Array
-    log: tuple[Array, Array]
-    options: SplitOptions
-
-    def of_lines(self, line_user: Array, split: Array, target_time: Array) -> Array:
-        """Item codes of shape (lines, most negatives), -1 behind the last."""
-        options = self.options
-        most = max(options.negatives, options.train_negatives)
-        negatives = np.full((len(line_user), most), -1, dtype=np.int64)
-        for is_train, how_many in ((True, options.train_negatives), (False, options.negatives)):
-            where = np.flatnonzero((split == "train") == is_train)
-            rng = np.random.default_rng([options.seed, 2, is_train])
-            drawn = self._draw(line_user[where], target_time[where], how_many, rng)
-            negatives[where, :how_many] = drawn
-            short = (drawn < 0).any(1)
-            if short.any():
-                raise InputError(
-                    f"user {self.user_ids[line_user[where[short][0]]]!r} touched so many of the "
-                    f"{len(self.popularity)} items that {how_many} negatives cannot be drawn; "
-                    "lower --negatives or --train_negatives"
-                )
-        return negatives
-
-    def _draw(
-        self, users: Array, target_time: Array, how_many: int, rng: np.random.Generator
-    ) -> Array:
-        n_items, sampling = len(self.popularity), self.options.negative_sampling
-        if sampling == "period":
-            lines = (users, target_time)
-            return sample_negatives_of_period(self.touched, lines, self.log, n_items, how_many, rng)
-        weights = self.popularity if sampling == "popularity" else None
-        return sample_negatives(self.touched, users, n_items, how_many, rng, weights)
+    users, split, target_time = lines
+    most, n_items = max(options.negatives, options.train_negatives), len(popularity)
+    negatives = np.full((len(users), most), -1, dtype=np.int64)
+    for is_train, how_many in ((True, options.train_negatives), (False, options.negatives)):
+        where = np.flatnonzero((split == "train") == is_train)
+        rng = np.random.default_rng([options.seed, 2, is_train])
+        if options.negative_sampling == "period":
+            own = (users[where], target_time[where])
+            drawn = sample_negatives_of_period(touched, own, log, n_items, how_many, rng)
+        else:
+            weights = popularity if options.negative_sampling == "popularity" else None
+            drawn = sample_negatives(touched, users[where], n_items, how_many, rng, weights)
+        if (drawn < 0).any():
+            raise InputError(
+                f"a user touched so many of the {n_items} items that {how_many} negatives cannot "
+                "be drawn; lower --negatives or --train_negatives"
+            )
+        negatives[where, :how_many] = drawn
+    return negatives
 
 
 def _pilot_users(n_users: int, split: Array, options: SplitOptions) -> Array:

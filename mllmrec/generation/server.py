@@ -70,10 +70,10 @@ class ServerEngine:
                     for task in done:
                         tasks.remove(task)
                         yield task.result()
-            finally:  # also if the consumer closes this generator
+            finally:  # also if the consumer closes this generator; the runner awaits the tasks
                 for task in tasks:
                     task.cancel()
-                runner.run(self._close(tasks))
+                runner.run(self.client.close())
 
     async def _run(self, row_id: Any, dialogue: Dialogue, progress: Progress | None) -> Result:
         """Run one dialogue to its end; a row whose texts were cut has their number as `cut`."""
@@ -91,10 +91,6 @@ class ServerEngine:
         except RejectedError as reason:
             dialogue.close()
             return row_id, None, str(reason)
-
-    async def _close(self, tasks: Iterable["asyncio.Task[Result]"]) -> None:
-        await asyncio.gather(*tasks, return_exceptions=True)
-        await self.client.close()
 
     async def _connect(self) -> None:
         """Ask for one token. Raises InputError for a wrong address, key or model."""

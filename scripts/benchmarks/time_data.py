@@ -25,18 +25,15 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
+import duckdb
 import pandas as pd
-import pyarrow as pa
-import pyarrow.csv as pacsv
 from tools import new_parser, parse, print_row, write_report
 
 from mllmrec.data.interactions import k_core
-from mllmrec.data.split import prepare, write_data
+from mllmrec.data.split import prepare
 from mllmrec.stage.scripts import load_script
 
 MICROLENS = load_script("data_processing/microlens.py")
-ROWS_AT_ONCE = 2_000_000  # of a generated log
 
 
 def per_user_procedure(table, users):
@@ -62,11 +59,7 @@ def per_user_procedure(table, users):
 
 def our_procedure(log, catalogue, options):
     """The same of all users, by this repository, the filters included."""
-    options = replace(options, history="released")
-    return [
-        (line["user_id"], line["history"], line["target"], line["negatives"])
-        for line in prepare(log, catalogue, options).lines(options)
-    ]
+    return list(prepare(log, catalogue, replace(options, history="released")).encoded_lines())
 
 
 def core_table(log, options):
@@ -99,14 +92,11 @@ def microlens_rows(args):
         options = MICROLENS.Options(data_dir=folder, raw_dir=args.raw_dir, require_image=False)
         log, catalogue, _ = MICROLENS.load(pairs, titles, None)
         users, table = core_table(log, options)
-
-        def stage():
-            log, catalogue, _ = MICROLENS.load(pairs, titles, None)
-            write_data(prepare(log, catalogue, options), options)
-
+        stage = ["--raw_dir", args.raw_dir, "--data_dir", folder, "--require_image", "false"]
+        stage += ["--config", "configs/microlens.yaml", "--overwrite", "true"]
         for repeat in range(args.repeats):
             sample = random.Random(repeat).sample(users, n_sampled)
-            seconds["stage"].append(seconds_of(stage))
+            seconds["stage"].append(seconds_of(MICROLENS.main, stage))
             seconds["ours"].append(seconds_of(our_procedure, log, catalogue, options))
             sampled_s = seconds_of(per_user_procedure, table, sample)
             seconds["baseline"].append(sampled_s * len(users) / n_sampled)
@@ -126,50 +116,30 @@ def microlens_rows(args):
     ]
 
 
-def generate_log(folder, millions, rng):
-    """Write Toys.csv and meta_Toys.jsonl.
+def generate_log(folder, millions):
+    """Write Toys.csv and meta_Toys.jsonl, the same ones each time.
 
     A tenth as many users as interactions, a fortieth as many items; the first items are the most
     popular ones.
     """
     n = millions * 1_000_000
-    n_users, n_items = n // 10, n // 40
-    with open(folder / "Toys.csv", "wb") as file:
-        for start in range(0, n, ROWS_AT_ONCE):
-            size = min(ROWS_AT_ONCE, n - start)
-            item = (n_items * rng.random(size) ** 2.5).astype(np.int64)
-            user = rng.integers(0, n_users, size)
-            columns = {
-                "user_id": padded_ids("AE", user, 26),
-                "parent_asin": padded_ids("B", item, 9),
-                "rating": pa.array(np.full(size, 5.0)),
-                "timestamp": pa.array(rng.integers(1_200_000_000_000, 1_700_000_000_000, size)),
-            }
-            form = pacsv.WriteOptions(include_header=start == 0, quoting_style="none")
-            pacsv.write_csv(pa.table(columns), file, form)
-    with open(folder / "meta_Toys.jsonl", "w") as file:
-        for number in range(n_items):
-            page = {
-                "parent_asin": f"B{number:09d}",
-                "title": f"Item number {number}, of a size",
-                "description": ["A long text. " * 20],
-                "features": [],
-                "images": [
-                    {"large": f"https://images.example/{number}.jpg", "variant": "MAIN"},
-                ],
-            }
-            file.write(json.dumps(page) + "\n")
-
-
-def padded_ids(prefix, numbers, digits):
-    """Arrow array of ids: prefix and number, with leading zeros up to `digits` digits."""
-    return pa.array(np.char.add(prefix, np.char.zfill(numbers.astype("U9"), digits)))
+    log = f"""SELECT format('AE{{:026d}}', (random() * {n // 10})::BIGINT) AS user_id,
+        format('B{{:09d}}', (random() ** 2.5 * {n // 40})::BIGINT) AS parent_asin, 5.0 AS rating,
+        (1.2e12 + random() * 5e11)::BIGINT AS timestamp FROM range({n})"""
+    pages = f"""SELECT format('B{{:09d}}', n) AS parent_asin, 'Item number ' || n AS title,
+        [repeat('A long text. ', 20)] AS description, [] AS features,
+        [{{'large': 'https://images.example/' || n || '.jpg', 'variant': 'MAIN'}}] AS images
+        FROM range({n // 40 + 1}) AS numbers(n)"""
+    with duckdb.connect(config={"threads": 1}) as database:  # one: the order of the random numbers
+        database.execute("SELECT setseed(0.5)")
+        database.execute(f"COPY ({log}) TO '{folder}/Toys.csv' (HEADER)")
+        database.execute(f"COPY ({pages}) TO '{folder}/meta_Toys.jsonl' (FORMAT json)")
 
 
 def amazon_row(millions):
     """Row of the report: `amazon.py` on a generated log, in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
-        generate_log(Path(folder), millions, np.random.default_rng(millions))
+        generate_log(folder, millions)
         command = [sys.executable, __file__, "--child", "--config", "configs/amazon_baby.yaml"]
         command += ["--category", "Toys", "--raw_dir", folder, "--data_dir", f"{folder}/data"]
         done = subprocess.run(command, capture_output=True, text=True)
