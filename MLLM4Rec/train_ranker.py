@@ -19,7 +19,7 @@ Out, all in {output_dir}/{system}/:
 Trained on the target among 19 random negatives, tested on the retriever's 20. The best epoch is
 that with the highest NDCG@10 on the validation users whose target was retrieved. `--lists users`
 needs no retriever: validation and test users have the candidates of users.jsonl, which MLLM-MSR
-ranks, too (scripts/compare_systems.sh). A GPU for Llama-2-7B; not run yet at that size.
+ranks, too (the table `systems`). A GPU for Llama-2-7B; not run yet at that size.
 """
 
 from mllmrec.stage.main import run_main

@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from conftest import ROOT, TINY, call
+from conftest import ROOT, TINY
 from random_models import llama_config, llava_config
 
 from mllmrec.estimate import bytes_beside_weights, main, stage_options
@@ -123,16 +123,3 @@ def test_full_size_takes_what_a_gpu_was_seen_to_take():
     assert (llava.weights("nf4", training=True) + rest) / GB == pytest.approx(11.0, rel=0.15)
     rest = bytes_beside_weights("score", options, llava, 1_000)
     assert (llava.weights() + rest) / GB == pytest.approx(19.2, rel=0.15)
-
-
-@pytest.mark.slow
-def test_a_small_dress_rehearsal_runs_every_stage_once(tmp_path):
-    words = ["scripts/rehearsal/rehearse.py", "--folder", str(tmp_path), "--size", "tiny"]
-    first = call(*words, "--delete")
-    assert first.returncode == 0, first.stderr
-    found = json.loads((tmp_path / "rehearsal.json").read_text())
-    stages = [stage for stage in found.values() if isinstance(stage, dict)]
-    assert len(stages) == 7 and all(stage["peak_gb"] > 0 for stage in stages)
-    assert not list((tmp_path / "models").iterdir()), "deleted after the last stage"
-    again = call(*words)
-    assert again.returncode == 0 and "stage 3" not in again.stdout, "nothing is run again"
