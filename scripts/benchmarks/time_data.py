@@ -22,18 +22,29 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Annotated
 
 import duckdb
 import pandas as pd
-from tools import new_parser, parse, print_row, write_report
+from tools import print_row, read_options, write_report
 
 from mllmrec.data.data_split import prepare
 from mllmrec.data.interactions import k_core
 from mllmrec.stage.scripts import load_script
 
 MICROLENS = load_script("data_processing/microlens.py")
+
+
+@dataclass
+class Options:
+    """Of the command line."""
+
+    raw_dir: Annotated[str, "folder of the MicroLens-50k files"] = "data/raw/microlens"
+    millions: Annotated[tuple[int, ...], "sizes of the generated logs"] = (3, 10, 30)
+    baseline_users: Annotated[int, "users on whom the per-user procedure is timed"] = 100
+    repeats: Annotated[int, "of which the median is taken"] = 5
 
 
 def per_user_procedure(table, users):
@@ -165,25 +176,12 @@ def child(argv):
     print(seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9)
 
 
-def parse_arguments(argv):
-    parser = new_parser(__doc__)
-    text = "folder of the MicroLens-50k files"
-    parser.add_argument("--raw_dir", default="data/raw/microlens", help=text)
-    text = "sizes of the generated logs"
-    parser.add_argument("--millions", type=int, nargs="*", default=[3, 10, 30], help=text)
-    text = "users on whom the per-user procedure is timed"
-    parser.add_argument("--baseline_users", type=int, default=100, help=text)
-    text = "repeats of which the median is taken"
-    parser.add_argument("--repeats", type=int, default=5, help=text)
-    return parse(parser, argv)
-
-
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["--child"]:
         child(argv[1:])
         return
-    args = parse_arguments(argv)
+    args = read_options(Options, __doc__, argv)
     rows = microlens_rows(args)
     for row in rows:
         print_row(row)

@@ -4,9 +4,8 @@ No torch at import: the benchmark of stage 1 measures the memory of a process th
 """
 
 import statistics
-import sys
 import time
-from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable, Container
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_type_hints
@@ -101,22 +100,12 @@ def timed_interleaved(
     return {name: statistics.median(times) for name, times in seconds.items()}, results
 
 
-def new_parser(description: str) -> ArgumentParser:
-    """A parser whose help shows the docstring as it is."""
-    return ArgumentParser(description=description, formatter_class=RawDescriptionHelpFormatter)
-
-
-def parse(parser: ArgumentParser, argv: list[str] | None) -> Namespace:
-    """The options of a benchmark; argv: None for those of the command line."""
-    return parser.parse_args(sys.argv[1:] if argv is None else argv)
-
-
 def read_options(kind: type[T], description: str, argv: list[str] | None) -> T:
     """An object of the dataclass `kind`, each field an option of the command line.
 
     A field is annotated with its type and its help; of a tuple the option takes several values.
     """
-    parser = new_parser(description)
+    parser = ArgumentParser(description=description, formatter_class=RawDescriptionHelpFormatter)
     for name, hint in get_type_hints(kind, include_extras=True).items():
         default, (value_type, text) = getattr(kind, name), get_args(hint)
         if isinstance(default, bool):
