@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mllmrec.stage.options import CommonOptions
 from mllmrec.stage.scripts import load_script
 
 # One thread per pytest-xdist worker: more threads than cores would wait for each other.
@@ -82,6 +83,13 @@ def free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def options_class(stage):
+    """The options of a stage script: of the classes in it the one that has most fields."""
+    classes = [value for value in vars(stage).values() if isinstance(value, type)]
+    kinds = [kind for kind in classes if issubclass(kind, CommonOptions)]
+    return max(kinds, key=lambda kind: len(kind.__dataclass_fields__))
 
 
 def call(*words, **environment):

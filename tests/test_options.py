@@ -7,17 +7,15 @@ import re
 from typing import Literal
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, options_class
 from pydantic import TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from mllmrec.data.data_split import SplitOptions
-from mllmrec.stage import options as options_module
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.options import (
     CONFIG_VARIABLE,
+    SECTIONS,
     CommonOptions,
-    known_sections,
     load_config,
     nearest,
     option,
@@ -197,39 +195,33 @@ def test_every_shipped_config_can_be_loaded_and_has_known_sections():
     for path in paths:
         sections = set(load_config(path)) - {"dataset"}
         assert {"common", "image_summary", "preference", "train", "score"} <= sections, path.name
-        assert sections <= set(known_sections())
+        assert sections <= set(SECTIONS)
 
 
-def test_a_stage_script_brings_its_section(tmp_path, monkeypatch):
-    assert {"common", "data", "image_summary", "train", "report"} <= set(known_sections())
-    folder = tmp_path / options_module.STAGE_FOLDERS[-1] / "train"
-    folder.mkdir(parents=True)
-    (folder / "retrieve.py").write_text('"""SECTION = "no"."""\n\nSECTION = "retrieve"\n')
-    monkeypatch.setattr(options_module, "ROOT", tmp_path)
-    known_sections.cache_clear()
-    try:
-        assert known_sections() == ("common", "retrieve")
-    finally:
-        known_sections.cache_clear()
+STAGE_FOLDERS = ("data_processing", "Inference", "MLLM-MSR", "MLLM4Rec")
+
+
+def stages():
+    """The scripts of all stages, loaded."""
+    paths = [path for folder in STAGE_FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))]
+    scripts = [path for path in paths if '\nSECTION = "' in path.read_text()]
+    return [load_script(path.relative_to(ROOT)) for path in scripts]
+
+
+def test_the_sections_are_those_of_the_stage_scripts():
+    assert {"common", *(stage.SECTION for stage in stages())} == set(SECTIONS)
 
 
 def stage_options():
     """[(script, its options class)] of all stages."""
-    found = []
-    for folder in options_module.STAGE_FOLDERS:
-        for path in sorted((ROOT / folder).rglob("*.py")):
-            if 'SECTION = "' in path.read_text():
-                stage = load_script(path.relative_to(ROOT))
-                name = "DatasetOptions" if hasattr(stage, "DatasetOptions") else "Options"
-                found.append((path.name, getattr(stage, name, SplitOptions)))
-    return found
+    return [(stage.__name__, options_class(stage)) for stage in stages()]
 
 
 def test_every_number_has_a_range_and_every_name_stays_in_its_folder():
     """Lower and upper limit of whole numbers; a lower limit of the others, and no infinity."""
     checked = 0
-    for script, options_class in stage_options():
-        for name, field in options_class.__pydantic_fields__.items():
+    for script, kind in stage_options():
+        for name, field in kind.__pydantic_fields__.items():
             limits = set(re.findall(r"(\w+)=", str(field.metadata)))
             if field.annotation in (int, float):
                 upper = {"le", "lt"} if field.annotation is int else {"allow_inf_nan"}
@@ -239,7 +231,7 @@ def test_every_number_has_a_range_and_every_name_stays_in_its_folder():
             if name in ("system", "variant", "name", "category"):
                 options = {"config": "c", name: "../../escape"}
                 with pytest.raises(ValidationError, match="pattern"):
-                    TypeAdapter(options_class).validate_python(options)
+                    TypeAdapter(kind).validate_python(options)
                 checked += 1
     assert checked > 100
 

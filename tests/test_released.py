@@ -150,7 +150,7 @@ def released_split(users):
 
 def test_sequences_without_times_have_no_released_split(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    raw_folder(tmp_path / "raw", "tsv")
+    raw_folder(tmp_path / "raw", with_times=False)
     with pytest.raises(InputError, match=r"has no timestamps.*give Small_pairs.csv"):
         stage_1(tmp_path)
 

@@ -2,7 +2,7 @@
 
 import pytest
 import yaml
-from conftest import ROOT, STAGES
+from conftest import ROOT, STAGES, options_class
 from safetensors.numpy import load_file
 
 from mllmrec.stage.jsonl import read_rows
@@ -85,7 +85,7 @@ def test_the_released_config_has_the_values_of_the_facts(section, monkeypatch):
     monkeypatch.chdir(ROOT)
     stage = load_script(SECTIONS[section])
     config = ["--config", "configs/microlens_released.yaml"]
-    options = parse_options(stage.Options, section, config)
+    options = parse_options(options_class(stage), section, config)
     found = {name: getattr(options, name) for name in FACTS[section]}
     assert found == FACTS[section]
 
