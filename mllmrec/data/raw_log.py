@@ -131,7 +131,9 @@ def read_titles(table: RawTable) -> tuple[pd.DataFrame, list[Row]]:
     reason = pd.Series("", index=frame.index)
     reason[ids.where(~blank).duplicated()] = "the item has a title already"
     reason[blank] = "the title is empty"
-    reason[ids.str.contains(CONTROL, regex=True)] = f"the {name} has a line break or control character"
+    reason[ids.str.contains(CONTROL, regex=True)] = (
+        f"the {name} has a line break or control character"
+    )
     reason[ids == ""] = f"the {name} is empty"
     bad = reason[reason != ""]
     rejected = table.rejected(zip(bad.index.tolist(), bad, strict=True))
