@@ -33,7 +33,7 @@ from mllmrec.data.candidates import (
 )
 from mllmrec.data.data_split import SplitOptions, prepare
 from mllmrec.data.interactions import InteractionLog
-from mllmrec.data.loader import data_outputs, write_data_set
+from mllmrec.data.loader import data_outputs, report, write_data_set
 from mllmrec.evaluation.metrics import evaluate
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import atomic_file, write_rows
@@ -154,6 +154,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             counts = write_data_set(data, [], options)
             write_rules(drawn, options)
             output.finish(counts)
+            report(data.statistics, options)
     print(f"next: bash scripts/02_image_summary.sh {options.config}")
 
 

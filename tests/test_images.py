@@ -62,11 +62,7 @@ def test_transparent_pixels_become_white(tmp_path):
     palette = Image.new("RGB", (8, 8), RED).convert("P")
     assert open_image(
         saved(tmp_path, palette, "clear_palette.png", transparency=palette.getpixel((0, 0)))
-    ).getpixel((4, 4)) == (
-        255,
-        255,
-        255,
-    )
+    ).getpixel((4, 4)) == (255, 255, 255)
 
 
 def test_exif_rotation_is_applied(tmp_path):

@@ -19,11 +19,7 @@ def candidates(user: Row) -> list[tuple[str, int]]:
 
 
 def score_row(
-    user_id: str,
-    item_id: str,
-    label: int,
-    score: float,
-    logits: Mapping[str, float] | None = None,
+    user_id: str, item_id: str, label: int, score: float, logits: Mapping[str, float] | None = None
 ) -> Row:
     """One line of scores.jsonl.
 

@@ -30,9 +30,7 @@ class InteractionLog:
     @classmethod
     def from_ids(cls, users: Any, items: Any, times: Any) -> "InteractionLog":
         """From three columns in raw order: ids as strings, times as integers."""
-        user_ids, user = np.unique(np.asarray(users, dtype=object), return_inverse=True)
-        item_ids, item = np.unique(np.asarray(items, dtype=object), return_inverse=True)
-        (user_ids, user), (item_ids, item) = _sorted(user_ids, user), _sorted(item_ids, item)
+        (user_ids, user), (item_ids, item) = _coded(users), _coded(items)
         times = np.asarray(times, dtype=np.int64)
         order = np.lexsort((times, user))
         first_row = np.unique(user, return_index=True)[1]
@@ -48,12 +46,11 @@ class InteractionLog:
         return replace(self, user=self.user[keep], item=self.item[keep], time=self.time[keep])
 
 
-def _sorted(ids: Array, codes: Array) -> tuple[Array, Array]:
-    """(ids, shorter ones first, then by the alphabet; their codes), of ids by the alphabet."""
-    order = np.argsort([len(name) for name in ids], kind="stable")
-    rank = np.empty(len(ids), dtype=np.int32)
-    rank[order] = np.arange(len(ids))
-    return ids[order], rank[codes]
+def _coded(values: Any) -> tuple[Array, Array]:
+    """(different ids, shorter ones first, then by the alphabet; the code of each value)."""
+    ids = sorted(set(values), key=lambda name: (len(name), name))
+    place = {name: code for code, name in enumerate(ids)}
+    return np.array(ids, dtype=object), np.array([place[v] for v in values], dtype=np.int32)
 
 
 def k_core(user: Array, item: Array, user_core: int, item_core: int) -> Array:

@@ -61,6 +61,7 @@ def run_loader(
             if has_urls:
                 _write_urls(data.items["url"].dropna(), failed, urls_path)
             output.finish(counts)
+            report(data.statistics, options)
     more = "python data_processing/download_images.py --config"
     print(f"next: {more if has_urls else 'bash scripts/02_image_summary.sh'} {options.config}")
 
@@ -99,7 +100,7 @@ def rejected_rows_path(options: DataOptions) -> Path:
 
 
 def write_data_set(data: Any, rejected: Sequence[Row], options: DataOptions) -> dict[str, int]:
-    """Write all outputs of a loader, print the statistics; return the counts for the record.
+    """Write all outputs of a loader; return the counts for the record.
 
     data: PreparedData or another object with items, statistics and encoded_lines().
     """
@@ -115,12 +116,7 @@ def write_data_set(data: Any, rejected: Sequence[Row], options: DataOptions) -> 
     with atomic_file(paths[0]) as file:
         file.writelines(map(str.encode, data.encoded_lines()))
     write_json(paths[2], statistics)
-    rejected_file = rejected_rows_path(options)
-    write_rejected(rejected_file, rejected)
-    if rejected:
-        logger.info(f"{len(rejected):,} rows of the raw files were rejected; see {rejected_file}")
-    print_statistics(statistics, options)
-    logger.info(f"wrote {paths[0]} and {paths[1]}")
+    write_rejected(rejected_rows_path(options), rejected)
     return {
         "in": statistics["raw"]["interactions"],
         "out": sum(statistics["written_users"].values()),
@@ -144,8 +140,8 @@ def _write_items(items: pd.DataFrame, path: Path, options: DataOptions) -> None:
     write_rows(path, ({"item_id": i, "title": title, "image": name} for i, title, name in columns))
 
 
-def print_statistics(statistics: dict[str, Any], options: DataOptions) -> None:
-    """The core's numbers beside the paper's, if the config names them."""
+def report(statistics: dict[str, Any], options: DataOptions) -> None:
+    """Print the core's numbers, beside the paper's if the config names them, and what is where."""
     print(f"{'':16}{'raw log':>12}{'this core':>12}{'the paper':>12}")
     for name in ("users", "items", "interactions", "average_length", "sparsity"):
         paper = getattr(options, f"paper_{name}")
@@ -155,3 +151,7 @@ def print_statistics(statistics: dict[str, Any], options: DataOptions) -> None:
         )
     written = statistics["written_users"].items()
     print(", ".join(f"{count:,} {name}" for name, count in written) + " users written")
+    if count := statistics["rejected_rows"]:
+        where = rejected_rows_path(options)
+        logger.info(f"{count:,} rows of the raw files were rejected; each is in {where}, with why")
+    logger.info("wrote " + " and ".join(map(str, data_outputs(options)[:2])))
