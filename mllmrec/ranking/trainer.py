@@ -54,6 +54,7 @@ def load_with_lora(options: FineTuningOptions) -> tuple[Any, ChatProcessor]:
 
     With group_by item, attention must take a mask of its own for each row: SDPA.
     """
+    warnings.filterwarnings("ignore", category=FutureWarning)  # renamings in transformers, peft
     device = pick_device()
     if pick_dtype(options.dtype, device) == torch.float16 and device.type == "cpu":
         raise InputError("a CPU does not train in float16; pass --dtype float32")
@@ -127,7 +128,6 @@ class RankingTrainer(Trainer):
         options: FineTuningOptions,
         best_by: str,
     ) -> None:
-        warnings.filterwarnings("ignore", category=FutureWarning)  # renamings in transformers, peft
         os.environ["TENSORBOARD_LOGGING_DIR"] = str(options.system_dir / "tensorboard")
         callbacks: list[TrainerCallback] = [TrainingEvents(sampler, options)]
         if options.patience and validation:
