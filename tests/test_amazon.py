@@ -21,38 +21,23 @@ REVIEWS = [
     ("u3", "C", 7),
     ("u3", "D", 9),
 ]
+CUP_IMAGES = [
+    {"thumb": "http://x/a_t.jpg", "large": "http://x/a_l.jpg", "variant": "MAIN", "hi_res": None},
+    {"large": "http://x/a2.jpg"},
+]
+BIB_IMAGES = [{"large": "http://x/d.jpg", "hi_res": "http://x/d_h.jpg"}]
 PAGES = [
-    {
-        "parent_asin": "A",
-        "title": "Cup",
-        "features": ["steel", ""],
-        "description": ["keeps  warm"],
-        "images": [
-            {
-                "thumb": "http://x/a_t.jpg",
-                "large": "http://x/a_l.jpg",
-                "variant": "MAIN",
-                "hi_res": None,
-            },
-            {"large": "http://x/a2.jpg"},
-        ],
-    },
+    {"parent_asin": "A", "title": "Cup", "features": ["steel", ""], "images": CUP_IMAGES},
     {"parent_asin": "Z", "title": "Nobody bought it", "images": [{"large": "http://x/z.jpg"}]},
     {
         "parent_asin": "B",
         "title": "Büchse 杯",
-        "features": [],
-        "description": [],
-        "images": [{"thumb": "http://x/b_t.jpg", "large": None}],
+        "images": [{"thumb": "http://x/b.jpg", "large": None}],
     },
     {"parent_asin": "C", "title": "Toy", "images": [], "price": "12.0"},
-    {
-        "parent_asin": "D",
-        "title": "Bib",
-        "images": [{"large": "http://x/d.jpg", "hi_res": "http://x/d_h.jpg"}],
-        "details": {"a": 1},
-    },
+    {"parent_asin": "D", "title": "Bib", "images": BIB_IMAGES, "details": {"a": 1}},
 ]
+PAGES[0]["description"] = ["keeps  warm"]
 
 
 def write(path, text):
@@ -71,17 +56,9 @@ def raw(folder, form):
             f"{u},{i},5.0,{t}\n" for u, i, t in REVIEWS
         )
     else:
-        text = as_lines(
-            {
-                "rating": 5.0,
-                "text": "ok",
-                "images": [],
-                "user_id": u,
-                "parent_asin": i,
-                "timestamp": t,
-            }
-            for u, i, t in REVIEWS
-        )
+        names = ("user_id", "parent_asin", "timestamp")
+        rows = (dict(zip(names, review, strict=True)) for review in REVIEWS)
+        text = as_lines({"rating": 5.0, "text": "ok", "images": [], **row} for row in rows)
     write(folder / f"Toys{form}", text)
     write(folder / f"meta_Toys.jsonl{'.gz' if form.endswith('.gz') else ''}", as_lines(PAGES))
     return folder
@@ -107,20 +84,14 @@ def test_every_published_form_gives_the_same_data(tmp_path, form):
         "u3": ["C", "D"],
     }
     items = read_by_id(data / "items.jsonl", "item_id")
-    assert {i: row["title"] for i, row in items.items()} == {
-        "A": "Cup",
-        "B": "Büchse 杯",
-        "C": "Toy",
-        "D": "Bib",
-    }
-    assert {i: row["image"] for i, row in items.items()} == {
-        "A": "images/A.jpg",
-        "B": "images/B.jpg",
-        "C": None,
-        "D": "images/D.jpg",
+    assert {i: (row["title"], row["image"]) for i, row in items.items()} == {
+        "A": ("Cup", "images/A.jpg"),
+        "B": ("Büchse 杯", "images/B.jpg"),
+        "C": ("Toy", None),
+        "D": ("Bib", "images/D.jpg"),
     }
     urls = {row["item_id"]: row["url"] for row in read_rows(data / "image_urls.jsonl")}
-    assert urls == {"A": "http://x/a_l.jpg", "B": "http://x/b_t.jpg", "D": "http://x/d.jpg"}, (
+    assert urls == {"A": "http://x/a_l.jpg", "B": "http://x/b.jpg", "D": "http://x/d.jpg"}, (
         "the first image; another size if that one is missing"
     )
     stats = json.loads((data / "stats.json").read_text())
@@ -176,7 +147,7 @@ def test_full_text_and_image_size_on_request(tmp_path):
     data = load(raw(tmp_path, ".jsonl"), "--item_text", "full", "--image_size", "hi_res")
     assert read_by_id(data / "items.jsonl", "item_id")["A"]["title"] == "Cup steel keeps warm"
     urls = {row["item_id"]: row["url"] for row in read_rows(data / "image_urls.jsonl")}
-    assert urls == {"A": "http://x/a_l.jpg", "B": "http://x/b_t.jpg", "D": "http://x/d_h.jpg"}
+    assert urls == {"A": "http://x/a_l.jpg", "B": "http://x/b.jpg", "D": "http://x/d_h.jpg"}
 
 
 def test_rejected_rows_are_kept_with_their_reason(tmp_path):

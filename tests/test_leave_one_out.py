@@ -2,7 +2,6 @@
 
 import pytest
 
-from mllmrec.data.candidates import item_popularity
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import read_rows, write_rows
 
@@ -55,16 +54,6 @@ def test_rows_ask_about_the_splits_own_target_and_preference(folder):
             start, end = row["preference_span"]
             text = row["messages"][0]["content"][1]["text"]
             assert text[start:end] == preferences[key]
-
-
-def test_popularity_knows_the_training_lines_only(folder):
-    users = read_rows(folder / "users.jsonl")
-    train = [user for user in users if user["split"] == "train"]
-    counts = item_popularity(users)
-    assert counts.total() == sum(len(user["history"]) + 1 for user in train)
-    scores = read_rows(folder / "baselines" / "popularity" / "scores.jsonl")
-    assert len(scores) == 6 * 21
-    assert all(row["score"] == counts[row["item_id"]] for row in scores)
 
 
 def test_the_report_shows_the_test_lines(folder):

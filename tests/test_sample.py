@@ -84,14 +84,6 @@ def test_a_title_names_the_topic_and_nothing_of_the_cover():
         assert not any(value in item["title"].split() for value in (*world.COLOURS, *world.SHAPES))
 
 
-@pytest.mark.parametrize("shape", world.SHAPES)
-def test_covers_of_one_kind_differ(shape):
-    rng = np.random.default_rng(0)
-    first, second = (np.asarray(world.draw_cover("red", shape, rng)) for _ in range(2))
-    assert first.shape == (64, 48, 3)
-    assert (first != second).any()
-
-
 def test_an_extended_cover_holds_the_whole_cover_and_nothing_new():
     cover = world.draw_cover("red", "star", np.random.default_rng(0))
     sizes = [world.extended(cover, number).size for number in range(3)]
