@@ -146,26 +146,15 @@ def score(options: ListOptions) -> Path:
     from mllmrec.models.adapters import load_adapter
     from mllmrec.ranking.answers import answer_set
     from mllmrec.ranking.reader import RowReader, load_ranker
-    from mllmrec.ranking.scoring import (
-        ScoringOptions,
-        candidate_scores,
-        score_rows,
-        unscored_rows,
-    )
+    from mllmrec.ranking.scoring import ScoringOptions, write_scores
 
     model, chat = load_ranker(options)
     model = load_adapter(model, folder / "adapter", options.model)
     answers = answer_set("letters", options)
     reader = RowReader(chat, folder, options.max_text_tokens, answers=answers)
-    shard = (output.rank, output.world)
-    settings = ScoringOptions(options.score_batch_tokens, options.reuse_prefix, shard)
+    settings = ScoringOptions(options.score_batch_tokens, options.reuse_prefix)
     with output, progress_bar(len(rows), "ranking", "user") as progress:
-        rows, wanted = unscored_rows(rows, reader, output)
-        for index, logits in score_rows(model, reader, rows, settings, wanted):
-            for line in candidate_scores(rows[index], logits, answers):
-                if (line["user_id"], line["item_id"]) in output.left:  # a list may be half written
-                    output.write(line)
-            progress.update()
+        write_scores(model, reader, rows, output, settings, progress)
     output.log_summary()
     return path
 

@@ -1,6 +1,7 @@
 """All stages together: their files, the published commands, real data, and other tools."""
 
 import json
+import re
 import shutil
 import zipfile
 import zlib
@@ -368,6 +369,9 @@ def test_two_scoring_processes_give_the_bytes_of_one(small_run, server, tmp_path
     assert [done.returncode for done in ended] == [0, 0], ended[0].stderr + ended[1].stderr
     one, two = (tmp_path / name / "mllm_msr/sft/scores.jsonl" for name in ("one", "two"))
     assert two.read_bytes() == one.read_bytes()
+    said = [re.search(r"(\d+) (?:rows;|of them now)", done.stderr) for done in ended]
+    n_written = [int(found[1]) for found in said]
+    assert all(n_written) and sum(n_written) == len(read_rows(two)), "each scores its share"
     rejected = read_rows(two.with_suffix(".rejected.jsonl"))
     assert [row["user_id"] for row in rejected] == [too_long] * 21
     assert not any(row["user_id"] == too_long for row in read_rows(two))

@@ -21,11 +21,14 @@ from mllmrec.ranking.batches import Collator, EpochSampler, EpochSettings
 from mllmrec.ranking.questions import list_row
 from mllmrec.ranking.reader import RowReader
 from mllmrec.ranking.rows import check_training_rows
-from mllmrec.ranking.scoring import ScoringOptions, candidate_scores, score_rows
+from mllmrec.ranking.scoring import ScoringOptions, candidate_scores, score_rows, write_scores
 from mllmrec.ranking.trainer import RankingTrainer, load_with_lora
 from mllmrec.ranking.training_options import FineTuningOptions
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import read_by_id, read_rows
+from mllmrec.stage.options import CommonOptions
+from mllmrec.stage.output import RowOutput
+from mllmrec.stage.record import Job
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 TRAIN, SCORE = "MLLM-MSR/train/train_llava_sft.py", "MLLM-MSR/test/test_with_llava_sft.py"
@@ -198,6 +201,26 @@ def test_text_rows_of_a_user_share_their_prefix_without_changing_a_score_or_a_lo
         with torch.no_grad():
             losses.append(model(**collator(training)).loss.item())
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+def test_a_half_written_list_is_completed_without_a_line_twice(tmp_path, titles, llama):
+    model, chat = llama
+    users, names = titles
+    rows = [letter_row(user, names) for user in users_of_split(users, "test")[:2]]
+    reader = RowReader(chat, tmp_path, answers=LETTERS)
+    wanted = sorted(scored_lines(model, reader, rows), key=lambda line: line["user_id"])
+    keys = [(line["user_id"], line["item_id"]) for line in wanted]
+    job = Job.of(CommonOptions(config=""), {})
+    for n_before in (0, 7):  # lines that an interrupted run wrote
+        path = tmp_path / f"{n_before}/scores.jsonl"
+        if n_before:
+            with RowOutput(path, ("user_id", "item_id"), keys, job) as output:
+                for line in wanted[:n_before]:
+                    output.write(line)
+        with RowOutput(path, ("user_id", "item_id"), keys, job) as output:
+            write_scores(model, reader, rows, output, ScoringOptions(), Mock())
+        assert read_rows(path) == wanted
+        assert output.rows_written == len(wanted) - n_before
 
 
 def test_only_rows_that_are_scored_are_rendered_and_decoded(small_run, monkeypatch):

@@ -26,7 +26,6 @@ from typing import Any, Literal
 
 from pydantic.dataclasses import dataclass
 
-from mllmrec.data.candidates import score_row
 from mllmrec.evaluation.metrics import CandidateLists
 from mllmrec.ranking.rows import check_row_images, first_users, replace_preference
 from mllmrec.ranking.training_options import RankerOptions
@@ -75,7 +74,7 @@ def score(
     """
     from mllmrec.ranking.answers import answer_set
     from mllmrec.ranking.reader import RowReader
-    from mllmrec.ranking.scoring import ScoringOptions, probability, score_rows, unscored_rows
+    from mllmrec.ranking.scoring import ScoringOptions, write_scores
 
     answers, gray = answer_set("yes_no", options), hidden == "image"
     reader = RowReader(chat, options.system_dir, options.max_text_tokens, gray, answers)
@@ -83,16 +82,10 @@ def score(
     rows = rows[: len(output.wanted)]
     if hidden == "preference":
         rows = [replace_preference(row, "") for row in rows]
-    shard = (output.rank, output.world)
-    settings = ScoringOptions(options.batch_tokens, options.reuse_prefix, shard)
+    settings = ScoringOptions(options.batch_tokens, options.reuse_prefix)
     name = f"scores, {output.path.parent.name}"
     with output, progress_bar(len(output.todo), name, "row") as progress:
-        rows, wanted = unscored_rows(rows, reader, output)
-        for index, (no, yes) in score_rows(model, reader, rows, settings, wanted):
-            row = rows[index]
-            p, logits = probability(yes, no), {"No": no, "Yes": yes}
-            output.write(score_row(row["user_id"], row["item_id"], row["label"], p, logits))
-            progress.update()
+        write_scores(model, reader, rows, output, settings, progress)
         output.counts["shortened"] = reader.shortened
     output.log_summary()
 

@@ -8,7 +8,7 @@ once, and extended by each row's own text.
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from mllmrec.ranking.reader import RowReader
 from mllmrec.ranking.rows import item_ids, row_name
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.output import RowOutput
+from mllmrec.stage.progress import Progress
 from mllmrec.stage.schema import Row
 
 GROUPS_PER_CHUNK = 32  # the unit of work that processes share and that a resumed run repeats
@@ -120,13 +121,35 @@ def score_rows(
                     yield index, logits
 
 
-def unscored_rows(
+def write_scores(
+    model: Any,
+    reader: RowReader,
+    rows: Sequence[Row],
+    output: RowOutput,
+    options: ScoringOptions,
+    progress: Progress,
+) -> None:
+    """Score the rows that `output` lacks, and write their lines as they come.
+
+    output: an open scores.jsonl, keyed by user and item; options.shard is that of its process;
+    progress: counts rows.
+    """
+    options = replace(options, shard=(output.rank, output.world))
+    rows, wanted = _unscored_rows(rows, reader, output)
+    for index, logits in score_rows(model, reader, rows, options, wanted):
+        for line in candidate_scores(rows[index], logits, reader.answers):
+            if (line["user_id"], line["item_id"]) in output.left:  # a list may be half written
+                output.write(line)
+        progress.update()
+
+
+def _unscored_rows(
     rows: Sequence[Row], reader: RowReader, output: RowOutput
 ) -> tuple[list[Row], set[int]]:
     """(rows of the users whose questions fit, indices of those that `output` lacks).
 
-    output: an open scores.jsonl, keyed by user and item. Users with a question that is too long are
-    rejected whole: an incomplete list would be ranked wrongly.
+    Users with a question that is too long are rejected whole: an incomplete list would be ranked
+    wrongly.
     """
     too_long, _ = reader.find_too_long(rows)
     if output.rank == 0:
