@@ -16,11 +16,8 @@ LICENCE = "the base model's terms apply to the weights, the data set's to what w
 
 def write_model_card(folder: PathLike, record: Mapping[str, Any], merged: bool = False) -> None:
     """Write the card of a model's folder. record: of the adapter."""
-    arguments, model, packages = (
-        record["arguments"],
-        record["arguments"]["model"],
-        record["packages"],
-    )
+    arguments, packages = record["arguments"], record["packages"]
+    model = arguments["model"]
     multimodal = takes_images(read_config(model))
     data = ModelCardData(
         base_model=None if Path(model).is_dir() else model,

@@ -150,9 +150,8 @@ def encode(row: Row) -> bytes:
     return _ENCODER.encode(row).encode("utf-8", "replace") + b"\n"
 
 
-def encode_checked(path: PathLike, row: Row) -> bytes:
-    """`encode(row)`, for the file `path`. Raises InputError if the row breaks the file's schema."""
-    schema = schema_of(os.path.basename(path))
+def encode_checked(row: Row, schema: FileSchema | None, path: PathLike) -> bytes:
+    """`encode(row)`. Raises InputError, which names `path`, if the row breaks the schema."""
     if schema is not None:
         try:
             schema.row.validate_python(row)
@@ -169,9 +168,10 @@ def write_rows(path: PathLike, rows: Iterable[Row]) -> None:
 
     Raises InputError for a row that breaks the schema of a file of this name.
     """
+    schema = schema_of(Path(path).name)  # looked up once: there may be millions of rows
     with atomic_file(path) as file:
         for row in rows:
-            file.write(encode_checked(path, row))
+            file.write(encode_checked(row, schema, path))
 
 
 def write_rejected(path: PathLike, rows: Sequence[Row]) -> None:

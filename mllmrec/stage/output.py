@@ -59,7 +59,7 @@ from mllmrec.stage.record import (
     world_size,
     write_record,
 )
-from mllmrec.stage.schema import Row
+from mllmrec.stage.schema import Row, schema_of
 
 logger = logging.getLogger(__name__)
 
@@ -77,8 +77,8 @@ class WholeOutput:
 
     job: a change since the output was written is reason to write it again; optional: further files,
     not always written; checkpoints: folder that an interrupted run resumes from. With it the output
-    takes long, so a change is refused with an InputError unless `overwrite` is set. Of several
-    processes the first one holds the lock.
+    takes long, so a change is refused with an InputError unless `overwrite` is set, and of several
+    processes the first one holds the lock; without it, each waits for the others.
     """
 
     def __init__(
@@ -246,7 +246,7 @@ class RowOutput:
 
     def write(self, row: Row) -> None:
         """Append one finished row; from here on it survives the death of this process."""
-        line = encode_checked(self.path, row)
+        line = encode_checked(row, schema_of(self.path.name), self.path)
         with naming(self.path):
             self._rows.write(line)
             self._rows.flush()
