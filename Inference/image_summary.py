@@ -1,7 +1,7 @@
 """Stage 2: a frozen multimodal model describes each item (paper, "Multimodal Summarisation").
 
 In:  {data_dir}/items.jsonl                       item_id, title, image
-Out: {output_dir}/{system}/image_summaries.jsonl  item_id, summary
+Out: {output_dir}/{system}/image_summaries.jsonl  item_id, summary, source
      image_summaries.rejected.jsonl               item_id, reason: image missing or broken
 
     python Inference/image_summary.py --config configs/microlens.yaml
@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic.dataclasses import dataclass
 
 from mllmrec.data.images import check_item_images, padded_sizes
+from mllmrec.data.summaries import summary_inputs
 from mllmrec.models.model_options import GENERATION_SPEED_OPTIONS, GenerationStageOptions
 from mllmrec.prompts import mllm_msr
 from mllmrec.prompts.templates import fill, user_turn
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
 SECTION = "image_summary"
 SPEED_OPTIONS = (*GENERATION_SPEED_OPTIONS, "workers")  # these change no summary
+Sizes = dict[str, tuple[int, int] | None]
 
 
 @dataclass
@@ -81,8 +83,23 @@ def summarise(
     return {"item_id": item["item_id"], "summary": summary, **writer.nonzero_counts()}
 
 
-def write_summaries(items: dict[str, Row], output: RowOutput, options: Options) -> None:
-    """Describe the items that `output` lacks; workers read images ahead of the model."""
+def summary_sources(
+    items: dict[str, Row], sizes: Sizes, job: Job, options: Options
+) -> dict[str, str]:
+    """Item id -> `source` of its summary: its image, and its title if the prompts use it."""
+    inputs = summary_inputs(items, Path(options.data_dir) / "items.jsonl")
+    if options.summary == "fused":
+        inputs = {i: [*image, items[i]["title"]] for i, image in inputs.items()}
+    return {i: job.source(*own, batch=sizes.get(i)) for i, own in inputs.items()}
+
+
+def write_summaries(
+    items: dict[str, Row], sizes: Sizes, output: RowOutput, options: Options
+) -> None:
+    """Describe the items that `output` lacks; workers read images ahead of the model.
+
+    sizes: item id -> the size to which its image is padded.
+    """
     from mllmrec.generation.engine import load_engine, read_ahead, run_dialogues
     from mllmrec.generation.prompt_writer import ImagePrompts, PromptWriter
     from mllmrec.generation.text_quality import measure_texts, report_quality
@@ -90,10 +107,6 @@ def write_summaries(items: dict[str, Row], output: RowOutput, options: Options) 
     engine, max_prompt_tokens = load_engine(options.model, options, multimodal=True)
     chat, folder = engine.chat, Path(options.data_dir)
     todo = [items[str(item_id)] for item_id in output.todo]
-    sizes = {}
-    if options.pad_images:  # of all items, whichever are left to do
-        paths = [folder / item["image"] if item["image"] else None for item in items.values()]
-        sizes = dict(zip(items, padded_sizes(paths, options.pad_images), strict=True))
     turn = user_turn(fill(options.image_prompt, options.domain), images=1)
     is_remote = options.engine == "server"
     prompts = ImagePrompts(todo, folder, chat, turn, sizes, as_url=is_remote)
@@ -120,10 +133,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     items = read_by_id(items_path, "item_id")
     check_item_images(items, items_path, options.data_dir, options.image_roots)
     path = options.system_dir / "image_summaries.jsonl"
-    job = Job.of(options, file_digests(items_path, options.model), SPEED_OPTIONS)
-    output = RowOutput(path, "item_id", items, job, options.retry_rejected, SHORTENED)
+    sizes: Sizes = {}
+    if options.pad_images:  # of all items, whichever are left to do
+        paths = [items_path.parent / i["image"] if i["image"] else None for i in items.values()]
+        sizes = dict(zip(items, padded_sizes(paths, options.pad_images), strict=True))
+    job = Job.of(options, file_digests(options.model), SPEED_OPTIONS, stage=SECTION)
+    sources = summary_sources(items, sizes, job, options)
+    output = RowOutput(path, "item_id", sources, job, options.retry_rejected, SHORTENED)
     if not output.is_up_to_date():
-        write_summaries(items, output, options)
+        write_summaries(items, sizes, output, options)
     print(f"next: bash scripts/03_preference.sh {options.config}")
 
 

@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parse_options(Options, SECTION, argv, __doc__)
     print_options(options, "stage 3, user preferences, direct (ablation)")
     histories = read_histories(options)
-    output = open_preferences(histories, options)
+    output = open_preferences(histories, "preference_direct", options)
     if not output.is_up_to_date():
         # Imported here, so that --help and a missing input are answered at once.
         from mllmrec.generation.preference_run import run_preferences

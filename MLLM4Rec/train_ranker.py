@@ -32,7 +32,7 @@ import numpy as np
 
 from mllmrec.data.candidates import read_users, users_of_split
 from mllmrec.ranking.list_options import ROW_OPTIONS, SCORE_OPTIONS, ListOptions
-from mllmrec.ranking.rows import LETTER_ANSWERS, check_training_rows, first_users
+from mllmrec.ranking.rows import LETTER_ANSWERS, check_training_rows, first_users, question_text
 from mllmrec.ranking.training_options import (
     TRAINING_SPEED_OPTIONS,
     check_training_options,
@@ -57,7 +57,7 @@ def write_questions(options: ListOptions) -> None:
     folder, paths = options.system_dir, options.input_paths()
     outputs = [folder / f"{split}.jsonl" for split in ("train", "validation", "test")]
     others = set(asdict(options)) - set(ROW_OPTIONS)
-    job = Job.of(options, file_digests(*paths.values()), ignore=others)
+    job = Job.of(options, file_digests(*paths.values()), others, stage=SECTION)
     with WholeOutput(job, outputs) as output:
         if not output.is_needed:
             return
@@ -68,6 +68,7 @@ def write_questions(options: ListOptions) -> None:
         rows = lists.training_rows(users_of_split(users, "train"), form, options.candidates, rng)
         if options.control == "shuffled_labels":
             rows = lists.shuffle_labels(rows, form.letters, rng)
+        output.begin()
         write_rows(outputs[0], rows)
         counts = {"train": len(rows)}
         if options.lists == "users":
@@ -98,7 +99,7 @@ def fine_tune(options: ListOptions) -> None:
         raise InputError(f"{train_path} is empty: there are no training users; make them again")
     inputs = file_digests(train_path, validation_path, options.model)
     ignore = (*TRAINING_SPEED_OPTIONS, *SCORE_OPTIONS)
-    job = Job.of(options, inputs, ignore, limit=options.limit)
+    job = Job.of(options, inputs, ignore, stage=SECTION, limit=options.limit)
     outputs = [folder / "adapter"]
     with WholeOutput(job, outputs, training_files(options), folder / "checkpoints") as output:
         if not output.is_needed:
@@ -137,10 +138,14 @@ def score(options: ListOptions) -> Path:
     """3. Softmax over the letters' logits: test.jsonl, adapter/ -> {ranked}/scores.jsonl."""
     folder = options.system_dir
     rows, path = read_rows(folder / "test.jsonl"), folder / options.ranked / "scores.jsonl"
-    inputs = file_digests(folder / "test.jsonl", options.model, folder / "adapter")
-    keys = [(row["user_id"], item) for row in rows for item in row["item_ids"]]
-    job = Job.of(options, inputs, (*TRAINING_SPEED_OPTIONS, *SCORE_OPTIONS))
-    output = RowOutput(path, ("user_id", "item_id"), keys, job)
+    inputs = file_digests(options.model, folder / "adapter")
+    job = Job.of(options, inputs, (*TRAINING_SPEED_OPTIONS, *SCORE_OPTIONS), stage=SECTION)
+    sources = {
+        (row["user_id"], item): job.source(question_text(row), row["label"])
+        for row in rows
+        for item in row["item_ids"]
+    }
+    output = RowOutput(path, ("user_id", "item_id"), sources, job)
     if output.is_up_to_date():
         return path
     from mllmrec.models.adapters import load_adapter
@@ -164,7 +169,8 @@ def combine(ranked_path: Path, options: ListOptions) -> None:
     folder, retrieved_path = options.system_dir, options.retrieved_dir / "scores.jsonl"
     outputs = [folder / options.variant / name for name in ("scores.jsonl", "metrics.json")]
     outputs += [folder / f"{name}_order" / "scores.jsonl" for name in ("retriever", "random")]
-    job = Job.of(options, file_digests(ranked_path, retrieved_path), TRAINING_SPEED_OPTIONS)
+    inputs = file_digests(ranked_path, retrieved_path)
+    job = Job.of(options, inputs, TRAINING_SPEED_OPTIONS, stage=f"{SECTION}, all lists")
     with WholeOutput(job, outputs) as output:
         if not output.is_needed:
             return

@@ -97,7 +97,7 @@ def train(
 
 
 def write_candidates(
-    score: "Scorer", users: list[Row], data: "SequenceData", folder: Path, options: Options
+    score: "Scorer", users: list[Row], data: "SequenceData", output: WholeOutput, options: Options
 ) -> dict[str, dict[str, float]]:
     """Write candidates.jsonl, scores.jsonl and metrics.json; return the metrics."""
     from mllmrec.sequential.retrieval import RankedUsers, retrieval_metrics, retrieve
@@ -108,7 +108,9 @@ def write_candidates(
         ranked = RankedUsers.of(users, data, split)
         metrics[split] = retrieval_metrics(score, ranked)
         lines += retrieve(score, ranked, list(data.number), split, options.retrieved)
-    write_rows(folder / "candidates.jsonl", lines)
+    candidates_path, scores_path, metrics_path = output.outputs
+    output.begin()
+    write_rows(candidates_path, lines)
     targets = {user["user_id"]: user["target"] for user in users if user["split"] == "test"}
     scores = (
         score_row(line["user_id"], item, int(item == targets[line["user_id"]]), value)
@@ -116,8 +118,8 @@ def write_candidates(
         if line["split"] == "test"
         for item, value in zip(line["item_ids"], line["scores"], strict=True)
     )
-    write_rows(folder / "scores.jsonl", scores)
-    write_json(folder / "metrics.json", metrics)
+    write_rows(scores_path, scores)
+    write_json(metrics_path, metrics)
     return metrics
 
 
@@ -138,7 +140,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     maker = f"MLLM4Rec/process_item.py --config {options.config}"
     data_dir = Path(options.data_dir)
     paths = [require(data_dir / n, maker=maker) for n in ("users.jsonl", "items.jsonl")]
-    job = Job.of(options, file_digests(*paths), ignore=("threads", "device"))
+    job = Job.of(options, file_digests(*paths), ("threads", "device"), stage=SECTION)
     folder = options.system_dir / (options.variant or "retriever")
     outputs = [folder / name for name in ("candidates.jsonl", "scores.jsonl", "metrics.json")]
     with WholeOutput(job, outputs) as output:
@@ -149,9 +151,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             users, items = read_data(*paths)
             data = SequenceData.of(users, items)
             score, log, best = train(users, data, options)
-            metrics = write_candidates(score, users, data, folder, options)
+            metrics = write_candidates(score, users, data, output, options)
             counts = {"training_users": len(data.training), "items": len(items)}
-            output.finish(counts, log=log, epochs=best, peak_gb=peak_gb(), metrics=metrics)
+            output.finish(
+                counts, log=log, epochs=best, peak_gb=peak_gb(), metrics=metrics, lists="retrieved"
+            )
             test = metrics["test"]
             print(f"test, epoch {best}: " + ", ".join(f"{n} {v:.4f}" for n, v in test.items()))
             print(f"wrote {outputs[0]}")

@@ -228,7 +228,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # str: null, a number or a list is then rejected as not an http or https address
     row_ids = [(item_id, str(row["url"])) for item_id, row in rows.items()]
     # No inputs: if items leave image_urls.jsonl, the images of the others stay valid.
-    job = Job.of(options, {}, ignore=SPEED_OPTIONS)
+    job = Job.of(options, {}, SPEED_OPTIONS, stage=SECTION)
     output = RowOutput(
         data_dir / "images.jsonl", ("item_id", "url"), row_ids, job, options.retry_rejected
     )

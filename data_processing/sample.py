@@ -142,11 +142,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     print_options(options, "stage 1, data: the bundled sample")
     folder = Path(options.data_dir) / "covers"
     cover_paths = [folder / f"i{number:03d}.png" for number in range(options.n_items)]
-    job = Job.of(options, {}, limit=options.limit)
+    job = Job.of(options, {}, stage=SECTION, limit=options.limit)
     outputs = [*data_outputs(options), *rule_outputs(options).values(), *cover_paths]
     with WholeOutput(job, outputs) as output:
         if output.is_needed:
             drawn = build_world(options)
+            output.begin()
             for cover, path in zip(drawn[1], cover_paths, strict=True):
                 with atomic_file(path) as file:
                     cover.save(file, "PNG")

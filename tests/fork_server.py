@@ -118,7 +118,7 @@ def kill_after(n_rows):
         write_row(self, row)
         left -= 1
         if left == 0:
-            os.write(self._rows.fileno(), b'{"half a li')  # what is in a buffer is lost
+            os.write(self._files[self.path].fileno(), b'{"half a li')  # what is in a buffer is lost
             os.kill(os.getpid(), signal.SIGKILL)
 
     RowOutput.write = write

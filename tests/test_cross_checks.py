@@ -4,7 +4,7 @@ import pytest
 from conftest import write_unchecked
 
 from mllmrec.generation.preferences import PreferenceOptions, read_histories
-from mllmrec.ranking.datasets import Sources
+from mllmrec.ranking.datasets import DatasetOptions, Sources
 from mllmrec.ranking.rows import check_training_rows
 from mllmrec.stage.errors import InputError
 
@@ -24,7 +24,8 @@ def read_stage_3(folder):
 
 def read_stage_4(folder):
     names = ("users.jsonl", "items.jsonl", PREFERENCES)
-    sources = Sources(*(folder / name for name in names))
+    options = DatasetOptions(data_dir=str(folder), with_images=False)
+    sources = Sources(tuple(folder / name for name in names), options)
     return [sources.preference(user) for user in sources.users]
 
 

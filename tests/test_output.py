@@ -4,6 +4,7 @@ Kills and other faults are in test_kills.py.
 """
 
 import json
+import re
 
 import pytest
 from toy_jobs import (
@@ -17,11 +18,12 @@ from toy_jobs import (
     write_files,
 )
 
-from mllmrec.stage import record
+from mllmrec.stage import provenance
 from mllmrec.stage.errors import InputError
-from mllmrec.stage.jsonl import read_rows
-from mllmrec.stage.output import RowOutput
-from mllmrec.stage.record import file_digests, read_record, read_state
+from mllmrec.stage.jsonl import read_rows, write_json
+from mllmrec.stage.output import RowOutput, WholeOutput
+from mllmrec.stage.provenance import file_digest
+from mllmrec.stage.record import read_record, read_state
 
 OPEN = {"files": open_files, "rows": open_rows, "training": open_training}
 FINISH = {"files": write_files, "rows": append_rows, "training": train_adapter}
@@ -50,16 +52,16 @@ def test_a_smaller_pilot_afterwards_removes_nothing(tmp_path):
 
 
 def test_the_record_says_what_was_done(tmp_path):
-    output = RowOutput(tmp_path / "x.jsonl", "item_id", IDS, toy_job({"items.jsonl": "abc"}))
+    output = RowOutput(tmp_path / "x.jsonl", "item_id", IDS, toy_job({"model.json": "abc"}))
     with output:
         for item_id in IDS[1:]:
             output.write({"item_id": item_id})
         output.reject("i0", "bad")
-    with pytest.raises(InputError, match=r"other inputs \(items.jsonl was abc, is None\); choose"):
+    with pytest.raises(InputError, match=r"other inputs \(model.json was abc, is None\); choose"):
         open_rows(tmp_path)
     written = read_record(tmp_path / "x.jsonl")
     assert written["arguments"]["tone"] == "low"
-    assert written["inputs"] == {"items.jsonl": "abc"}
+    assert written["inputs"] == {"model.json": "abc"}
     assert written["rows"] == {"asked": 12, "out": 11, "rejected": 1, "written_by_this_run": 11}
     assert {"git_commit", "packages", "device", "seconds", "python"} <= written.keys()
     assert read_rows(tmp_path / "x.rejected.jsonl") == [{"item_id": "i0", "reason": "bad"}]
@@ -109,9 +111,11 @@ def test_another_job_is_refused_and_with_overwrite_deletes_when_it_begins(
     overwriting = opened(tmp_path, tone="high", overwrite=True)
     assert contents(tmp_path) == before, "while a model is loaded, which may fail, nothing goes"
     with overwriting:
+        assert before.items() <= contents(tmp_path).items()
         if kind == "training":
-            assert contents(tmp_path) == before
             overwriting.begin()
+        else:
+            overwriting.write({"item_id": "i0", "summary": "high i0"})
         left = {path.name for path in contents(tmp_path) if path.suffix != ".lock"}
         assert left <= {"state.json", "rank-0.jsonl", "rejected-0.jsonl"}
         assert not (tmp_path / name).exists()
@@ -129,7 +133,75 @@ def test_files_are_written_again_for_another_job_or_when_one_is_missing(tmp_path
     assert contents(tmp_path).keys() == before.keys()
     with open_files(tmp_path, tone="high") as output:
         assert output.is_needed
+        assert contents(tmp_path).keys() == before.keys(), "what fails before begin() costs nothing"
+        output.begin()
         assert read_record(output.path) is None, "it goes before the files are touched"
+
+
+@pytest.mark.parametrize("owner", ["gru/scores.run.json", "gru/run.json", "gru/state.json"])
+@pytest.mark.parametrize("kind", ["files", "rows"])
+def test_what_another_stage_wrote_is_not_replaced(tmp_path, kind, owner):
+    """The same file, or a folder that is an output: an adapter, a model, checkpoints."""
+    path = tmp_path / "gru" / "scores.jsonl"
+    record = {"stage": "gru4rec", "outputs": {"scores.jsonl": "abc"}, "settings": {}, "inputs": {}}
+    write_json(tmp_path / owner, record | {"rows": {}})
+    job = toy_job(stage="sasrec")
+    with pytest.raises(InputError, match=f"would replace what another stage wrote .*{owner}"):
+        if kind == "rows":
+            RowOutput(path, "item_id", IDS, job)
+        else:
+            with WholeOutput(job, [path]):
+                pass
+
+
+# Lines that know what they were made from
+
+
+def made_from(texts, folder, **options):
+    """Rows of these texts, id -> text; returns the ids that were computed."""
+    job = toy_job(**options)
+    sources = {item_id: job.source(text) for item_id, text in texts.items()}
+    output, computed = RowOutput(folder / "x.jsonl", "item_id", sources, job), []
+    if not output.is_up_to_date():
+        with output:
+            for item_id in output.todo:
+                computed.append(item_id)
+                if texts[item_id] == "bad":
+                    output.reject(item_id, "bad")
+                else:
+                    output.write({"item_id": item_id, "summary": texts[item_id]})
+    return computed
+
+
+def test_lines_whose_source_changed_are_computed_again_and_the_others_kept(tmp_path, caplog):
+    texts = {"a": "one", "b": "bad", "c": "three", "d": "four"}
+    assert made_from(texts, tmp_path) == list("abcd")
+    changed = {"new": "five", "c": "three", "a": "other", "b": "good"}
+    assert made_from(changed, tmp_path) == ["new", "a", "b"]
+    message = (
+        "x.jsonl: 1 lines are kept, 1 are computed again .* changed, 1 have an id that is gone"
+    )
+    assert re.search(message, caplog.text)
+    fresh = tmp_path / "fresh"
+    made_from(changed, fresh)
+    names = ("x.jsonl", "x.rejected.jsonl")
+    assert [contents(fresh).get(fresh / n) for n in names] == [
+        contents(tmp_path).get(tmp_path / n) for n in names
+    ]
+    assert made_from(dict(reversed(changed.items())), tmp_path) == [], "another order"
+    ids = [row["item_id"] for row in read_rows(tmp_path / "x.jsonl")]
+    assert ids == list(reversed(changed))
+    with pytest.raises(InputError, match=r"none of the 4 lines of .* was made from today's inputs"):
+        made_from({"a": "x", "q": "y"}, tmp_path)
+    with pytest.raises(InputError, match="other settings"):
+        made_from(changed, tmp_path, tone="high")
+
+
+def test_lines_without_a_source_are_kept_with_a_warning(tmp_path, caplog):
+    append_rows(tmp_path)
+    texts = {item_id: "text" for item_id in IDS}
+    assert made_from(texts, tmp_path) == []
+    assert "11 lines have no `source`, so it is unknown" in caplog.text
 
 
 def test_a_training_that_another_number_of_processes_began_is_refused(tmp_path, monkeypatch):
@@ -225,11 +297,10 @@ def test_a_damaged_part_is_one_sentence(interrupted, line):
 
 def test_very_large_files_of_one_size_have_different_digests(tmp_path, monkeypatch):
     """Weights of two models of one shape; parts of them are read instead of all."""
-    path = tmp_path / "one"
-    path.write_bytes(bytes(4000))
-    whole = file_digests(path)
-    monkeypatch.setattr(record, "HASH_LIMIT", 1000)
-    one = file_digests(path)
-    assert one == file_digests(path) != whole
-    path.write_bytes(bytes(3999) + b"1")
-    assert file_digests(path) != one
+    whole, one, two = (tmp_path / name for name in ("whole", "one", "two"))
+    for path in (whole, one):
+        path.write_bytes(bytes(4000))
+    two.write_bytes(bytes(3999) + b"1")
+    digest = file_digest(whole)
+    monkeypatch.setattr(provenance, "HASH_LIMIT", 1000)
+    assert len({digest, file_digest(one), file_digest(two)}) == 3

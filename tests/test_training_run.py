@@ -1,5 +1,6 @@
 """Stage 5 as a command: resume, several processes, early stopping, logs, bad input, merging."""
 
+import re
 import shutil
 
 import numpy as np
@@ -12,7 +13,9 @@ from peft.utils import load_peft_weights
 from random_models import random_llava, random_qwen_vl
 from transformers import AutoModelForImageTextToText, AutoTokenizer, Trainer
 
+from mllmrec.models.adapters import check_use
 from mllmrec.ranking.trainer import RankingTrainer
+from mllmrec.ranking.training_options import RankerOptions
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import read_rows, write_rows
 from mllmrec.stage.record import read_record
@@ -323,10 +326,72 @@ def test_an_adapter_of_other_settings_is_refused(small_run):
         small_run.run(STAGE, "--lora_r", "4")
 
 
-def test_a_merged_model_scores_like_base_and_adapter(small_run, tmp_path):
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--lora_layers nope",
+        "--group_by item --batch_size 1",
+        "--model Inference/tiny_models/nope",
+        "--attention flash_attention_2",
+    ],
+)
+def test_an_option_that_cannot_work_costs_no_finished_adapter(small_run, words):
+    before = {path: path.read_bytes() for path in (small_run.system / "adapter").iterdir()}
+    with pytest.raises(InputError):
+        small_run.run(STAGE, "--overwrite", "true", *words.split())
+    assert {path: path.read_bytes() for path in before} == before
+
+
+USED_OTHERWISE = {
+    "quantization": "nf4",
+    "prompt_format": "{image}{text}",
+    "image_tiles": "single",
+    "pad_images": 2,
+    "answer_token": "bare",
+    "end_token": False,
+    "max_text_tokens": 100,
+}
+
+
+@pytest.mark.parametrize("name", USED_OTHERWISE)
+def test_an_adapter_is_scored_as_it_was_trained(small_run, name):
+    adapter, value = small_run.system / "adapter", USED_OTHERWISE[name]
+    options = RankerOptions(**{name: value})
+    check_use(adapter, RankerOptions(), [])
+    with pytest.raises(InputError, match=f"trained with --{name} .*, not .*--allow_other {name}"):
+        check_use(adapter, options, [])
+    check_use(adapter, options, [name])
+    words = ["--variant", "otherwise", f"--{name}", str(value)]
+    with pytest.raises(InputError, match=f"trained with --{name} "):
+        small_run.run("MLLM-MSR/test/test_with_llava_sft.py", *words)
+
+
+def test_an_adapter_of_a_quantised_model_is_merged_only_when_asked(small_run, tmp_path, capsys):
+    where = prepared(small_run, tmp_path)
+    train(where, "--quantization", "nf4", "--limit", "16")
+    words = ["MLLM-MSR/train/merge_adapter.py", *where[3:]]
+    with pytest.raises(InputError, match="trained with --quantization 'nf4', not 'none'"):
+        small_run.run(*words)
+    small_run.run(*words, "--allow_other", "quantization")
+    found = re.search(r"of a trial question by up to (\S+)", capsys.readouterr().out)
+    assert 0.001 < float(found[1]) < 10
+
+
+def test_a_merge_does_not_replace_its_adapter(small_run):
+    adapter = small_run.system / "adapter"
+    before = {path: path.read_bytes() for path in adapter.iterdir()}
+    with pytest.raises(InputError, match="is no merged model of this script, so it would be lost"):
+        small_run.run("MLLM-MSR/train/merge_adapter.py", "--merged", str(adapter))
+    assert {path: path.read_bytes() for path in adapter.iterdir()} == before
+
+
+def test_a_merged_model_scores_like_base_and_adapter(small_run, tmp_path, capsys):
     merged = tmp_path / "merged"
     small_run.run("MLLM-MSR/train/merge_adapter.py", "--merged", str(merged))
+    assert f"--model {merged} --adapter none --variant sft_merged" in capsys.readouterr().out
     where = ["--model", str(merged), "--adapter", "none", "--variant", "merged"]
+    with pytest.raises(InputError, match="merged was trained with --max_text_tokens 512, not 300"):
+        small_run.run("MLLM-MSR/test/test_with_llava_sft.py", *where, "--max_text_tokens", "300")
     small_run.run("MLLM-MSR/test/test_with_llava_sft.py", *where, "--hide", "nothing")
 
     def scores(variant):

@@ -25,8 +25,8 @@ class Toy(CommonOptions):
     tone: str = "low"
 
 
-def toy_job(inputs=None, **options):
-    return Job.of(Toy(config="none", **options), inputs or {})
+def toy_job(inputs=None, stage="toy", **options):
+    return Job.of(Toy(config="none", **options), inputs or {}, stage=stage)
 
 
 def stop():
@@ -47,6 +47,7 @@ def write_files(folder, tone="low", **options):
     """Two outputs and an optional third."""
     with open_files(folder, tone=tone, **options) as output:
         if output.is_needed:
+            output.begin()
             for path in output.outputs:
                 write_rows(path, [{"id": i, "text": f"{path.stem} {tone}"} for i in IDS])
             lines = [{"id": i, "reason": reason} for i, reason in reasons(tone).items()]

@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parse_options(Options, SECTION, argv, __doc__)
     print_options(options, "baseline: popularity")
     users_path = Path(options.data_dir) / "users.jsonl"
-    job = Job.of(options, file_digests(require(users_path)))
+    job = Job.of(options, file_digests(require(users_path)), stage=SECTION)
     users, _ = read_users_and_items(users_path, users_path.with_name("items.jsonl"))
     for variant, sampling in VARIANTS.items():
         path = options.system_dir / variant / "scores.jsonl"
@@ -55,8 +55,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             if output.is_needed:
                 drawn = redraw_negatives(users, sampling, options.seed) if sampling else users
                 rows = popularity_scores(drawn)
+                output.begin()
                 write_rows(path, rows)
-                output.finish({"out": len(rows)})
+                lists = {"lists": "redrawn"} if sampling else {}
+                output.finish({"out": len(rows)}, **lists)
                 print(f"wrote {path}: {len(rows):,} scores")
 
 

@@ -51,10 +51,12 @@ def history_rows(users_path: Path, items_path: Path, options: Options) -> Iterat
     """Lines of user_preferences.jsonl, from users.jsonl and items.jsonl."""
     users, items = read_users_and_items(users_path, items_path, ("history",))
     leave_one_out = is_leave_one_out(users)
+    job = Job.of(options, {}, stage=SECTION)
     for user in users:
         text = title_history([items[item]["title"] for item in user["history"]], options)
         row = {"user_id": user["user_id"], "preference": text}
         row["blocks"] = [{"items": user["history"], "preference": text}]
+        row["source"] = job.source(*((item, items[item]["title"], "") for item in user["history"]))
         yield row | ({"split": user["split"]} if leave_one_out else {})
 
 
@@ -63,11 +65,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     print_options(options, "baseline: titles of the history")
     users_path = Path(options.data_dir) / "users.jsonl"
     items_path = Path(options.data_dir) / "items.jsonl"
-    job = Job.of(options, file_digests(require(users_path), require(items_path)))
+    inputs = file_digests(require(users_path), require(items_path))
+    job = Job.of(options, inputs, stage=SECTION)
     path = options.system_dir / "user_preferences.jsonl"
     with WholeOutput(job, [path]) as output:
         if output.is_needed:
             rows = list(history_rows(users_path, items_path, options))
+            output.begin()
             write_rows(path, rows)
             output.finish({"out": len(rows)})
             print(f"wrote {path}: {len(rows):,} users")

@@ -82,10 +82,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             for name, path in variants.items()
         }
     )
-    job = Job.of(options, inputs)
+    job = Job.of(options, inputs, stage=SECTION)
     with WholeOutput(job, [path]) as output:
         if output.is_needed:
             metrics = measure(files, options)
+            output.begin()
             write_json(path, metrics)
             output.finish({"variants": len(metrics)})
     print_metrics(read_metrics(path))

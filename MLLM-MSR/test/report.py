@@ -74,7 +74,7 @@ def read_published(name: str) -> list[Any]:
 
 
 def write_report(
-    metrics_path: Path, outputs: Sequence[Path], published: list[Any], options: Options
+    metrics_path: Path, output: WholeOutput, published: list[Any], options: Options
 ) -> int:
     """Write report.html and report.md; return the number of variants. published: rows to show."""
     from mllmrec.evaluation import report_page as report
@@ -101,7 +101,8 @@ def write_report(
         output_dir=options.output_dir,
     )
     markdown = as_markdown(facts, groups, differences, stages)
-    for path, text in zip(outputs, (page, markdown), strict=True):
+    output.begin()
+    for path, text in zip(output.outputs, (page, markdown), strict=True):
         with atomic_file(path) as file:
             file.write(text.encode())
     return len(metrics)
@@ -121,10 +122,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         data_dir / "items.jsonl",
         options.system_dir / "user_preferences.jsonl",
     )
-    job = Job.of(options, inputs)
+    job = Job.of(options, inputs, stage=SECTION)
     with WholeOutput(job, outputs) as output:
         if output.is_needed:
-            n_variants = write_report(metrics_path, outputs, published, options)
+            n_variants = write_report(metrics_path, output, published, options)
             output.finish({"variants": n_variants})
             print(f"wrote {outputs[0]} and {outputs[1]}")
 

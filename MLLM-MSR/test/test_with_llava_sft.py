@@ -26,8 +26,16 @@ from typing import Any, Literal
 
 from pydantic.dataclasses import dataclass
 
+from mllmrec.data.images import image_digests, padded_sizes
 from mllmrec.evaluation.metrics import CandidateLists
-from mllmrec.ranking.rows import check_row_images, first_users, replace_preference
+from mllmrec.models.model_options import ALLOW_OTHER
+from mllmrec.ranking.rows import (
+    check_row_images,
+    check_rows_source,
+    first_users,
+    question_text,
+    replace_preference,
+)
 from mllmrec.ranking.training_options import RankerOptions
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import read_rows
@@ -38,7 +46,7 @@ from mllmrec.stage.record import Digests, Job, file_digests
 from mllmrec.stage.schema import Row
 
 SECTION = "score"
-SPEED_OPTIONS = ("batch_tokens", "reuse_prefix", "adapter", "variant", "hide")
+SPEED_OPTIONS = ("batch_tokens", "reuse_prefix", "adapter", "variant", "hide", "allow_other")
 
 
 @dataclass
@@ -57,6 +65,7 @@ class Options(RankerOptions):
         "what the model does not get, one variant each: nothing, image, preference",
         min_length=1,
     )
+    allow_other: list[str] = option([], ALLOW_OTHER)
     batch_tokens: int = option(16384, "tokens in a batch, images included", ge=1)
     reuse_prefix: bool = option(
         True, "compute what all prompts of an item (without images: of a user) share only once"
@@ -98,15 +107,29 @@ def variant_name(options: Options, hidden: str) -> str:
     return name if hidden == "nothing" else f"{name}_no_{hidden}"
 
 
+def row_images(rows: list[Row], options: Options) -> list[tuple[Any, Any]]:
+    """(digest, size to which it is padded) of each row's image, None without one."""
+    names = [row["images"][0] if row["images"] else None for row in rows]
+    paths = [options.system_dir / name if name else None for name in names]
+    padded = padded_sizes(paths, options.pad_images) if options.pad_images else [None] * len(rows)
+    digests = image_digests(paths)
+    return [(digests[path], size) for path, size in zip(paths, padded, strict=True)]
+
+
 def open_outputs(rows: list[Row], inputs: Digests, options: Options) -> dict[str, RowOutput]:
     """What is hidden -> its scores.jsonl, of the variants that are not up to date."""
-    keys = [(row["user_id"], row["item_id"]) for row in rows]
+    images = row_images(rows, options)
     limit = len(first_users(rows, options.limit))  # --limit counts users
     outputs: dict[str, RowOutput] = {}
     for hidden in dict.fromkeys(options.hide):
         path = options.system_dir / variant_name(options, hidden) / "scores.jsonl"
-        job = Job.of(options, inputs, SPEED_OPTIONS, hidden=hidden)
-        output = RowOutput(path, ("user_id", "item_id"), keys, replace(job, limit=limit))
+        job = Job.of(options, inputs, SPEED_OPTIONS, stage=SECTION, hidden=hidden)
+        job = replace(job, limit=limit)
+        sources = {
+            (row["user_id"], row["item_id"]): job.source(question_text(row), row["label"], *image)
+            for row, image in zip(rows, images, strict=True)
+        }
+        output = RowOutput(path, ("user_id", "item_id"), sources, job)
         if not output.is_up_to_date():
             outputs[hidden] = output
     return outputs
@@ -120,14 +143,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     if len({(row["user_id"], row["item_id"]) for row in rows}) != len(rows):
         raise InputError(f"{test_path} has a row twice; make it again with scripts/04_datasets.sh")
     check_row_images(rows, test_path, options)
+    check_rows_source(rows, test_path, "test", options)
     # Imported here, so that --help and a missing input are answered at once.
-    from mllmrec.models.adapters import check_adapter, load_adapter
+    from mllmrec.models.adapters import check_adapter, check_use, load_adapter
     from mllmrec.ranking.reader import load_ranker
 
     adapter = None if options.adapter == "none" else Path(options.adapter or folder / "adapter")
     if adapter is not None:
-        check_adapter(adapter, options.model, options.image_tiles)
-    inputs = file_digests(test_path, options.model, *([adapter] if adapter else []))
+        check_adapter(adapter, options.model)
+    check_use(adapter or options.model, options, options.allow_other)
+    inputs = file_digests(options.model, *([adapter] if adapter else []))
     outputs = open_outputs(rows, inputs, options)
     if outputs:
         # Lists that cannot be ranked are refused before the model is loaded.

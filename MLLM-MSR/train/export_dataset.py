@@ -107,11 +107,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     outputs = [out / f"mllmrec_{split}.jsonl" for split in splits]
     extra = [out / "dataset_info.json"] if options.format == "llamafactory" else []
     others = [name for name in vars(options) if name not in ROW_OPTIONS]
-    job = Job.of(options, file_digests(*paths, options.model), others)
+    job = Job.of(options, file_digests(*paths, options.model), others, stage="export")
     with WholeOutput(job, [*outputs, *extra]) as output:
         if not output.is_needed:
             return
         counts: dict[str, int] = {}
+        output.begin()
         for split, path, exported_path in zip(splits, paths, outputs, strict=True):
             rows, rejected = exported(path, options)
             counts |= {split: len(rows), f"{split}_rejected_users": rejected}

@@ -7,17 +7,21 @@ Out: {output_dir}/{system}/merged/   weights, processor and run.json; score it w
     python MLLM-MSR/train/merge_adapter.py --config configs/microlens.yaml
 
 As much memory as the model's weights take (7B: 15 GB in 16 bit). dtype: that of the training,
-unless --dtype is set.
+unless --dtype is set. An adapter of a quantised model is merged with `--allow_other quantization`
+only: its scores become others, and what a trial question says of it is printed.
 """
 
 from mllmrec.stage.main import run_main
 
+import shlex
 from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from pydantic.dataclasses import dataclass
 
-from mllmrec.models.model_options import ModelOptions
+from mllmrec.models.model_options import ALLOW_OTHER, ModelOptions
+from mllmrec.ranking.training_options import RankerOptions
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.options import option, parse_options, print_options
 from mllmrec.stage.output import WholeOutput, new_folder
@@ -31,17 +35,34 @@ class Options(ModelOptions):
     adapter: str = option("", "folder of the LoRA weights; default: {output_dir}/{system}/adapter")
     model: str = option("", "the base model; default: the one that the adapter names")
     merged: str = option("", "default: {output_dir}/{system}/merged")
+    allow_other: list[str] = option([], ALLOW_OTHER)
 
 
-def merge(name: str, adapter: Path, merged: Path, options: Options) -> None:
-    """W + (alpha / r) B A for every adapted layer, saved as a plain model."""
-    from mllmrec.models.adapters import load_adapter
+def merge(name: str, adapter: Path, merged: Path, options: Options) -> float | None:
+    """W + (alpha / r) B A for every adapted layer, saved as a plain model.
+
+    Returns by how much a logit of a trial question changes if the adapter is of a quantised model.
+    """
+    from mllmrec.models.adapters import load_adapter, trained_with
+    from mllmrec.models.chat import ChatProcessor
     from mllmrec.models.loading import load_multimodal
+    from mllmrec.models.trial import trial_logits
 
+    used, before = trained_with(adapter), None
+    prompt_format, stored = used.get("prompt_format", ""), used.get("quantization", "none")
+    if stored != "none":
+        model, processor = load_multimodal(name, replace(options, quantization=stored))
+        chat = ChatProcessor(processor, prompt_format=prompt_format)
+        before = trial_logits(load_adapter(model, adapter, name), chat)
+        del model
     model, processor = load_multimodal(name, options)
     model = load_adapter(model, adapter, name).merge_and_unload(safe_merge=True)
     model.save_pretrained(merged)
     processor.save_pretrained(merged)
+    if before is None:
+        return None
+    after = trial_logits(model, ChatProcessor(processor, prompt_format=prompt_format))
+    return float((after.float() - before.float()).abs().max())
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -54,31 +75,40 @@ def main(argv: Sequence[str] | None = None) -> None:
             "an adapter cannot be merged exactly into a quantised model; merge without "
             "--quantization, then load the result with it"
         )
-    if merged.exists() and read_record(merged) is None:  # it would be deleted
+    if merged.exists() and (read_record(merged) or {}).get("stage") != SECTION:
         raise InputError(
-            f"{merged} is there and is no merged model of this script; move it away or "
-            "name another --merged"
+            f"{merged} is there and is no merged model of this script, so it would be lost; move "
+            "it away or name another --merged"
         )
-    from mllmrec.models.adapters import adapter_base, check_adapter
+    from mllmrec.models.adapters import adapter_base, check_adapter, check_use, trained_with
     from mllmrec.models.model_card import write_model_card
 
     name = options.model or adapter_base(adapter)
     check_adapter(adapter, name)
-    job = Job.of(options, file_digests(adapter, name), ("adapter", "merged", "model"))
-    record = read_record(adapter) or {}
+    check_use(adapter, options, ("prompt_format", *options.allow_other))  # it needs no prompts
+    ignore = ("adapter", "merged", "model", "allow_other")
+    job = Job.of(options, file_digests(adapter, name), ignore, stage=SECTION)
+    record, used = read_record(adapter) or {}, trained_with(adapter) | {"quantization": "none"}
     with WholeOutput(job, [merged]) as output:
         if not output.is_needed:
             return
         if options.dtype == "auto":
             options.dtype = record.get("dtype", "auto")
         with new_folder(merged) as folder:
-            merge(name, adapter, folder, options)
-            output.finish({}, folder)
+            change = merge(name, adapter, folder, options)
+            output.finish({}, folder, trained_with=used)
             if record:
                 write_model_card(folder, record, merged=True)
-    tiles = record.get("settings", {}).get("image_tiles", "full")
-    words = f"--model {merged} --adapter none --variant merged"
-    words += f" --image_tiles {tiles}" if tiles != "full" else ""
+    if change is not None:
+        print(
+            "the adapter was trained on a quantised model: scores differ after the merge, logits "
+            f"of a trial question by up to {change:.3f}"
+        )
+    words = f"--model {merged} --adapter none --variant sft_merged"
+    default = asdict(RankerOptions())
+    for option_name, value in used.items():
+        if value != default[option_name]:
+            words += f" --{option_name} {shlex.quote(str(value))}"
     print(
         f"wrote {merged}; score it with: python MLLM-MSR/test/test_with_llava_sft.py "
         f"--config {options.config} {words}"

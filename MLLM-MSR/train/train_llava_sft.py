@@ -23,7 +23,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mllmrec.evaluation.metrics import CandidateLists
-from mllmrec.ranking.rows import check_row_images, check_training_rows, first_users
+from mllmrec.ranking.rows import (
+    check_row_images,
+    check_rows_source,
+    check_training_rows,
+    first_users,
+)
 from mllmrec.ranking.training_options import (
     TRAINING_SPEED_OPTIONS,
     FineTuningOptions,
@@ -99,14 +104,18 @@ def main(argv: Sequence[str] | None = None) -> None:
             "and see train.rejected.jsonl"
         )
     inputs = file_digests(train_path, validation_path, options.model)
-    job = Job.of(options, inputs, TRAINING_SPEED_OPTIONS, limit=options.limit)
+    job = Job.of(options, inputs, TRAINING_SPEED_OPTIONS, stage=SECTION, limit=options.limit)
     adapter, checkpoints = options.system_dir / "adapter", options.system_dir / "checkpoints"
     with WholeOutput(job, [adapter], training_files(options), checkpoints) as output:
         if output.is_needed:
             rows = rows[: options.limit or None]
             validation = first_users(validation, options.validation_users)
-            check_row_images(rows, train_path, options)
-            check_row_images(validation, validation_path, options)
+            for split, path, own in (
+                ("train", train_path, rows),
+                ("validation", validation_path, validation),
+            ):
+                check_row_images(own, path, options)
+                check_rows_source(own, path, split, options)
             if validation:  # lists that cannot be ranked are refused before the model is loaded
                 CandidateLists.of([{**row, "score": 0.0} for row in validation], validation_path)
             fine_tune(rows, validation, output, options)

@@ -5,6 +5,7 @@ import io
 import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 from PIL import Image, ImageOps
 
 from mllmrec.stage.errors import InputError
+from mllmrec.stage.provenance import file_digest
 from mllmrec.stage.schema import Row
 
 # Pillow knows more, and starts other programs for some of them.
@@ -110,6 +112,20 @@ def pad_to_largest(images: Sequence[Image.Image | None]) -> list[Image.Image | N
     """The images padded with black to the largest width and height among them; None stays None."""
     size = largest([image.size if image else None for image in images])
     return [pad_black(image, size) if image else None for image in images]
+
+
+def image_digests(paths: Iterable[Path | None]) -> dict[Path | None, str | None]:
+    """path -> digest of the file's bytes; None without a file that can be read."""
+    different = list(dict.fromkeys(paths))
+    with ThreadPoolExecutor() as pool:  # hashing releases Python's lock
+        return dict(zip(different, pool.map(_digest_or_none, different), strict=True))
+
+
+def _digest_or_none(path: Path | None) -> str | None:
+    try:
+        return file_digest(path) if path is not None else None
+    except OSError:
+        return None
 
 
 def data_url(image: Image.Image, kind: str = "PNG", **options: Any) -> str:

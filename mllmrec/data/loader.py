@@ -48,15 +48,15 @@ def run_loader(
     failed = set(read_rejected(images_path, "item_id")) if has_urls else set()  # downloads
     files += [rejected_path(images_path)] if failed else []
     outputs += [urls_path] if has_urls else []
-    job = Job.of(
-        options, file_digests(*files), limit=options.limit, raw_dir=options.raw_dir, **settings
-    )
+    settings |= {"limit": options.limit, "raw_dir": options.raw_dir}
+    job = Job.of(options, file_digests(*files), stage="data", **settings)
     with WholeOutput(job, outputs, [rejected_rows_path(options)]) as output:
         if output.is_needed:
             log, catalogue, rejected = load()
             if has_urls:
                 catalogue["image"] = _image_files(catalogue["url"], failed, options)
             data = rules(log, catalogue, options)
+            output.begin()
             counts = write_data_set(data, rejected, options)
             if has_urls:
                 _write_urls(data.items["url"].dropna(), failed, urls_path)

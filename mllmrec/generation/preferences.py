@@ -8,10 +8,10 @@ from typing import NamedTuple
 from pydantic.dataclasses import dataclass as options_dataclass
 
 from mllmrec.data.candidates import is_leave_one_out, read_users_and_items, user_key
+from mllmrec.data.summaries import read_summaries
 from mllmrec.models.model_options import GENERATION_SPEED_OPTIONS, GenerationStageOptions
 from mllmrec.prompts import mllm_msr as prompts
 from mllmrec.stage.errors import InputError
-from mllmrec.stage.jsonl import read_by_id, read_rejected
 from mllmrec.stage.options import option
 from mllmrec.stage.output import SHORTENED, RowId, RowOutput
 from mllmrec.stage.record import Job, file_digests
@@ -68,11 +68,15 @@ def read_histories(options: PreferenceOptions) -> dict[RowId, UserHistory]:
     """Histories by user, checked so that every item of those that are wanted is known.
 
     An item that stage 2 rejected has an empty summary: its title is used alone. Raises InputError
-    for an item that is unknown or that stage 2 has not processed.
+    for an item that is unknown or that stage 2 has not processed, and for a summary of another
+    image than the item has now.
     """
-    users_path, items_path, summaries_path = _input_paths(options)
+    data = Path(options.data_dir)
+    users_path, items_path = data / "users.jsonl", data / "items.jsonl"
+    summaries_path = Path(options.summaries or options.system_dir / "image_summaries.jsonl")
     users, items = read_users_and_items(users_path, items_path, ("history", "negatives"))
-    summaries = read_summaries(summaries_path)
+    wanted = {item for user in users[: options.limit or None] for item in user["history"]}
+    summaries = read_summaries(summaries_path, items, items_path, wanted)
     leave_one_out = is_leave_one_out(users)
     histories: dict[RowId, UserHistory] = {}
     for number, user in enumerate(users, start=1):
@@ -87,13 +91,6 @@ def read_histories(options: PreferenceOptions) -> dict[RowId, UserHistory]:
     return histories
 
 
-def read_summaries(path: Path) -> dict[str, str]:
-    """Item id -> its summary, empty for an item that stage 2 rejected."""
-    rows = read_by_id(path, "item_id")
-    summaries = {item_id: row["summary"] for item_id, row in rows.items()}
-    return summaries | dict.fromkeys(read_rejected(path, "item_id"), "")
-
-
 def user_history(
     user: Row, items: Mapping[str, Row], summaries: Mapping[str, str], leave_one_out: bool
 ) -> UserHistory:
@@ -103,25 +100,20 @@ def user_history(
     return UserHistory(ids, [HistoryItem(i, items[i]["title"], summaries[i]) for i in known])
 
 
-def open_preferences(histories: dict[RowId, UserHistory], options: PreferenceOptions) -> RowOutput:
-    """The output user_preferences.jsonl of these users."""
+def open_preferences(
+    histories: dict[RowId, UserHistory], stage: str, options: PreferenceOptions
+) -> RowOutput:
+    """The output user_preferences.jsonl of these users. stage: the name of the script."""
     first = next(iter(histories.values()), None)
     key: str | tuple[str, ...] = "user_id"
     if first is not None and "split" in first.ids:
         key = ("user_id", "split")
-    inputs = file_digests(*_input_paths(options), options.model)
+    job = Job.of(options, file_digests(options.model), SPEED_OPTIONS, stage=stage)
     return RowOutput(
         options.system_dir / "user_preferences.jsonl",
         key,
-        histories,
-        Job.of(options, inputs, SPEED_OPTIONS),
+        {user: job.source(*history.items) for user, history in histories.items()},
+        job,
         options.retry_rejected,
         COUNTERS,
     )
-
-
-def _input_paths(options: PreferenceOptions) -> tuple[Path, Path, Path]:
-    """users.jsonl, items.jsonl and image_summaries.jsonl."""
-    data = Path(options.data_dir)
-    summaries = Path(options.summaries or options.system_dir / "image_summaries.jsonl")
-    return data / "users.jsonl", data / "items.jsonl", summaries

@@ -1,7 +1,7 @@
 """Adapters on disk: how others find the base model, loading one, and checks that it fits."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +9,16 @@ from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 
 from mllmrec.models.loading import cannot, check_finite, listed, read_config
+from mllmrec.models.model_options import ModelOptions
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import PathLike, read_json, write_json
 from mllmrec.stage.record import check_described, file_digests, first_difference, read_record
 
 WEIGHTS = "adapter_model.safetensors"
 REMEDY = "restore it, or train again with scripts/05_train.sh --overwrite true"
+# Options of a training that its adapter needs again: with other values the scores are others.
+USES = ["quantization", "prompt_format", "image_tiles", "pad_images"]
+USES += ["answer_token", "end_token", "max_text_tokens"]
 
 
 def make_portable(folder: PathLike, base: str) -> None:
@@ -61,12 +65,11 @@ def adapter_base(folder: PathLike) -> str:
     return base
 
 
-def check_adapter(folder: PathLike, name: str, image_tiles: str | None = None) -> None:
+def check_adapter(folder: PathLike, name: str) -> None:
     """Raise InputError if the LoRA weights of `folder` belong to another base model than `name`.
 
-    Also if they were trained with other image tiles. If this repository trained the adapter, what
-    is compared is the base's kind and size, and the digests of its files if both are folders, or
-    the names if both are hub ids; else the bare names.
+    If this repository trained the adapter, what is compared is the base's kind and size, and the
+    digests of its files if both are folders, or the names if both are hub ids; else the bare names.
     """
     base, record = adapter_base(folder), read_record(folder) or {}
     if record:  # the weights, r, alpha and the layers are those of the training
@@ -84,12 +87,30 @@ def check_adapter(folder: PathLike, name: str, image_tiles: str | None = None) -
             f"the adapter {folder} was trained on {base}, which is another model than "
             f"{name} ({difference}); {remedy}"
         )
-    tiles = record["settings"].get("image_tiles", image_tiles)
-    if image_tiles is not None and tiles != image_tiles:
-        raise InputError(
-            f"the adapter {folder} was trained with --image_tiles {tiles}, not {image_tiles}; "
-            "score with the same"
-        )
+
+
+def trained_with(folder: PathLike) -> dict[str, Any]:
+    """Option -> value in the training of an adapter, or of the one that was merged into a model.
+
+    Those of `USES`; empty if it has no run record.
+    """
+    record = read_record(folder) or {}
+    settings = record.get("trained_with", record.get("settings", {}))
+    return {name: settings[name] for name in USES if name in settings}
+
+
+def check_use(folder: PathLike, options: ModelOptions, allowed: Sequence[str]) -> None:
+    """Raise InputError if an adapter or merged model is to be used in another way than trained.
+
+    allowed: names of options that may differ.
+    """
+    for name, value in trained_with(folder).items():
+        now = getattr(options, name, value)
+        if now != value and name not in allowed:
+            raise InputError(
+                f"{folder} was trained with --{name} {value!r}, not {now!r}; pass the same, or "
+                f"--allow_other {name}"
+            )
 
 
 def _other_files(recorded: Mapping[str, str], base: str, name: str) -> str | None:

@@ -71,6 +71,9 @@ class GenerationStageOptions(ModelOptions):
     )
 
 
+ALLOW_OTHER = "options that may differ from those of the adapter's training, by name"
+
+
 @dataclass
 class LoraOptions(ModelOptions):
     """What LoRA trains."""

@@ -24,22 +24,28 @@ def check_trial(name: str, model: Any, chat: ChatProcessor) -> None:
     The prompts must hold the questions and one image token each, the special tokens must be in the
     vocabulary, and the logits must be finite.
     """
-    n_images = int(chat.takes_images)
-    images = [Image.new("RGB", (64, 48), GRAY)] * len(TEXTS) if n_images else None
     try:
-        prompts = [chat.render([user_turn(text, images=n_images)]) for text in TEXTS]
-        fault = _prompt_fault(prompts, chat)
+        fault = _prompt_fault(_prompts(chat), chat)
         if fault is None:
-            batch = to_model(chat.encode(prompts, images), model)
-            with torch.inference_mode():
-                logits = model(**batch).logits[:, -1]
-            fault = _logits_fault(logits, chat)
+            fault = _logits_fault(trial_logits(model, chat), chat)
     except InputError:
         raise
     except Exception as error:
         raise cannot(f"the model {name} cannot answer a question", error) from None
     if fault:
         raise InputError(f"the model {name} cannot answer a question: {fault}; {REMEDY}")
+
+
+def trial_logits(model: Any, chat: ChatProcessor) -> torch.Tensor:
+    """(questions, vocabulary): logits of what follows each question."""
+    images = [Image.new("RGB", (64, 48), GRAY)] * len(TEXTS) if chat.takes_images else None
+    batch = to_model(chat.encode(_prompts(chat), images), model)
+    with torch.inference_mode():
+        return model(**batch).logits[:, -1]
+
+
+def _prompts(chat: ChatProcessor) -> list[str]:
+    return [chat.render([user_turn(text, images=int(chat.takes_images))]) for text in TEXTS]
 
 
 def _prompt_fault(prompts: list[str], chat: ChatProcessor) -> str | None:

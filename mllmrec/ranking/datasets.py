@@ -18,9 +18,11 @@ from mllmrec.data.candidates import (
     user_key,
     users_of_split,
 )
-from mllmrec.data.images import ImageError, check_item_images, open_image
+from mllmrec.data.images import ImageError, check_item_images, image_digests, open_image
+from mllmrec.data.summaries import read_summaries
 from mllmrec.prompts import mllm_msr as prompts
 from mllmrec.ranking.questions import Candidate, QuestionFormat, candidate_row
+from mllmrec.ranking.rows import row_inputs
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import (
     read_by_id,
@@ -34,10 +36,14 @@ from mllmrec.stage.jsonl import (
 from mllmrec.stage.options import CommonOptions, option
 from mllmrec.stage.output import WholeOutput
 from mllmrec.stage.progress import progress_bar
-from mllmrec.stage.record import Job, file_digests
+from mllmrec.stage.provenance import check_lines_source, short_digest
+from mllmrec.stage.record import Job, file_digests, read_record
 from mllmrec.stage.schema import Row
 
 logger = logging.getLogger(__name__)
+
+SECTION = "datasets"
+INPUT_OPTIONS = ("preferences", "summaries")  # these say where, not what
 
 
 @dataclass
@@ -45,6 +51,11 @@ class DatasetOptions(CommonOptions):
     """Options of stage 4."""
 
     preferences: str = option("", "default: {output_dir}/{system}/user_preferences.jsonl")
+    summaries: str = option(
+        "",
+        "what the preferences were made from, to compare; default: as stage 3 was told, else the "
+        "image_summaries.jsonl beside them, if there is one",
+    )
     recommend_prompt: str = option(
         prompts.RECOMMEND,
         "template of the yes/no question: {title} and {preference} in any order; it may name "
@@ -62,15 +73,61 @@ class DatasetOptions(CommonOptions):
 class Sources:
     """What rows are made of. users: lines of users.jsonl; items, preferences: by id."""
 
-    def __init__(self, users_path: Path, items_path: Path, preferences_path: Path) -> None:
+    def __init__(self, paths: tuple[Path, Path, Path], options: DatasetOptions) -> None:
+        users_path, self.items_path, self.preferences_path = map(require, paths)
+        self.job = Job.of(options, {}, INPUT_OPTIONS, stage=SECTION)
         parts = ("target", "negatives")
-        self.users, self.items = read_users_and_items(users_path, items_path, parts)
-        self.items_path, self.preferences_path = items_path, preferences_path
+        self.users, self.items = read_users_and_items(users_path, self.items_path, parts)
+        check_item_images(self.items, self.items_path, options.data_dir, options.image_roots)
         self.leave_one_out = is_leave_one_out(self.users)
         key = ("user_id", "split") if self.leave_one_out else "user_id"
-        self.preferences = read_by_id(preferences_path, key)
-        self.rejected = read_rejected(preferences_path, key)
+        self.preferences = read_by_id(self.preferences_path, key)
+        self.rejected = read_rejected(self.preferences_path, key)
+        self._check_preferences(users_path, options.summaries)
+        self.paths: dict[str, Path | None] = {}  # of the candidates' images
+        if options.with_images:
+            used = {item for user in self.users for item, _ in candidates(user)}
+            for item_id, item in self.items.items():
+                if item_id in used:
+                    folder = self.items_path.parent
+                    self.paths[item_id] = folder / item["image"] if item["image"] else None
+        self.digests = image_digests(self.paths.values())
         self._image_problems: dict[Path | None, str | None] = {}
+
+    def _check_preferences(self, users_path: Path, summaries: str) -> None:
+        """Raise InputError for a preference that was made from another history than its user has.
+
+        summaries: see DatasetOptions.
+        """
+        path = self.preferences_path
+        record = read_record(path) or {}
+        told = summaries or record.get("arguments", {}).get("summaries")
+        summaries_path = Path(told or path.with_name("image_summaries.jsonl"))
+        reads_summaries, texts = record.get("stage") != "title_history", dict[str, str]()
+        if reads_summaries and summaries_path.exists():
+            used = {item for user in self.users for item in user["history"]}
+            texts = read_summaries(summaries_path, self.items, self.items_path, used)
+        inputs = {}
+        for user in self.users:
+            key, history = user_key(user, self.leave_one_out), user["history"]
+            titles = [self.items[i]["title"] if i in self.items else None for i in history]
+            own = [texts.get(i, "") for i in history]
+            inputs[key] = [list(zip(history, titles, own, strict=True))]
+            row = self.preferences.get(key, {"blocks": [{"items": history}]})
+            read = [item for block in row["blocks"] for item in block["items"]]
+            if read != history[row.get("items_left_out", 0) :]:
+                raise InputError(
+                    f"{path}, line {list(self.preferences).index(key) + 1}: the preference of user "
+                    f"{key!r} was made from other items than its history in {users_path}; run "
+                    "stage 3 again"
+                )
+        if reads_summaries and not summaries_path.exists():
+            logger.warning(f"{path}: texts are not compared, {summaries_path} is missing")
+            return
+        fault = f"made from other titles or summaries than {self.items_path} and {summaries_path} "
+        fault += "have; run stage 3 again, or name the --summaries that it read"
+        check_lines_source(self.preferences, inputs, path, fault)
+        check_lines_source(self.rejected, inputs, rejected_path(path), fault)
 
     def preference(self, user: Row) -> tuple[str, str | None]:
         """(preference, None), or ("", reason) for a user that stage 3 rejected."""
@@ -89,7 +146,7 @@ class Sources:
 
         Checked here, in seconds, so that the stages on a GPU do not stop at it.
         """
-        path = self.items_path.parent / item["image"] if item["image"] else None
+        path = self.paths[item["item_id"]]
         if path not in self._image_problems:  # an item is a candidate of many users
             self._image_problems[path] = _image_problem(path)
         return path, self._image_problems[path]
@@ -122,35 +179,41 @@ def user_rows(
         user = {**user, "negatives": training_negatives(user, options.train_negatives)}
     rows = []
     for item_id, label in candidates(user):
-        item, image = sources.items[item_id], None
+        item, image, image_path = sources.items[item_id], None, None
         if options.with_images:
             image_path, problem = sources.image(item)
             if problem or image_path is None:
                 return [], f"candidate {item_id}: {problem}"
             image = relative_path(image_path, path)
         candidate = Candidate(user["user_id"], item_id, item["title"], image, label)
-        rows.append(candidate_row(candidate, preference, question_format, with_answer))
+        row = candidate_row(candidate, preference, question_format, with_answer)
+        digest = sources.digests.get(image_path)
+        inputs = row_inputs(preference, item["title"], digest, label)
+        rows.append({**row, "source": sources.job.source(*inputs)})
     return rows, None
 
 
 def write_splits(splits: Sequence[str], options: DatasetOptions, with_answer: bool) -> None:
     """Write {output_dir}/{system}/{split}.jsonl for each split, unless they are up to date."""
+    if not options.with_images and "{image" in options.recommend_prompt:
+        raise InputError(
+            "--with_images false: the question speaks of an image ({image}), which the rows have "
+            "not; give a --recommend_prompt without it"
+        )
     data = Path(options.data_dir)
     paths = (
         data / "users.jsonl",
         data / "items.jsonl",
         Path(options.preferences or options.system_dir / "user_preferences.jsonl"),
     )
-    inputs = file_digests(*map(require, paths))
-    job = Job.of(options, inputs, ("preferences",), limit=options.limit)
-    sources = None
+    sources = Sources(paths, options)
+    inputs = file_digests(*paths) | {"images": short_digest(list(sources.digests.values()))}
+    job = Job.of(options, inputs, INPUT_OPTIONS, stage=SECTION, limit=options.limit)
     for split in splits:
         path = options.system_dir / f"{split}.jsonl"
         with WholeOutput(job, [path], [rejected_path(path)]) as output:
             if output.is_needed:
-                if sources is None:
-                    sources = Sources(*paths)
-                    check_item_images(sources.items, paths[1], data, options.image_roots)
+                output.begin()
                 output.finish(_write_split(split, path, sources, options, with_answer))
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from mllmrec.data.candidates import training_negatives
+from mllmrec.data.summaries import read_summaries
 from mllmrec.evaluation.metrics import evaluate
 from mllmrec.models.loading import load_processor
 from mllmrec.prompts import mllm4rec as prompts
@@ -104,8 +105,9 @@ def item_texts(
     fast one, it says where a token ends.
     """
     items = read_by_id(items_path, "item_id")
-    rows = read_by_id(captions_path, "item_id") if captions_path else {}
-    captions = {item_id: row["summary"] for item_id, row in rows.items()}
+    captions: dict[str, str] = {}
+    if captions_path:
+        captions = read_summaries(Path(captions_path), items, items_path, items)
     texts = {}
     for item_id, item in items.items():
         parts = [item["title"], captions.get(item_id, "")]
@@ -212,6 +214,7 @@ def write_overall_lists(
     same_lists = [row for row in retrieved if row["user_id"] in users]
     overall = ranked + [row for row in retrieved if row["user_id"] not in users]
     scores_path, metrics_path, retriever_order, random_order = output.outputs
+    output.begin()
     write_rows(scores_path, overall)
     write_rows(retriever_order, same_lists)
     # Ties count as a random order does on average.

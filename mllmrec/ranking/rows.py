@@ -5,16 +5,22 @@ the index of the right answer (see `answers`), null where a retrieved list lacks
 `images` may be empty. The rows are made in `questions.py`.
 """
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mllmrec.data.images import ImageError, check_image_paths, image_size
-from mllmrec.prompts.templates import turn_text
+from mllmrec.data.candidates import candidates, read_users, users_of_split
+from mllmrec.data.images import ImageError, check_image_paths, image_digests, image_size
+from mllmrec.prompts.templates import plain_text, turn_text
 from mllmrec.stage.errors import InputError
-from mllmrec.stage.jsonl import PathLike
+from mllmrec.stage.jsonl import PathLike, read_by_id, read_lines
 from mllmrec.stage.options import CommonOptions
+from mllmrec.stage.provenance import check_lines_source
+from mllmrec.stage.record import read_record
 from mllmrec.stage.schema import Row
+
+logger = logging.getLogger(__name__)
 
 YES_NO_ANSWERS = ("No", "Yes")
 LETTER_ANSWERS = tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ")  # published: A to T, for 20 candidates
@@ -111,6 +117,65 @@ def check_training_rows(
             if image not in sizes:
                 sizes[image] = _readable_size(image, f"{where}: image {name}")
     return sizes
+
+
+def row_inputs(preference: str, title: str, image_digest: str | None, label: int) -> list[Any]:
+    """What a row about one candidate is made from, see `provenance`."""
+    return [plain_text(preference), title, image_digest, label]
+
+
+def check_rows_source(rows: Sequence[Row], path: Path, split: str, options: CommonOptions) -> None:
+    """Raise InputError for the first row of the file `path` that does not fit what it is made from.
+
+    It must be about a candidate of a user of `split`, with its label, and hold the preference, the
+    title and the image that they have now. Without users.jsonl, as for rows from elsewhere, nothing
+    can be compared, with a warning.
+    """
+    users_path, items_path = (Path(options.data_dir, f"{n}.jsonl") for n in ("users", "items"))
+    if not (users_path.exists() and items_path.exists()):
+        logger.warning(f"{path} is not compared with its data set: {users_path} is missing")
+        return
+    users, items = read_users(users_path), read_by_id(items_path, "item_id")
+    labels = {u["user_id"]: dict(candidates(u)) for u in users_of_split(users, split)}
+    preferences = _preferences_of(path, split)
+    digests = image_digests(path.parent / name for row in rows for name in row["images"])
+    inputs: dict[tuple[str, str], list[list[Any]]] = {}
+    for number, row in enumerate(rows, start=1):
+        user_id, item_id, label = row["user_id"], row["item_id"], row["label"]
+        if labels.get(user_id, {}).get(item_id) != label or item_id not in items:
+            raise InputError(
+                f"{path}, line {number}: {row_name(row)} with the label {label} is no candidate of "
+                f"a {split} user in {users_path}; {MAKE_AGAIN}"
+            )
+        start, end = row.get("preference_span", (0, 0))
+        preference = question_text(row)[start:end]
+        if preferences.get(user_id, preference) != preference:
+            raise InputError(
+                f"{path}, line {number}: {row_name(row)} has another preference than in "
+                f"user_preferences.jsonl; {MAKE_AGAIN}"
+            )
+        digest = next((digests[path.parent / name] for name in row["images"]), None)
+        own = row_inputs(preference, items[item_id]["title"], digest, label)
+        inputs[user_id, item_id] = [own]
+    lines = {(row["user_id"], row["item_id"]): row for row in rows}
+    fault = f"made from another title or image than {items_path} names; {MAKE_AGAIN}"
+    check_lines_source(lines, inputs, path, fault)
+
+
+def _preferences_of(path: Path, split: str) -> dict[str, str]:
+    """User id -> preference as rows hold it; empty where the file is not there any more.
+
+    path: of the rows, whose record names another file than the one beside them, if it was read.
+    """
+    told = (read_record(path) or {}).get("arguments", {}).get("preferences")
+    source = Path(told or path.with_name("user_preferences.jsonl"))
+    if not source.exists():
+        return {}
+    return {
+        row["user_id"]: plain_text(row["preference"])
+        for _, row in read_lines(source)
+        if row.get("split", split) == split
+    }
 
 
 def _readable_size(image: Path, where: str) -> tuple[int, int]:

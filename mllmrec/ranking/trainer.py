@@ -129,7 +129,8 @@ class RankingTrainer(Trainer):
         best_by: str,
     ) -> None:
         os.environ["TENSORBOARD_LOGGING_DIR"] = str(options.system_dir / "tensorboard")
-        callbacks: list[TrainerCallback] = [TrainingEvents(sampler, options)]
+        self.events = TrainingEvents(sampler, options)
+        callbacks: list[TrainerCallback] = [self.events]
         if options.patience and validation:
             callbacks.append(EarlyStoppingCallback(options.patience))
         super().__init__(
@@ -207,13 +208,16 @@ class RankingTrainer(Trainer):
     def train_or_resume(self, output: WholeOutput) -> None:
         """Train to the end, from the last complete checkpoint if there is one.
 
-        output: of the adapter; an old one is deleted now, if it is to be overwritten.
+        output: of the adapter; an old one that is to be overwritten is deleted by the first step.
         """
-        is_first = self.is_world_process_zero()
-        if is_first:
-            output.begin()
         assert output.checkpoints is not None
-        last = last_complete_checkpoint(output.checkpoints, may_delete=is_first)
+        is_first, last = self.is_world_process_zero(), None
+        if output.job.options.overwrite:
+            self.events.overwritten = output if is_first else None
+        else:
+            if is_first:
+                output.begin()
+            last = last_complete_checkpoint(output.checkpoints, may_delete=is_first)
         if last:  # a run that stopped early goes no further
             self.args.num_train_epochs = stopped_after(last) or self.args.num_train_epochs
         self.train(resume_from_checkpoint=last)
@@ -236,6 +240,7 @@ class TrainingEvents(TrainerCallback):
         self.sampler, self.folder = sampler, options.system_dir
         self.checkpoint_steps = options.checkpoint_steps
         self.progress: Progress | None = None
+        self.overwritten: WholeOutput | None = None  # deleted when there is a first step
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the progress where the training resumes."""
@@ -251,6 +256,9 @@ class TrainingEvents(TrainerCallback):
 
         The loss is logged with each checkpoint, which does not hold the sum of the losses since.
         """
+        if self.overwritten is not None:
+            self.overwritten.begin()
+            self.overwritten = None
         if self.progress is not None:
             self.progress.update()
         ends_epoch = state.global_step % _steps_per_epoch(args, state) == 0

@@ -42,8 +42,9 @@ def run_baseline(name: str, new_model: NewModel, options: Any) -> None:
     summaries = options.summaries or Path(options.output_dir) / "mllm_msr/image_summaries.jsonl"
     inputs = [require(users_path), require(items_path)]
     inputs += [require(summaries)] if "summary" in options.features else []
-    job = Job.of(options, file_digests(*inputs), ignore=("threads",))
-    path = options.system_dir / (options.variant or name) / "scores.jsonl"
+    job = Job.of(options, file_digests(*inputs), ignore=("threads",), stage=name)
+    default = name if options.control == "none" else f"{name}_{options.control}"
+    path = options.system_dir / (options.variant or default) / "scores.jsonl"
     with WholeOutput(job, [path]) as output:
         if not output.is_needed:
             return
@@ -59,7 +60,8 @@ def run_baseline(name: str, new_model: NewModel, options: Any) -> None:
             data.leave_out(data.number[user["target"]] for user in tested)
         if not data.training:
             raise InputError(f"{users_path} has no training users; make it again with stage 1")
-        features = read_features(options.features, items, Path(summaries), options.encoder)
+        texts = (items_path, Path(summaries))
+        features = read_features(options.features, items, texts, options.encoder)
         model = new_model(len(items), features, options).to(chosen_device(options.device))
         validation = data.candidate_lists(users, "validation")
         validate = partial(validation_metrics, model, validation, options)
@@ -67,6 +69,7 @@ def run_baseline(name: str, new_model: NewModel, options: Any) -> None:
         started, lists = time.monotonic(), data.candidate_lists(users, "test")
         rows = scored_rows(users, lists, score_candidates(found.model, lists, options))
         scoring_seconds = round(time.monotonic() - started, 3)
+        output.begin()
         write_rows(path, rows)
         counts = {"training_users": len(data.training), "out": len(rows)}
         best = int(found.best["epoch"])

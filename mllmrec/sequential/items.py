@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from mllmrec.data.summaries import read_summaries
 from mllmrec.stage.errors import InputError
-from mllmrec.stage.jsonl import read_by_id, require
+from mllmrec.stage.jsonl import require
 from mllmrec.stage.schema import Row
 
 # A package that brings the weights of this encoder, for machines without a model hub.
@@ -49,19 +50,22 @@ class ItemVectors(nn.Module):
 
 
 def read_features(
-    kinds: Sequence[str], items: Mapping[str, Row], summaries_path: Path, encoder: str
+    kinds: Sequence[str], items: Mapping[str, Row], paths: tuple[Path, Path], encoder: str
 ) -> torch.Tensor | None:
     """(items, features): embeddings of the texts of each kind, side by side; None for no kind.
 
-    items: lines of items.jsonl by id. An item without an image summary has an empty text.
+    items: lines of items.jsonl by id; paths: of that file and of image_summaries.jsonl. An item
+    without an image summary has an empty text.
     """
+    items_path, summaries_path = paths
     texts = []
     if "title" in kinds:
         texts.append([item["title"] for item in items.values()])
     if "summary" in kinds:
         maker = "scripts/02_image_summary.sh"
-        summaries = read_by_id(require(summaries_path, maker=maker), "item_id")
-        texts.append([summaries.get(item, {"summary": ""})["summary"] for item in items])
+        path = require(summaries_path, maker=maker)
+        summaries = read_summaries(path, items, items_path, items)
+        texts.append([summaries.get(item, "") for item in items])
     if not texts:
         return None
     return torch.cat([encode(own, encoder) for own in texts], dim=1)

@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 from pydantic import TypeAdapter, ValidationError
 
 from mllmrec.stage.errors import InputError
+from mllmrec.stage.provenance import check_unedited
 from mllmrec.stage.schema import SCHEMAS, FileSchema, Row, problem, schema_of
 
 PathLike = str | os.PathLike[str]
@@ -42,10 +43,11 @@ def read_lines(path: PathLike, keys: Sequence[str] | None = None) -> Iterator[tu
 
     keys: check only that these are there; default: the schema of a file of this name.
     Raises InputError with file, line and remedy for a missing file, broken JSON, an undecodable
-    byte, a missing key, a value of a wrong type or outside its range, or no line where some are
-    needed.
+    byte, a missing key, a value of a wrong type or outside its range, no line where some are
+    needed, or another content than the run record beside the file describes.
     """
     path = require(path)
+    check_unedited(path)
     named = schema_of(path.name)
     schema = named if named and keys is None else _ANY_ROW
     maker = (named or schema).maker
@@ -129,8 +131,9 @@ def read_rejected(path: PathLike, key: str | tuple[str, ...]) -> dict[Any, Row]:
 
 
 def read_json(path: PathLike) -> dict[str, Any]:
-    """A file that holds one JSON object. Raises InputError if it holds anything else."""
+    """A file that holds one JSON object, unedited. Raises InputError if it holds anything else."""
     path = require(path)
+    check_unedited(path)
     try:
         return _ANY_ROW.row.validate_json(path.read_bytes())
     except ValidationError as error:

@@ -4,12 +4,15 @@
 
     with WholeOutput(job, [path]) as output:
         if output.is_needed:
+            rows = ...
+            output.begin()
             write_rows(path, rows)
             output.finish({"rows": 3})
 
 `RowOutput`: rows that take long, appended one by one, skipped when resumed, joined at the end.
 
-    output = RowOutput(path, "item_id", items, job)
+    sources = {item_id: job.source(...) for item_id in items}
+    output = RowOutput(path, "item_id", sources, job)
     if not output.is_up_to_date():
         output.write_results(results, "image summaries", "item")    # (id, row, reason) each
 
@@ -19,7 +22,8 @@ job the output is, and holds its digest. The record is removed before a file tha
 replaced, and written when all of them stand: a process that is killed in between leaves files
 without a record, never a record beside other files. What is unfinished lies in a folder of its own
 (`X.jsonl.parts/`, `checkpoints/`) with a state.json that names its job. With --overwrite the old
-output is deleted last: when the new one begins.
+output is deleted last: when the new one begins, which is when its first row or step is there.
+An output of another stage is never replaced.
 """
 
 import glob
@@ -29,7 +33,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, cast
@@ -105,10 +109,9 @@ class WholeOutput:
             if self._lock is not None:
                 for path in (*self.outputs, *self.optional, record_path(self.path)):
                     remove_leftovers(path)
+            refuse_output_of_another_stage((*self.outputs, *self.optional), self.job)
             if self.checkpoints is None:
                 self.is_needed = not self._is_of_job()
-                if self.is_needed and record_path(self.path).parent != self.path:
-                    record_path(self.path).unlink(missing_ok=True)
             elif not self.job.options.overwrite:
                 # Another number of processes would read the remaining rows in another order.
                 processes = self.job.settings | {"processes": world_size()}
@@ -132,11 +135,14 @@ class WholeOutput:
         return True
 
     def begin(self) -> None:
-        """Of an output with checkpoints: delete what is overwritten, and note the job beside them.
+        """Call this before anything is written, when the new content is there or can be made.
 
-        For the first of several processes.
+        The record of what is there is removed. Of an output with checkpoints: what is overwritten
+        is deleted, and the job noted beside the checkpoints; for the first of several processes.
         """
-        assert self.checkpoints is not None
+        if self.checkpoints is None:
+            record_path(self.path).unlink(missing_ok=True)
+            return
         if self.job.options.overwrite:
             delete((record_path(self.path), *self.outputs, *self.optional, self.checkpoints))
         remove_leftovers(self.checkpoints)
@@ -153,6 +159,7 @@ class WholeOutput:
         more: for the record.
         """
         outputs = [folder] if folder else [*self.outputs, *self.optional]
+        assert folder or not record_path(self.path).exists(), "begin() was not called"
         seconds = time.monotonic() - self.started
         return write_record(outputs[0], self.job, seconds, rows, outputs, **more)
 
@@ -172,22 +179,27 @@ class RowOutput:
     batch (texts and scores in float32). Rejected rows go to `X.rejected.jsonl`.
 
     path: X.jsonl; key: name of the id in each row, or a tuple of names; ids: all ids of the full
-    job in output order (tuples if `key` is one); job: a change since the rows were written is
-    refused with an InputError unless `overwrite` is set; job.limit > 0 asks for the first ids only,
-    and a later run resumes; retry_rejected: try rejected rows again; counters: see SHORTENED.
+    job in output order (tuples if `key` is one), as a mapping with the `source` of each line, which
+    the row gets (see `provenance`); job: a change since the rows were written is refused with an
+    InputError unless `overwrite` is set; job.limit > 0 asks for the first ids only, and a later run
+    resumes; retry_rejected: try rejected rows again; counters: see SHORTENED.
+
+    Lines whose `source` is another one are computed again, those whose id is gone are left out; if
+    that concerns all lines, they are of another data set, and an InputError says so.
     """
 
     def __init__(
         self,
         path: PathLike,
         key: str | tuple[str, ...],
-        ids: Iterable[RowId],
+        ids: Iterable[RowId] | Mapping[RowId, str],
         job: Job,
         retry_rejected: bool = False,
         counters: Mapping[str, str] | None = None,
     ) -> None:
         self.path, self.key, self.job = Path(path), key, job
         self.ids = list(ids)
+        self._sources = ids if isinstance(ids, Mapping) else dict.fromkeys(self.ids)
         if len(set(self.ids)) < len(self.ids):
             raise InputError(f"{path} would hold an id twice; the input names one id in two lines")
         self.wanted = self.ids[: job.limit or None]
@@ -201,15 +213,15 @@ class RowOutput:
         self.measured: dict[str, Any] = {}
         self.rows_written = self.rows_rejected = 0
         done: set[RowId] = set()
+        self._is_joined = False  # X.jsonl holds what it would hold if it was joined again
         with locked(self.path):
             remove_leftovers(self.parts)  # of a process that was killed while it removed them
+            refuse_output_of_another_stage([self.path], job)
             if job.options.overwrite:
                 refuse_overwrite_of_several((self.path, self.parts))
             else:
                 self._check_same_job()
-                done = set(self._read(self.path, "rank"))
-                if not retry_rejected:
-                    done |= set(self._read(self.rejected_path, "rejected"))
+                done = self._done(retry_rejected)
         self.left = {i for i in self.wanted if i not in done}  # by any process
         self.todo = [
             i for n, i in enumerate(self.wanted) if i in self.left and n % self.world == self.rank
@@ -218,48 +230,73 @@ class RowOutput:
 
     def is_up_to_date(self) -> bool:
         """True, with a message, if nothing is left to do and the joined file exists."""
-        finished = self.is_complete and not self.parts.exists() and self.path.exists()
+        finished = self.is_complete and self._is_joined and not self.parts.exists()
         if finished:
             report_up_to_date(self.path)
         return finished
 
     def __enter__(self) -> "RowOutput":
+        overwrite = self.job.options.overwrite
         with locked(self.path):
-            if self.job.options.overwrite:
+            if overwrite:
                 for path in self.parts.glob("*.lock"):
                     acquired(path, self.path).release()
-                # Rejected rows first: alone they would be taken for those of the next job.
-                delete((record_path(self.path), self.rejected_path, self.path, self.parts))
             else:
                 self._check_same_job()  # another may have begun while the model was loaded
-            self.parts.mkdir(parents=True, exist_ok=True)
-            self._lock = acquired(self.parts / f"rank-{self.rank}.lock", self.path)
+            self._lock = self._rank_lock()
             for path in (self.path, self.rejected_path, record_path(self.path)):
                 remove_leftovers(path)
-            if not (self.parts / STATE).exists():  # else it is of this job: checked
-                write_state(self.parts, self.job)
-        self._rows = self._open_part("rank")
-        self._rejected = self._open_part("rejected")
+            self._files: dict[Path, BinaryIO] = {}
+            if not overwrite:
+                self._begin()
         self.rows_written = self.rows_rejected = 0
         self.started = time.monotonic()
         return self
 
+    def _rank_lock(self) -> FileLock:
+        self.parts.mkdir(parents=True, exist_ok=True)
+        return acquired(self.parts / f"rank-{self.rank}.lock", self.path)
+
+    def _begin(self) -> None:
+        if not (self.parts / STATE).exists():  # else it is of this job: checked
+            write_state(self.parts, self.job)
+        rows, rejected = self._open_part("rank"), self._open_part("rejected")
+        self._files = {self.path: rows, self.rejected_path: rejected}
+
+    def _overwrite_once(self) -> None:
+        """Before the first row of this process: delete what --overwrite replaces."""
+        if not self._files:
+            with locked(self.path):
+                self._lock.release()
+                # Rejected rows first: alone they would be taken for those of the next job.
+                delete((record_path(self.path), self.rejected_path, self.path, self.parts))
+                self._lock = self._rank_lock()
+                self._begin()
+
     def write(self, row: Row) -> None:
         """Append one finished row; from here on it survives the death of this process."""
+        row = row | self._source(self._row_id(row))
         line = encode_checked(row, schema_of(self.path.name), self.path)
+        self._overwrite_once()
         with naming(self.path):
-            self._rows.write(line)
-            self._rows.flush()
+            self._files[self.path].write(line)
+            self._files[self.path].flush()
         self.rows_written += 1
 
     def reject(self, row_id: RowId, reason: str) -> None:
         """Append one rejected row with its reason."""
         names, values = self.key, cast(Any, row_id)
         pairs = [(names, values)] if isinstance(names, str) else zip(names, values, strict=True)
+        self._overwrite_once()
         with naming(self.rejected_path):
-            self._rejected.write(encode(dict(pairs) | {"reason": reason}))
-            self._rejected.flush()
+            file = self._files[self.rejected_path]
+            file.write(encode(dict(pairs) | {"reason": reason} | self._source(row_id)))
+            file.flush()
         self.rows_rejected += 1
+
+    def _source(self, row_id: RowId) -> Row:
+        source = self._sources[row_id]
+        return {} if source is None else {"source": source}
 
     def write_results(
         self,
@@ -300,7 +337,9 @@ class RowOutput:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for path, file in ((self.path, self._rows), (self.rejected_path, self._rejected)):
+        if kind is None and not self.left:
+            self._overwrite_once()  # there was no row to write
+        for path, file in self._files.items():
             with naming(path):
                 file.flush()
                 os.fsync(file.fileno())
@@ -339,21 +378,65 @@ class RowOutput:
                 "folder, or start again with --overwrite true"
             )
 
+    def _done(self, retry_rejected: bool) -> set[RowId]:
+        """Ids whose lines are there and are kept; counts and says which are not kept."""
+        rows, rejected = self._lines(self.path, "rank"), self._lines(self.rejected_path, "rejected")
+        kept = {i for i, row in rows if self._is_kept(i, row)}
+        stale = {i for i, _ in rows} - kept
+        gone = sum(i not in self._sources for i in stale)
+        if stale and not kept:
+            raise InputError(
+                f"none of the {len(stale):,} lines of {self.path} was made from today's inputs; "
+                "choose another --output_dir, or delete it with --overwrite true"
+            )
+        if stale:
+            logger.info(
+                f"{self.path}: {len(kept):,} lines are kept, {len(stale) - gone:,} are computed "
+                f"again because what they were made from changed, {gone:,} have an id that is gone"
+            )
+        unknown = sum(
+            "source" not in row and self._sources[i] is not None for i, row in rows if i in kept
+        )
+        if unknown:
+            logger.warning(
+                f"{self.path}: {unknown:,} lines have no `source`, so it is unknown what they were "
+                "made from; they are kept"
+            )
+        joined = [[i for i, _ in self._file_lines(p)] for p in (self.path, self.rejected_path)]
+        done = [kept, {i for i, row in rejected if self._is_kept(i, row)} - kept]
+        self._is_joined = self.path.exists() and joined == [
+            [i for i in self.ids if i in part] for part in done
+        ]
+        return kept if retry_rejected else kept | done[1]
+
+    def _is_kept(self, row_id: RowId, row: Row) -> bool:
+        """Whether a line is of an id that is wanted, and made from what it would be made from."""
+        if row_id not in self._sources:
+            return False
+        source = self._sources[row_id]
+        return source is None or row.get("source", source) == source
+
     def _read(self, joined: Path, part: str) -> dict[RowId, Row]:
-        """Rows of the joined file and all parts; a truncated last line of a part is left out."""
-        rows: dict[RowId, Row] = {}
-        paths = [joined] if joined.exists() else []
-        for path in paths + sorted(self.parts.glob(f"{part}-*.jsonl")):
-            for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
-                try:
-                    row = json.loads(line)
-                    rows[self._row_id(row)] = row
-                except (ValueError, KeyError, TypeError):
-                    raise InputError(
-                        f"{path}, line {number}: no row of this stage; remove the line, or start "
-                        "with --overwrite true"
-                    ) from None
-        return rows
+        """The rows that are kept, by id."""
+        return {i: row for i, row in self._lines(joined, part) if self._is_kept(i, row)}
+
+    def _lines(self, joined: Path, part: str) -> list[tuple[RowId, Row]]:
+        """(id, row) of the joined file and all parts."""
+        paths = [joined, *sorted(self.parts.glob(f"{part}-*.jsonl"))]
+        return [line for path in paths for line in self._file_lines(path)]
+
+    def _file_lines(self, path: Path) -> Iterator[tuple[RowId, Row]]:
+        """(id, row) of a file; a truncated last line of a part is left out."""
+        lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+        for number, line in enumerate(lines, start=1):
+            try:
+                row = json.loads(line)
+                yield self._row_id(row), row
+            except (ValueError, KeyError, TypeError):
+                raise InputError(
+                    f"{path}, line {number}: no row of this stage; remove the line, or start "
+                    "with --overwrite true"
+                ) from None
 
     def _open_part(self, name: str) -> BinaryIO:
         path = self.parts / f"{name}-{self.rank}.jsonl"
@@ -419,6 +502,27 @@ def matching_record(
             "made; move it away, or delete it with --overwrite true"
         )
     return record
+
+
+def refuse_output_of_another_stage(outputs: Sequence[Path], job: Job) -> None:
+    """Raise InputError if a file would be replaced that another stage wrote.
+
+    So the folder of an adapter, of checkpoints or of another baseline's scores keeps its content.
+    """
+    for output in outputs:
+        folder = output.parent
+        inside = [folder / "run.json", folder / STATE]  # of an adapter, a model, checkpoints
+        own = [record_path(output)] if record_path(output).parent == output else []
+        for path in (*inside, *own, *folder.glob("*.run.json")):
+            with suppress(OSError, ValueError, AttributeError):
+                record = json.loads(path.read_bytes())
+                is_about = path in own or output.name in record.get("outputs", {})
+                is_other = is_about and record.get("stage", job.stage) != job.stage
+                if path in inside or is_other:
+                    raise InputError(
+                        f"{output} would replace what another stage wrote ({path}); choose another "
+                        "--variant, --system or --output_dir"
+                    )
 
 
 def report_up_to_date(output: PathLike) -> None:

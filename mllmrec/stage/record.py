@@ -4,7 +4,6 @@ A `Job` says what decides the content of an output; `mllmrec/stage/output.py` co
 today with the record of the output that is there.
 """
 
-import hashlib
 import json
 import logging
 import os
@@ -15,6 +14,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,12 @@ from typing import Any
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import PathLike, write_json
 from mllmrec.stage.options import CommonOptions
+from mllmrec.stage.provenance import file_digest, short_digest
 
 logger = logging.getLogger(__name__)
 
 PACKAGES = ["torch", "transformers", "tokenizers", "peft", "accelerate", "datasets"]
 PACKAGES += ["bitsandbytes", "pandas", "numpy", "scikit-learn", "pillow"]
-HASH_LIMIT = 1 << 30  # bytes; of a larger file only parts are read
 # Options that say where and how much, not what: another value of these gives the same rows.
 LOCATION_OPTIONS = {"config", "data_dir", "output_dir", "raw_dir", "image_roots", "system"}
 LOCATION_OPTIONS |= {"limit", "overwrite"}
@@ -39,13 +39,15 @@ class Job:
     """What a stage is asked to write.
 
     options: of the stage, for the record; settings: those that decide the content; inputs: digests
-    of what is read; limit: number of rows that are wanted, 0 = all.
+    of what is read, except where each line has a `source`; limit: number of rows that are wanted,
+    0 = all; stage: its name, since an output of another stage is never replaced.
     """
 
     options: CommonOptions
     settings: dict[str, Any]
     inputs: Digests
     limit: int = 0
+    stage: str = ""
 
     @classmethod
     def of(
@@ -53,20 +55,39 @@ class Job:
         options: CommonOptions,
         inputs: Digests,
         ignore: Iterable[str] = (),
+        stage: str = "",
         **more: Any,
     ) -> "Job":
         """ignore: options that change speed, not content; more: what else decides the content."""
         left_out = LOCATION_OPTIONS | set(ignore)
         chosen = {k: v for k, v in asdict(options).items() if k not in left_out}
-        return cls(options, json.loads(json.dumps(chosen | more)), inputs, options.limit)
+        return cls(options, json.loads(json.dumps(chosen | more)), inputs, options.limit, stage)
+
+    @cached_property
+    def _settings_digest(self) -> str:
+        return short_digest([self.stage, self.settings, self.inputs])
+
+    def source(self, *inputs: Any, batch: Any = None) -> str:
+        """The key `source` of a line that is made from these inputs.
+
+        batch: of what else is computed with the line, where its content depends on that; it counts
+        as a setting.
+        """
+        own = self._settings_digest
+        return (own if batch is None else short_digest([own, batch])) + short_digest(inputs)
 
     def difference(self, earlier: Mapping[str, Any]) -> str | None:
         """How this job differs from that of a record or state, None: not at all.
 
         "settings (temperature was 0.6, is 0.0)".
         """
-        for what, new in (("settings", self.settings), ("inputs", self.inputs)):
-            difference = first_difference(earlier[what], new)
+        inputs = earlier["inputs"]
+        if not any(name.endswith(".jsonl") for name in self.inputs):
+            # Older records name such files; now each line has a `source`.
+            inputs = {k: v for k, v in inputs.items() if not k.endswith(".jsonl")}
+        pairs = {"settings": (earlier["settings"], self.settings), "inputs": (inputs, self.inputs)}
+        for what, (old, new) in pairs.items():
+            difference = first_difference(old, new)
             if difference:
                 return f"{what} ({difference})"
         return None
@@ -90,15 +111,15 @@ def file_digests(*paths: PathLike) -> Digests:
         if path.is_dir():
             for file in sorted([*path.glob("*.safetensors"), *path.glob("*.json")]):
                 if file.name != "run.json":
-                    digests[f"{path.name}/{file.name}"] = _digest(file)
+                    digests[f"{path.name}/{file.name}"] = file_digest(file)
         elif path.exists():
-            digests[path.name] = _digest(path)
+            digests[path.name] = file_digest(path)
     return digests
 
 
 def named_digests(paths: Mapping[str, PathLike]) -> Digests:
     """dict name -> digest, for files whose own names do not distinguish them."""
-    return {name: _digest(Path(path)) for name, path in paths.items()}
+    return {name: file_digest(Path(path)) for name, path in paths.items()}
 
 
 def read_record(output: PathLike) -> dict[str, Any] | None:
@@ -136,7 +157,7 @@ def output_digests(output: PathLike, outputs: Iterable[PathLike]) -> Digests:
         for file in files:
             is_text = file.suffix == ".md" and path.is_dir()  # a model card, which people edit
             if file.exists() and file != record_path(output) and not is_text:
-                digests[Path(os.path.relpath(file, folder)).as_posix()] = _digest(file)
+                digests[Path(os.path.relpath(file, folder)).as_posix()] = file_digest(file)
     return digests
 
 
@@ -145,7 +166,7 @@ def check_described(output: PathLike, record: Mapping[str, Any]) -> None:
     folder = record_path(output).parent
     for name, digest in record["outputs"].items():
         path = folder / name
-        if not path.is_file() or _digest(path) != digest:
+        if not path.is_file() or file_digest(path) != digest:
             what = "was changed after it was written" if path.is_file() else "is missing"
             raise InputError(
                 f"{path} {what}: {record_path(output)} describes another file; restore it, choose "
@@ -188,6 +209,7 @@ def write_record(
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "arguments": asdict(job.options),
         "config": job.options.config,
+        "stage": job.stage,
         "settings": job.settings,
         "inputs": job.inputs,
         "outputs": output_digests(output, outputs or [output]),
@@ -211,19 +233,6 @@ def machine() -> dict[str, Any]:
         "platform": platform.platform(),
         "device": _device(),
     }
-
-
-def _digest(path: Path) -> str:
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        if size <= HASH_LIMIT:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-        digest = hashlib.sha256(str(size).encode())
-        # A part of each 64th: all of 15 GB would take a minute at every start.
-        for position in range(0, size, size // 64):
-            file.seek(position)
-            digest.update(file.read(1 << 20))
-        return digest.hexdigest()
 
 
 def _shortened(value: Any) -> str:

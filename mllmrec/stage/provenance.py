@@ -1,0 +1,91 @@
+"""What files and lines were made from: digests of files, and the key `source` of derived lines.
+
+`source` has 16 hex digits: eight of the settings (options, model), eight of the inputs of this very
+line (texts, images). A stage that resumes compares all of them and computes again what differs; a
+stage that reads the line knows its inputs, not its settings, and compares the last eight.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from mllmrec.stage.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+HASH_LIMIT = 1 << 30  # bytes; of a larger file only parts are read
+HALF = 8  # hex digits
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a file, read again only when its size or time of change is another one."""
+    status = path.stat()
+    return _file_digest(path, status.st_size, status.st_mtime_ns, status.st_ino)
+
+
+@cache
+def _file_digest(path: Path, size: int, *state: int) -> str:
+    with open(path, "rb") as file:
+        if size <= HASH_LIMIT:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        digest = hashlib.sha256(str(size).encode())
+        # A part of each 64th: all of 15 GB would take a minute at every start.
+        for position in range(0, size, size // 64):
+            file.seek(position)
+            digest.update(file.read(1 << 20))
+        return digest.hexdigest()
+
+
+def short_digest(value: Any) -> str:
+    """HALF hex digits that stand for a JSON value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:HALF]
+
+
+def check_unedited(path: Path) -> None:
+    """Raise InputError if a run record beside a file describes another content.
+
+    The record may be that of a file that was written together with this one.
+    """
+    own = path.with_suffix(".run.json")
+    for record in sorted(path.parent.glob("*.run.json"), key=lambda found: found != own):
+        try:
+            digest = json.loads(record.read_bytes())["outputs"].get(path.name)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            continue  # the stage that owns it refuses it
+        if digest is not None:
+            if digest != file_digest(path):
+                raise InputError(
+                    f"{path} was changed after it was written: {record} describes another file; "
+                    "restore it, or run its stage again with --overwrite true"
+                )
+            return
+
+
+def check_lines_source(
+    lines: Mapping[Any, Mapping[str, Any]],
+    inputs: Mapping[Any, Iterable[Any]],
+    path: Path,
+    fault: str,
+) -> None:
+    """Raise InputError for the first line of a file that was not made from these inputs.
+
+    lines: id -> line, all lines of the file `path`; inputs: id -> what its inputs may be; fault:
+    the rest of the message. Lines without `source`, as of published files, give one warning.
+    """
+    unknown = 0
+    for number, (name, line) in enumerate(lines.items(), start=1):
+        if name not in inputs:
+            continue
+        if "source" not in line:
+            unknown += 1
+        elif line["source"][HALF:] not in map(short_digest, inputs[name]):
+            shown = name if isinstance(name, str) else " ".join(name)
+            raise InputError(f"{path}, line {number} ({shown}): {fault}")
+    if unknown:
+        logger.warning(
+            f"{path}: {unknown:,} lines have no `source`, so it is unknown what they were made from"
+        )
