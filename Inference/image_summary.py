@@ -24,7 +24,7 @@ from mllmrec.data.images import check_item_images, padded_sizes
 from mllmrec.data.summaries import summary_inputs
 from mllmrec.models.model_options import GENERATION_SPEED_OPTIONS, GenerationStageOptions
 from mllmrec.prompts import mllm_msr
-from mllmrec.prompts.templates import fill, user_turn
+from mllmrec.prompts.templates import check_template, fill, user_turn
 from mllmrec.stage.jsonl import read_by_id
 from mllmrec.stage.options import option, parse_options, print_options
 from mllmrec.stage.output import SHORTENED, RowOutput
@@ -133,6 +133,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     items = read_by_id(items_path, "item_id")
     check_item_images(items, items_path, options.data_dir, options.image_roots)
     path = options.system_dir / "image_summaries.jsonl"
+    check_template(options.title_prompt, options.domain, ["item_id"], "title")
+    texts = ("image_summary", "text_summary")
+    check_template(options.fusion_prompt, options.domain, ["item_id"], *texts)
     sizes: Sizes = {}
     if options.pad_images:  # of all items, whichever are left to do
         paths = [items_path.parent / i["image"] if i["image"] else None for i in items.values()]

@@ -28,6 +28,7 @@ from mllmrec.generation.preferences import (
     read_histories,
 )
 from mllmrec.prompts import mllm_msr as prompts
+from mllmrec.prompts.templates import check_template
 from mllmrec.stage.options import option, parse_options, print_options
 
 if TYPE_CHECKING:
@@ -66,6 +67,7 @@ def recurrent_preference(user: UserHistory, writer: "PromptWriter", options: Opt
 def main(argv: Sequence[str] | None = None) -> None:
     options = parse_options(Options, SECTION, argv, __doc__)
     print_options(options, "stage 3, user preferences, recurrent")
+    check_template(options.next_prompt, options.domain, ["user_id"], "block", "preference")
     histories = read_histories(options)  # of each user: titles and image summaries, oldest first
     output = open_preferences(histories, "preference_recurrent", options)
     if not output.is_up_to_date():

@@ -30,7 +30,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mllmrec.data.candidates import read_users, users_of_split
+from mllmrec.data.candidates import read_users_and_items, users_of_split
 from mllmrec.ranking.list_options import ROW_OPTIONS, SCORE_OPTIONS, ListOptions
 from mllmrec.ranking.rows import LETTER_ANSWERS, check_training_rows, first_users, question_text
 from mllmrec.ranking.training_options import (
@@ -63,7 +63,8 @@ def write_questions(options: ListOptions) -> None:
             return
         from mllmrec.ranking import lists
 
-        users, form = read_users(paths["users"]), lists.list_format(paths, options)
+        users, items = read_users_and_items(paths["users"], paths["items"], ("history", "target"))
+        form = lists.list_format(paths, options)
         rng = np.random.default_rng([options.seed, 5])
         rows = lists.training_rows(users_of_split(users, "train"), form, options.candidates, rng)
         if options.control == "shuffled_labels":
@@ -74,7 +75,7 @@ def write_questions(options: ListOptions) -> None:
         if options.lists == "users":
             lines = [lists.own_candidates(user) for user in users]
         else:
-            lines = read_rows(paths["candidates"])
+            lines = lists.read_candidates(paths["candidates"], users, items)
         for split, path in zip(("validation", "test"), outputs[1:], strict=True):
             own = [line for line in lines if line["split"] == split]
             asked = users_of_split(users, split)

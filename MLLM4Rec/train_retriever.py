@@ -4,7 +4,8 @@
 
 In:  {data_dir}/users.jsonl, items.jsonl                    leave-one-out: three lines per user
 Out: {output_dir}/{system}/retriever/candidates.jsonl       user_id, split, item_ids, scores,
-                                                            has_target; of validation and test
+                                                            has_target, source; of validation
+                                                            and test
      {output_dir}/{system}/retriever/scores.jsonl           the same of the test, a line per item
      {output_dir}/{system}/retriever/metrics.json           recall, mrr, ndcg at 5, 10, 20, of both
 
@@ -104,10 +105,14 @@ def write_candidates(
 
     metrics: dict[str, dict[str, float]] = {}
     lines: list[Row] = []
+    by_id = {(user["user_id"], user["split"]): user for user in users}
     for split in ("validation", "test"):
         ranked = RankedUsers.of(users, data, split)
         metrics[split] = retrieval_metrics(score, ranked)
-        lines += retrieve(score, ranked, list(data.number), split, options.retrieved)
+        for line in retrieve(score, ranked, list(data.number), split, options.retrieved):
+            user = by_id[line["user_id"], split]
+            source = output.job.source(user["history"], user["target"])
+            lines.append({**line, "source": source})
     candidates_path, scores_path, metrics_path = output.outputs
     output.begin()
     write_rows(candidates_path, lines)

@@ -115,6 +115,11 @@ def cut(text: str, length: int) -> str:
     return whole.rstrip()
 
 
+def check_template(template: str, domain: str, optional: Iterable[str], *texts: str) -> None:
+    """Raise InputError as `fill` would. optional, texts: names of the places."""
+    fill(template, domain, dict.fromkeys(optional, ""), **dict.fromkeys(texts, ""))
+
+
 def fill(
     template: str, domain: str, optional: Mapping[str, str] | None = None, **texts: str
 ) -> str:

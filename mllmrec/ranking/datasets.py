@@ -21,6 +21,7 @@ from mllmrec.data.candidates import (
 from mllmrec.data.images import ImageError, check_item_images, image_digests, open_image
 from mllmrec.data.summaries import read_summaries
 from mllmrec.prompts import mllm_msr as prompts
+from mllmrec.prompts.templates import check_template
 from mllmrec.ranking.questions import Candidate, QuestionFormat, candidate_row
 from mllmrec.ranking.rows import row_inputs
 from mllmrec.stage.errors import InputError
@@ -53,7 +54,7 @@ class DatasetOptions(CommonOptions):
     preferences: str = option("", "default: {output_dir}/{system}/user_preferences.jsonl")
     summaries: str = option(
         "",
-        "what the preferences were made from, to compare; default: as stage 3 was told, else the "
+        "what the preferences were made from, to compare; default: the one that stage 3 read, else "
         "image_summaries.jsonl beside them, if there is one",
     )
     recommend_prompt: str = option(
@@ -101,8 +102,8 @@ class Sources:
         """
         path = self.preferences_path
         record = read_record(path) or {}
-        told = summaries or record.get("arguments", {}).get("summaries")
-        summaries_path = Path(told or path.with_name("image_summaries.jsonl"))
+        named = summaries or record.get("arguments", {}).get("summaries")
+        summaries_path = Path(named or path.with_name("image_summaries.jsonl"))
         reads_summaries, texts = record.get("stage") != "title_history", dict[str, str]()
         if reads_summaries and summaries_path.exists():
             used = {item for user in self.users for item in user["history"]}
@@ -200,6 +201,8 @@ def write_splits(splits: Sequence[str], options: DatasetOptions, with_answer: bo
             "--with_images false: the question speaks of an image ({image}), which the rows have "
             "not; give a --recommend_prompt without it"
         )
+    ids = ("user_id", "item_id")
+    check_template(options.recommend_prompt, options.domain, ids, "title", "preference")
     data = Path(options.data_dir)
     paths = (
         data / "users.jsonl",

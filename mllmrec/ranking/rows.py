@@ -167,8 +167,8 @@ def _preferences_of(path: Path, split: str) -> dict[str, str]:
 
     path: of the rows, whose record names another file than the one beside them, if it was read.
     """
-    told = (read_record(path) or {}).get("arguments", {}).get("preferences")
-    source = Path(told or path.with_name("user_preferences.jsonl"))
+    named = (read_record(path) or {}).get("arguments", {}).get("preferences")
+    source = Path(named or path.with_name("user_preferences.jsonl"))
     if not source.exists():
         return {}
     return {

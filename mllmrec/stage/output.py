@@ -67,6 +67,7 @@ from mllmrec.stage.schema import Row, schema_of
 
 logger = logging.getLogger(__name__)
 
+RESERVED = ("adapter", "checkpoints", "export", "merged")  # folders of a system
 STATE = "state.json"  # of an unfinished output: its job
 DELETED = ".deleted"  # end of the name of a folder that is being removed
 # Counters that rows may carry, with their meaning: printed at the end and kept in the run record.
@@ -511,6 +512,8 @@ def refuse_output_of_another_stage(outputs: Sequence[Path], job: Job) -> None:
     """
     for output in outputs:
         folder = output.parent
+        if folder.name in RESERVED and output.name == "scores.jsonl":
+            raise InputError(f"{folder} is for another stage; choose another --variant")
         inside = [folder / "run.json", folder / STATE]  # of an adapter, a model, checkpoints
         own = [record_path(output)] if record_path(output).parent == output else []
         for path in (*inside, *own, *folder.glob("*.run.json")):
