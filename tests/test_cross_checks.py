@@ -2,11 +2,15 @@
 
 import pytest
 from conftest import write_unchecked
+from toy_jobs import toy_job
 
 from mllmrec.generation.preferences import PreferenceOptions, read_histories
-from mllmrec.ranking.datasets import DatasetOptions, Sources
-from mllmrec.ranking.rows import check_training_rows
+from mllmrec.ranking.datasets import DatasetOptions, Sources, write_splits
+from mllmrec.ranking.lists import read_candidates
+from mllmrec.ranking.questions import Candidate, QuestionFormat, candidate_row
+from mllmrec.ranking.rows import check_rows_source, check_training_rows, row_inputs
 from mllmrec.stage.errors import InputError
+from mllmrec.stage.options import CommonOptions
 
 USER = {"user_id": "u", "history": ["a"], "target": "b", "negatives": ["c"]}
 USER |= {"split": "test", "fold": None}
@@ -75,3 +79,82 @@ def test_training_rows_are_checked_before_a_model_is_loaded(tmp_path, row, messa
     assert check_training_rows(rows[:1], tmp_path / "train.jsonl") == {}
     with pytest.raises(InputError, match=f"train.jsonl, line 2: {message}.* make the file again"):
         check_training_rows(rows, tmp_path / "train.jsonl")
+
+
+LOO = {"negatives": [], "fold": None, "user_id": "u"}
+TWO = [
+    {**LOO, "history": ["a"], "target": "b", "split": "validation"},
+    {**LOO, "history": ["a", "b"], "target": "c", "split": "test"},
+]
+LISTED = {"user_id": "u", "split": "test", "item_ids": ["c", "d"], "scores": [2.0, 1.0]}
+LISTED |= {"has_target": True}
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"user_id": "other"},
+        {"item_ids": ["a", "d"]},
+        {"item_ids": ["c", "unknown"]},
+        {"source": toy_job().source(["a"], "c")},
+    ],
+)
+def test_candidates_of_another_data_set_are_refused(tmp_path, changed):
+    path, items = tmp_path / "candidates.jsonl", {"a", "b", "c", "d"}
+    right = LISTED | {"source": toy_job().source(["a", "b"], "c")}
+    write_unchecked(path, [right])
+    assert read_candidates(path, TWO, items) == [right]
+    write_unchecked(path, [right | changed])
+    with pytest.raises(
+        InputError, match=r"line 1 \(\w+ test\): the list is of another users.jsonl"
+    ):
+        read_candidates(path, TWO, items)
+
+
+def test_a_question_about_an_image_needs_rows_with_one(tmp_path):
+    options = DatasetOptions(data_dir=str(tmp_path), with_images=False)
+    with pytest.raises(InputError, match="--with_images false: the question speaks of an image"):
+        write_splits(("test",), options, with_answer=False)
+
+
+def scored_rows_of(tmp_path):
+    """One row about u and b, with the users, items and preferences it is from."""
+    for file, right in RIGHT.items():
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        write_unchecked(tmp_path / file, right)
+    candidate = Candidate("u", "b", "t", None, 1)
+    row = candidate_row(candidate, "p", QuestionFormat(), with_answer=False)
+    return [row | {"source": toy_job().source(*row_inputs("p", "t", None, 1))}]
+
+
+@pytest.mark.parametrize(
+    ("file", "rows", "message"),
+    [
+        ("users.jsonl", [USER | {"split": "train"}], "is no candidate of a test user in"),
+        ("users.jsonl", [USER | {"target": "c", "negatives": ["b"]}], "is no candidate of a test"),
+        (
+            "items.jsonl",
+            [{**item, "title": "new"} for item in ITEMS],
+            "from another title or image",
+        ),
+        (PREFERENCES, [{**LIKES[0], "preference": "q"}], "has another preference than in user_pre"),
+    ],
+)
+def test_rows_are_compared_with_what_they_were_made_from(tmp_path, file, rows, message):
+    path, options = tmp_path / "mllm_msr/test.jsonl", CommonOptions(data_dir=str(tmp_path))
+    made = scored_rows_of(tmp_path)
+    check_rows_source(made, path, "test", options)
+    write_unchecked(tmp_path / file, rows)
+    with pytest.raises(InputError, match=f"test.jsonl, line 1.*{message}"):
+        check_rows_source(made, path, "test", options)
+
+
+def test_rows_without_their_data_set_give_a_warning(tmp_path, caplog):
+    made = scored_rows_of(tmp_path)
+    del made[0]["source"]
+    options = CommonOptions(data_dir=str(tmp_path))
+    check_rows_source(made, tmp_path / "mllm_msr/test.jsonl", "test", options)
+    assert "1 lines have no `source`" in caplog.text
+    (tmp_path / "users.jsonl").unlink()
+    check_rows_source(made, tmp_path / "mllm_msr/test.jsonl", "test", options)
+    assert "is not compared with its data set" in caplog.text

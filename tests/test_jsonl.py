@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import read_by_id, read_json, read_rows, relative_path, write_rows
 from mllmrec.stage.options import load_config
-from mllmrec.stage.record import read_record, read_state
+from mllmrec.stage.record import file_digests, read_record, read_state
 from mllmrec.stage.schema import SCHEMAS, schema_of
 
 PROPERTY = settings(max_examples=100, deadline=None, derandomize=True)
@@ -266,3 +266,12 @@ def test_any_file_is_read_or_one_sentence(tmp_path_factory, content):
             assert isinstance(read(), dict)
         except InputError as error:
             assert "\n" not in str(error)
+
+
+def test_what_has_no_end_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "users.jsonl")
+    (tmp_path / "weights.safetensors").symlink_to("/dev/zero")
+    with pytest.raises(InputError, match=r"users.jsonl is no regular file"):
+        read_rows(tmp_path / "users.jsonl")
+    with pytest.raises(InputError, match=r"weights.safetensors is no regular file"):
+        file_digests(tmp_path)

@@ -35,6 +35,8 @@ def require(path: PathLike, maker: str | None = None) -> Path:
         )
     if path.is_dir():
         raise InputError(f"{path} is a folder, but must be a file; move it away")
+    if not path.is_file():  # a pipe or a device, whose end may never come
+        raise InputError(f"{path} is no regular file; put the file there")
     return path
 
 

@@ -8,6 +8,7 @@ stage that reads the line knows its inputs, not its settings, and compares the l
 import hashlib
 import json
 import logging
+import stat
 from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
@@ -24,6 +25,8 @@ HALF = 8  # hex digits
 def file_digest(path: Path) -> str:
     """sha256 of a file, read again only when its size or time of change is another one."""
     status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise InputError(f"{path} is no regular file; put the file there")
     return _file_digest(path, status.st_size, status.st_mtime_ns, status.st_ino)
 
 
