@@ -191,9 +191,9 @@ def test_an_image_that_the_processor_refuses_is_found_beforehand(data, tmp_path)
     )
     assert reader.fitting_rows([good, good], "train.jsonl")[0] == [good, good]
     message = "the model's processor refuses the image long.png of 20000 x 10 pixels .*aspect ratio"
-    with pytest.raises(InputError, match=f"train.jsonl, row 3, user .*: {message}"):
+    with pytest.raises(InputError, match=f"train.jsonl, line 3, user .*: {message}"):
         reader.fitting_rows([good, good, long], "train.jsonl")
-    with pytest.raises(InputError, match=f"{tmp_path}, row 2, user .*: {message}"):
+    with pytest.raises(InputError, match=f"{tmp_path}/test.jsonl, line 2, user .*: {message}"):
         reader.find_too_long([good, long])
 
 

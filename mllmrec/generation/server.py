@@ -38,7 +38,6 @@ logger = logging.getLogger(__name__)
 REFUSED = (400, 413, 422)  # status where the prompt is at fault, e.g. too long
 MAX_ANSWER_BYTES = 1 << 22
 MAX_LENGTH = 4  # tokens of an answer for each one asked for; another tokenizer may count more
-PAGE_SECONDS = 10.0  # for what is only described
 
 
 class NoAnswerError(openai.OpenAIError):
@@ -177,10 +176,9 @@ class ServerEngine:
 
     async def _probe(self) -> ChatCompletion:
         """Ask once for one token, sampled as the texts: a server may keep to its first request."""
+        turns = [{"role": "user", "content": "One word."}]
         client = self.client.with_options(max_retries=0)
-        return await self._ask(
-            client, messages=[{"role": "user", "content": "One word."}], max_tokens=1
-        )
+        return await self._ask(client, messages=turns, max_tokens=1)
 
     async def _ask(self, client: openai.AsyncOpenAI, **request: Any) -> ChatCompletion:
         """Warns if another model answers: some servers take any name for the one they have."""
@@ -243,7 +241,7 @@ class ServerEngine:
         """What the server has at `url`; empty if that is no JSON object."""
         page: Any = None
         with contextlib.suppress(openai.OpenAIError, ValueError):
-            client = self.client.with_options(max_retries=0, timeout=PAGE_SECONDS)
+            client = self.client.with_options(max_retries=0, timeout=10.0)
             page = await client.get(url, cast_to=dict[str, Any])
         return page if isinstance(page, dict) else {}
 

@@ -274,7 +274,7 @@ def _load_processor(auto_class: Any, name: str, config: Any, options: ModelOptio
             f"the tokenizer of {name} names no end token, as one without its "
             f"tokenizer_config.json does; {REMEDY}"
         )
-    _append_nothing(name, tokenizer)
+    _append_nothing(tokenizer)
     if tokenizer.pad_token is None:  # Llama-3 has none; padding is masked, so any token will do
         tokenizer.pad_token = tokenizer.eos_token
     has_template = getattr(processor, "chat_template", None) or tokenizer.chat_template
@@ -286,7 +286,7 @@ def _load_processor(auto_class: Any, name: str, config: Any, options: ModelOptio
     return processor
 
 
-def _append_nothing(name: str, tokenizer: Any) -> None:
+def _append_nothing(tokenizer: Any) -> None:
     """Have the tokenizer put nothing behind a text, as one with `add_eos_token` does.
 
     An answer follows on the last token of the chat template. What stands before a text is kept.
@@ -294,11 +294,6 @@ def _append_nothing(name: str, tokenizer: Any) -> None:
     ids, whole = tokenizer("a", add_special_tokens=False).input_ids, tokenizer("a").input_ids
     if whole[-len(ids) :] == ids:
         return
-    if not hasattr(tokenizer, "backend_tokenizer"):
-        raise InputError(
-            f"the tokenizer of {name} appends a token to every prompt; set add_eos_token to false "
-            "in its tokenizer_config.json, or name another --model"
-        )
     before = whole[: whole.index(ids[0])]
     names = tokenizer.convert_ids_to_tokens(before)
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(

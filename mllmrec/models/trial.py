@@ -24,10 +24,8 @@ def check_trial(name: str, model: Any, chat: ChatProcessor) -> None:
     The prompts must hold the questions and one image token each, the tokens must be in the
     vocabulary, and the logits must be finite.
     """
-    if chat.takes_images and chat.prompt_format and "{image}" not in chat.prompt_format:
-        remedy = "add the place {image} to --prompt_format"
-    else:
-        remedy = REMEDY
+    has_place = not chat.takes_images or "{image}" in (chat.prompt_format or "{image}")
+    remedy = REMEDY if has_place else "add the place {image} to --prompt_format"
     n_images = int(chat.takes_images)
     images = [Image.new("RGB", (64, 48), GRAY)] * len(TEXTS) if n_images else None
     try:

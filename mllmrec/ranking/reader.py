@@ -170,20 +170,21 @@ class RowReader:
                     self.chat.image_tokens_of_size(*size)
                 except ValueError as error:
                     raise InputError(
-                        f"{path}, row {number}, {row_name(row)}: the model's processor refuses the "
-                        f"image {name} of {size[0]} x {size[1]} pixels ({one_line(error)}); "
+                        f"{path}, line {number}, {row_name(row)}: the model's processor refuses "
+                        f"the image {name} of {size[0]} x {size[1]} pixels ({one_line(error)}); "
                         f"replace it and {MAKE_AGAIN}"
                     ) from None
                 accepted.add(size)
 
     def find_too_long(
-        self, rows: Sequence[Row], path: PathLike = ""
+        self, rows: Sequence[Row], path: PathLike | None = None
     ) -> tuple[dict[str, str], list[str]]:
         """(user_id -> reason, where a question cannot fit; user of each shortened prompt).
 
-        Raises InputError if no question of the file `path` fits, or an image cannot be read.
+        path: of the rows, default test.jsonl. Raises InputError if none of their questions fits, or
+        the model's processor refuses an image.
         """
-        path = path or self.folder
+        path = path or self.folder / "test.jsonl"
         self.check_image_sizes(rows, path)
         too_long: dict[str, str] = {}
         shortened: list[str] = []
