@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import shutil
 
 import pytest
 import torch
@@ -9,12 +10,14 @@ from conftest import TINY
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerFast
 
 from mllmrec.generation.dialogues import RejectedError
 from mllmrec.generation.prompt_writer import PromptWriter
 from mllmrec.models.chat import ChatProcessor, shorten_to_fit
+from mllmrec.models.loading import load_processor
+from mllmrec.models.model_options import ModelOptions
 from mllmrec.prompts import mllm_msr as prompts
 from mllmrec.prompts.templates import assistant_turn, cut, plain_text, user_turn
 from mllmrec.ranking.answers import YES_NO, answer_tokens
@@ -256,3 +259,20 @@ def test_cut_leaves_no_broken_word():
     assert [cut("green circles", n) for n in (8, 5)] == ["green"] * 2
     assert cut("green", 9) == "green"
     assert cut("绿色的圆圈", 3) == "绿色的", "a language without blanks is cut anywhere"
+
+
+@pytest.mark.parametrize("name", ["llama", "llava"])
+def test_a_tokenizer_that_appends_its_end_token_reads_as_one_that_does_not(tmp_path, name):
+    """A prompt ends with the last token of the template, behind which the answer belongs."""
+    chat, own = new_chat(name), new_chat(name)
+    prompt, tokenizer = chat.render([user_turn("Q", int(chat.takes_images))]), own.tokenizer
+    ends = [tokenizer.bos_token, tokenizer.eos_token]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=" $A ".join(ends),
+        special_tokens=list(zip(ends, tokenizer.convert_tokens_to_ids(ends), strict=True)),
+    )
+    assert own.ids("Q") == [*chat.ids("Q"), tokenizer.eos_token_id]
+    own.processor.save_pretrained(shutil.copytree(TINY / name, tmp_path / name))
+    loaded = ChatProcessor(load_processor(str(tmp_path / name), ModelOptions()))
+    for text in ("Q", prompt):
+        assert loaded.ids(text) == chat.ids(text)

@@ -13,7 +13,13 @@ from random_models import random_llama, random_llava, random_qwen3, random_qwen_
 from mllmrec.data import sample_world as world
 from mllmrec.generation import engine as engine_module
 from mllmrec.generation import sampling
-from mllmrec.generation.dialogues import Prompt, RejectedError
+from mllmrec.generation.dialogues import (
+    GeneratedText,
+    Prompt,
+    RejectedError,
+    advance,
+    first_request,
+)
 from mllmrec.generation.engine import GenerationEngine, read_ahead, run_dialogues
 from mllmrec.generation.preferences import HistoryItem, UserHistory
 from mllmrec.generation.prompt_writer import EncodedImage, ImagePrompts, PromptWriter
@@ -368,6 +374,22 @@ def test_a_rejected_dialogue_has_its_reason_and_the_others_continue(llama):
     ended = {name: (result, reason) for name, result, reason in run_dialogues(engine, dialogues)}
     assert ended["b"] == (None, "no good")
     assert ended["a"] == ended["c"] != (None, None)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [("", "an empty text"), ("<think> Hm", "<think>"), ("Hm </think> Jazz", "<think>")],
+)
+def test_a_text_without_an_answer_is_rejected(text, reason):
+    def dialogue():
+        yield Prompt("", 9)
+        raise AssertionError("taken for an answer")
+
+    waiting, begun = [], first_request("a", dialogue())
+    assert list(advance(waiting, begun, None)) == []
+    [(name, result, why)] = advance([], waiting[0], GeneratedText(text))
+    assert (name, result) == ("a", None)
+    assert reason in why
 
 
 def test_a_long_prompt_is_shortened_by_its_summaries_and_counted(llama):

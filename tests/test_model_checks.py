@@ -5,6 +5,7 @@ only warn, and every figure after that would be of another model.
 """
 
 import json
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -13,9 +14,10 @@ import pytest
 import torch
 from conftest import TINY
 from safetensors.numpy import load_file, save_file
+from transformers import AutoTokenizer
 
 from mllmrec.generation.dialogues import Prompt
-from mllmrec.generation.engine import GenerationEngine, run_dialogues
+from mllmrec.generation.engine import GenerationEngine, load_engine, run_dialogues
 from mllmrec.models.adapters import adapter_base, check_adapter, load_adapter
 from mllmrec.models.chat import ChatProcessor
 from mllmrec.models.loading import load_multimodal, load_text
@@ -116,6 +118,45 @@ def test_weights_that_can_hold_code_are_refused(copy_of):
     (folder / "model.safetensors").unlink()
     with pytest.raises(InputError, match="cannot be loaded"):
         load_text(str(folder))
+
+
+@pytest.mark.parametrize("eos", [["a"], "a", 5000, [1, 5000], -1, True, [], 1.0])
+def test_end_tokens_outside_of_the_vocabulary_are_refused(copy_of, eos):
+    folder = copy_of("llama")
+    change_config(folder / "generation_config.json", eos_token_id=eos)
+    message = rf"the eos_token_id {re.escape(repr(eos))} in generation_config.json .* is no token"
+    with pytest.raises(InputError, match=message):
+        load_engine(str(folder), GenerationStageOptions(), multimodal=False)
+
+
+def test_a_tokenizer_of_another_model_is_refused(copy_of):
+    folder, tokenizer = copy_of("llama"), AutoTokenizer.from_pretrained(TINY / "llama")
+    size = len(tokenizer)
+    tokenizer.add_tokens(["never used"])
+    tokenizer.save_pretrained(folder)
+    load_engine(str(folder), GenerationStageOptions(), multimodal=False)
+    tokens = json.loads((folder / "tokenizer.json").read_text())
+    tokens["model"]["vocab"]["another token"] = size + 5
+    (folder / "tokenizer.json").write_text(json.dumps(tokens))
+    message = f"its tokenizer has the token {size + 5:,}, its embedding {size:,} rows: of another"
+    with pytest.raises(InputError, match=message):
+        load_engine(str(folder), GenerationStageOptions(), multimodal=False)
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "message"),
+    [
+        (
+            TINY / "llava",
+            {"prompt_format": "Q: {text}"},
+            r"; add the place \{image\} to --prompt_f",
+        ),
+        ("", {}, "--model is empty; name a folder or a hub id"),
+    ],
+)
+def test_what_a_model_lacks_is_named(model, options, message):
+    with pytest.raises(InputError, match=message):
+        load_engine(str(model), GenerationStageOptions(**options), multimodal=True)
 
 
 ADAPTER_DAMAGES = [

@@ -287,7 +287,7 @@ def test_one_model_is_in_memory_at_a_time(small_run, tmp_path, monkeypatch):
                 *("--config", str(small_run.config), "--output_dir", str(tmp_path)),
                 *("--summaries", str(small_run.system / "image_summaries.jsonl")),
                 *("--lists", "users", "--candidates", "2", "--dataset_code", "sample"),
-                *("--epochs", "1", "--limit", "4", "--quantization", "nf4"),
+                *("--epochs", "1", "--limit", "8", "--quantization", "nf4"),
                 *("--gradient_checkpointing", "true"),
             ]
         )

@@ -6,7 +6,7 @@ import torch
 from conftest import TINY
 from peft import LoraConfig, get_peft_model
 from PIL import Image
-from random_models import random_llava
+from random_models import random_llava, random_qwen_vl
 
 from mllmrec.data import sample_world as world
 from mllmrec.models.adapters import load_adapter
@@ -179,6 +179,29 @@ def test_a_user_whose_question_cannot_fit_is_found_beforehand(model, data):
     assert set(reader.find_too_long([*data[1], endless])[0]) == {"u7"}
     assert reader.shortened == 0, "looking ahead is not counted"
     assert RowReader(chat, data[0]).find_too_long([endless]) == ({}, [])
+
+
+def test_an_image_that_the_processor_refuses_is_found_beforehand(data, tmp_path):
+    """Qwen2.5-VL takes no image with an aspect ratio above 200."""
+    reader = RowReader(ChatProcessor(random_qwen_vl()[1]), tmp_path)
+    for name, size in (("good.png", (200, 1)), ("long.png", (20_000, 10))):
+        Image.new("RGB", size).save(tmp_path / name)
+    good, long = (
+        {**data[1][n], "images": [f"{name}.png"]} for n, name in ((0, "good"), (1, "long"))
+    )
+    assert reader.fitting_rows([good, good], "train.jsonl")[0] == [good, good]
+    message = "the model's processor refuses the image long.png of 20000 x 10 pixels .*aspect ratio"
+    with pytest.raises(InputError, match=f"train.jsonl, line 3, user .*: {message}"):
+        reader.fitting_rows([good, good, long], "train.jsonl")
+    with pytest.raises(InputError, match=f"{tmp_path}/test.jsonl, line 2, user .*: {message}"):
+        reader.find_too_long([good, long])
+
+
+def test_a_run_in_which_no_question_fits_is_refused(small_run):
+    words = ("--max_text_tokens", "5", "--variant", "short")
+    with pytest.raises(InputError, match=r"no question fits, the first: .* raise --max_text_tok"):
+        small_run.run("MLLM-MSR/test/test_with_llava_sft.py", *words)
+    assert not (small_run.system / "short/scores.jsonl").exists()
 
 
 def test_a_title_of_a_whole_page_is_cut_in_stage_4():

@@ -1,6 +1,7 @@
 """--engine server: requests, refusals, a clean end, the texts of a real `transformers serve`."""
 
 import gc
+import itertools
 import json
 import os
 import re
@@ -13,6 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from conftest import ROOT, TINY, call, free_port
+from pydantic import ValidationError
 from transformers import AutoTokenizer
 
 from mllmrec.generation.dialogues import Prompt
@@ -36,7 +38,8 @@ WAIT = 30  # seconds, far more than anything here takes
 def serving(respond):
     """A server on loopback; yields (its address, bodies of the requests so far).
 
-    respond: text of a prompt -> (status, JSON), or None: the connection is closed.
+    respond: text of a prompt -> (status, JSON, or parts of a body), or None: the connection is
+    closed.
     """
     bodies = []
 
@@ -55,7 +58,9 @@ def serving(respond):
             self.send_header("Content-Type", "application/json")
             self.send_header("Retry-After-Ms", "1")
             self.end_headers()
-            self.wfile.write(json.dumps(answer).encode())
+            whole = [json.dumps(answer).encode()] if isinstance(answer, dict) else answer
+            for part in whole:
+                self.wfile.write(part)
 
         def log_message(self, *words):
             pass
@@ -75,7 +80,11 @@ def answer(text, finish="stop", tokens=0):
     message = {"role": "assistant", "content": text}
     choice = {"index": 0, "message": message, "finish_reason": finish}
     usage = {"prompt_tokens": tokens, "completion_tokens": 1, "total_tokens": tokens + 1}
-    return 200, {"id": "1", "model": "tiny", "choices": [choice], "usage": usage}
+    head = {"id": "1", "object": "chat.completion", "created": 0, "model": "tiny"}
+    return 200, head | {"choices": [choice], "usage": usage}
+
+
+WHOLE = json.dumps(answer("yes")[1]).encode()
 
 
 def fault(status, message):
@@ -173,7 +182,8 @@ def test_a_request_that_fails_once_is_asked_again(chat, failure):
         (fault(401, "wrong"), "401.*wrong.*; export as OPENAI_API_KEY the key"),
         (fault(404, "no such model"), r"no 'tiny' answers.*name one of its models \(other\)"),
         (None, "no 'tiny' answers at http.*; start a server"),
-        ((200, {"object": "page"}), "is no chat server"),
+        ((200, {"object": "page"}), "is no chat server .*; correct --base_url"),
+        (answer(5), "is no chat server .*valid string.*; correct --base_url"),
     ],
 )
 def test_a_wrong_server_key_or_model_ends_the_stage_at_once(chat, first, message):
@@ -187,10 +197,22 @@ def test_a_wrong_server_key_or_model_ends_the_stage_at_once(chat, first, message
     [
         (fault(400, "maximum context length is 10"), "server: .*400.*maximum context length is 10"),
         (fault(500, "out of luck"), "server: .*500.*out of luck"),  # other prompts are answered
-        (answer(" \n", "length"), "server: an answer without a text"),
-        (answer(None), "server: an answer without a text"),
-        ((200, {"error": "no chat completion"}), "server: an answer without a text"),
+        (answer(" \n", "length"), "the model generated an empty text"),
+        (answer(None), "the model generated an empty text"),
+        ((200, {"error": "?"}), "server: no chat completion: id Field required"),
+        ((200, answer("")[1] | {"choices": []}), "server: .*choices is empty"),
+        ((200, [b"[]"]), "server: no chat completion: .*an object"),
+        ((200, [WHOLE[:70]]), "server: no chat completion: .*Invalid JSON: EOF"),
+        ((200, [WHOLE.replace(b"yes", b"\xe9")]), "server: no chat completion: .*Invalid JSON"),
+        ((204, []), "server: no chat completion: .*Invalid JSON: EOF"),
+        (answer(5), "server: no chat completion: choices.0.message.content .*a valid string"),
+        (answer([]), "server: no chat completion: choices.0.message.content .*a valid string"),
+        (answer({}), "server: no chat completion: choices.0.message.content .*a valid string"),
         (answer("I must not", "content_filter"), "server: an answer .*'content_filter'"),
+        (answer("yes", "later"), "server: no chat completion: choices.0.finish_reason"),
+        (answer("<think>\nMusic"), "the model reasons before it answers .*turn that off"),
+        (answer("A.</THINK> Music"), "the model reasons before it answers .*turn that off"),
+        (answer("music " * 5000), r"server: an answer of 5,\d\d\d tokens, 7 were asked for"),
     ],
 )
 def test_a_prompt_without_a_proper_answer_is_rejected_alone(chat, response, reason):
@@ -206,6 +228,34 @@ def test_a_prompt_that_takes_too_long_is_rejected_alone(chat):
         found = ask(chat, url, users=2, retries=0, timeout=1.0)
         over.set()
     assert found == heard(0) | {"u1": (None, "server: Request timed out.")}
+
+
+def test_an_answer_that_drips_is_rejected_alone_after_the_time_for_the_whole(chat):
+    over = threading.Event()
+
+    def drip():
+        for part in itertools.repeat(b" ", 100 * WAIT):
+            yield part
+            over.wait(0.01)
+
+    with serving(lambda text: (200, drip()) if "u1" in text else echo(text)) as (url, _):
+        found = ask(chat, url, users=2, retries=0, timeout=1.0)
+        over.set()
+    assert found == heard(0) | {"u1": (None, "server: Request timed out.")}
+
+
+def test_an_answer_without_end_is_read_in_part_and_rejected_alone(chat):
+    sent = []
+
+    def flood():
+        for part in itertools.repeat(b" " * (1 << 20), 400):
+            sent.append(1)
+            yield part
+
+    with serving(lambda text: (200, flood()) if "u1" in text else echo(text)) as (url, _):
+        found = ask(chat, url, users=2)
+    assert found == heard(0) | {"u1": (None, "server: an answer of more than 4,194,304 bytes")}
+    assert len(sent) < 200
 
 
 @pytest.mark.parametrize("failure", [None, fault(500, "its worker has ended"), fault(429, "busy")])
@@ -258,6 +308,29 @@ def test_another_number_of_tokens_on_the_server_is_a_warning(chat, caplog, token
     with serving(lambda text: answer("yes", tokens=tokens)) as (url, _):
         ask(chat, url)
     assert caplog.text.count("a prompt of 9 tokens has 99 on the server") == warnings
+
+
+@pytest.mark.parametrize(("model", "warnings"), [("tiny", 0), ("tiny@main", 0), ("other", 1)])
+def test_another_model_in_the_answers_is_a_warning(chat, caplog, model, warnings):
+    with serving(lambda text: (200, echo(text)[1] | {"model": model})) as (url, _):
+        assert ask(chat, url) == heard(*range(6))
+    assert caplog.text.count("the server answers as model") == warnings
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("http://user:secret@host/v1", "--base_url holds a user name .*export .*OPENAI_API_KEY"),
+        ("http://host/v1?key=secret", "--base_url holds a user name or a key"),
+        ("http://host:99999/v1", "Port out of range"),
+        ("ftp://host/v1", "must look like http://HOST:PORT/v1"),
+        ("http:///v1", "must look like http://HOST:PORT/v1"),
+    ],
+)
+def test_an_address_with_a_secret_or_without_a_server_is_refused(url, message):
+    with pytest.raises((InputError, ValidationError), match=message) as error:
+        GenerationStageOptions(base_url=url)
+    assert "secret" not in str(error.value)
 
 
 def test_an_image_is_sent_where_it_stands_in_the_turn():

@@ -2,12 +2,18 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import TINY
 
-from mllmrec.generation.text_quality import asked_opening, repeated_share, text_quality
+from mllmrec.generation.text_quality import (
+    asked_opening,
+    repeated_share,
+    report_quality,
+    text_quality,
+)
 from mllmrec.models.loading import load_text
 from mllmrec.prompts import mllm_msr as prompts
 from mllmrec.stage import progress
@@ -50,6 +56,7 @@ def test_texts_that_are_cut_are_counted_and_told(small_run, tmp_path, capsys, ca
     assert f"{blocks:,} cut at --max_new_tokens" in capsys.readouterr().err
     whole = json.loads((small_run.system / "user_preferences.run.json").read_text())["texts"]
     assert (whole["cut"], whole["loops"]) == (0, 0)
+    assert whole["unchanged"] < whole["later_blocks"] / 2 > 30
     assert whole["begin_as_asked"] == whole["texts"] == blocks
 
 
@@ -66,7 +73,25 @@ def test_a_model_that_loops_is_told(small_run, tmp_path, caplog):
     quality = record["texts"]
     assert quality["loops"] == quality["cut"] == quality["texts"]
     assert quality["begin_as_asked"] == 0
-    assert "texts repeat themselves; use an instruction-tuned --model" in caplog.text
+    assert "texts repeat themselves; ask for shorter answers, or try a larger" in caplog.text
+    later = quality["later_blocks"]
+    assert later == quality["unchanged"] == quality["texts"] - 30
+    assert f"{later} of {later} later blocks have the text of the block before" in caplog.text
+
+
+@pytest.mark.parametrize(("unchanged", "warnings"), [(10, 1), (7, 0)])
+@pytest.mark.parametrize(
+    ("prompt_format", "remedy"),
+    [("", "ask for shorter"), ("{text}", "use an instruction-tuned --model")],
+)
+def test_the_remedy_fits_the_model(caplog, unchanged, warnings, prompt_format, remedy):
+    counts = {"texts": 20, "mean_words": 9.0, "cut": 0, "loops": 5}
+    counts |= {"later_blocks": 14, "unchanged": unchanged}
+    options = SimpleNamespace(prompt_format=prompt_format)
+    job = SimpleNamespace(options=options)
+    report_quality(SimpleNamespace(measured={"texts": counts}, job=job))
+    assert f"5 of 20 texts repeat themselves; {remedy}" in caplog.text
+    assert caplog.text.count("later blocks have the text of the block before") == warnings
 
 
 def test_it_is_told_in_advance_that_stage_5_would_cut_preferences(small_run, tmp_path, caplog):

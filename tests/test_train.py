@@ -177,6 +177,13 @@ def test_an_epochs_order_is_a_permutation_that_seed_and_epoch_decide(group_by):
     assert (items < 4) == (group_by == "item")
 
 
+def test_a_step_with_more_rows_than_there_are_is_refused():
+    EpochSampler([{}] * 8, None, EpochSettings(8, 1, "none", 0))
+    message = "a step takes 8 rows .*, the training has 7; lower --accumulation or --batch_size"
+    with pytest.raises(InputError, match=message):
+        EpochSampler([{}] * 7, None, EpochSettings(8, 1, "none", 0))
+
+
 def test_chunks_are_packed_into_full_micro_batches():
     chunks = [[1, 2, 3], [4, 5], [6], [7, 8, 9, 10], [11, 12], [13, 14, 15]]
     packed = [[1, 2, 3, 6], [7, 8, 9, 10], [4, 5, 11, 12], [13, 14, 15]]

@@ -260,7 +260,7 @@ def test_preferences_are_shortened_and_users_that_cannot_fit_rejected_and_both_c
     rows[6]["messages"][0]["content"][1]["text"] += " word" * 600  # no preference to cut there
     path.unlink()
     write_rows(path, rows)
-    train(command, "--limit", "8")
+    train(command, "--limit", "8", "--batch_size", "6")
     told = "; 3 rows with a shortened preference; 1 users were rejected, each with its reason"
     assert told in capsys.readouterr().err
     counts = record_of(tmp_path)["rows"]

@@ -6,6 +6,7 @@ runs many dialogues together: as soon as one has its text, its next prompt can b
 waits for the slowest one, and a stage reads like the paper's recurrence.
 """
 
+import re
 from collections.abc import Generator, Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -38,6 +39,7 @@ class Prompt:
 NO_PROMPT = Prompt("", 0)  # of a dialogue that has not begun
 Dialogue = Generator[Prompt, str, Any]
 Result = tuple[Any, Any, str | None]
+REASONING = re.compile(r"</?think(ing)?>", re.IGNORECASE)
 
 
 class RejectedError(Exception):
@@ -48,6 +50,21 @@ class GeneratedText(str):
     """A generated text. cut: it has max_new_tokens tokens and no end token."""
 
     cut: bool = False
+
+
+def usable_text(text: GeneratedText) -> GeneratedText:
+    """`text`; raises RejectedError if it is empty or holds a model's reasoning, closed or not.
+
+    Reasoning is not removed: it took tokens of the answer, and was asked not to be.
+    """
+    if not text:
+        raise RejectedError("the model generated an empty text")
+    if REASONING.search(text):
+        raise RejectedError(
+            "the model reasons before it answers (<think>); turn that off, on a server where it is "
+            "started, or name another --model, then pass --retry_rejected true"
+        )
+    return text
 
 
 @dataclass
@@ -66,14 +83,17 @@ def first_request(row_id: Hashable, dialogue: Dialogue) -> Request:
     return Request(row_id, -1, dialogue, NO_PROMPT)
 
 
-def advance(waiting: list[Request], request: Request, text: str | None) -> Iterator[Result]:
+def advance(
+    waiting: list[Request], request: Request, text: GeneratedText | None
+) -> Iterator[Result]:
     """Send a text to a request's dialogue; yield its end, or add its next request to `waiting`.
 
     A row whose texts were cut has their number as `cut`.
     """
     cut = request.cut + getattr(text, "cut", False)
     try:
-        prompt = next(request.dialogue) if text is None else request.dialogue.send(text)
+        dialogue = request.dialogue
+        prompt = next(dialogue) if text is None else dialogue.send(usable_text(text))
         waiting.append(replace(request, number=request.number + 1, prompt=prompt, cut=cut))
     except StopIteration as end:
         row = end.value

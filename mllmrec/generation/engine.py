@@ -32,7 +32,7 @@ from mllmrec.models.loading import (
     read_config,
 )
 from mllmrec.models.model_options import DEFAULT_URL, GenerationStageOptions
-from mllmrec.models.trial import check_trial
+from mllmrec.models.trial import check_end_tokens, check_trial
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.progress import Progress
 
@@ -181,6 +181,7 @@ def load_engine(
     limit = max_prompt_tokens(model.config, options.max_new_tokens)
     chat = ChatProcessor(processor, prompt_format=options.prompt_format)
     check_trial(name, model, chat)
+    check_end_tokens(name, model)
     return GenerationEngine(model, chat, options), limit
 
 

@@ -13,20 +13,79 @@ from collections.abc import Generator, Iterable
 from itertools import islice
 from typing import Any
 
+import httpx2
 import openai
+from openai.types.chat import ChatCompletion
+from pydantic import ValidationError
 
-from mllmrec.generation.dialogues import Dialogue, GeneratedText, Prompt, RejectedError, Result
+from mllmrec.generation.dialogues import (
+    Dialogue,
+    GeneratedText,
+    Prompt,
+    RejectedError,
+    Result,
+    usable_text,
+)
 from mllmrec.generation.sampling import stream_id
 from mllmrec.models.chat import ChatProcessor
-from mllmrec.models.model_options import GenerationStageOptions
+from mllmrec.models.model_options import KEY, GenerationStageOptions
 from mllmrec.prompts.templates import turn_text
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.progress import Progress
 
 logger = logging.getLogger(__name__)
 
-KEY = "OPENAI_API_KEY"  # environment variable
 REFUSED = (400, 413, 422)  # status where the prompt is at fault, e.g. too long
+MAX_ANSWER_BYTES = 1 << 22
+MAX_LENGTH = 4  # tokens of an answer for each one asked for; another tokenizer may count more
+
+
+class NoAnswerError(openai.OpenAIError):
+    """The server sent something that is no chat completion. Not asked again."""
+
+
+def read_answer(body: bytes) -> ChatCompletion:
+    """Raises NoAnswerError for anything but a chat completion; the openai client checks no type."""
+    try:
+        answer = ChatCompletion.model_validate_json(body)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise NoAnswerError(f"no chat completion: {where} {first['msg']}") from None
+    if not answer.choices:
+        raise NoAnswerError("no chat completion: choices is empty")
+    return answer
+
+
+class LimitedClient(openai.DefaultAsyncHttpxClient):
+    """An HTTP client whose answers are limited as a whole; httpx limits the seconds of each read.
+
+    A server that sends a byte now and then, or never stops sending, would not be noticed.
+    """
+
+    async def send(self, request: httpx2.Request, **options: Any) -> httpx2.Response:
+        """The whole answer, in the seconds that the request has as timeout.
+
+        Raises ReadTimeout, and NoAnswerError for more than MAX_ANSWER_BYTES.
+        """
+        body = bytearray()
+        try:
+            async with asyncio.timeout(request.extensions["timeout"]["read"]):
+                response = await super().send(request, **options | {"stream": True})
+                async for part in response.aiter_bytes():
+                    body += part
+                    if len(body) > MAX_ANSWER_BYTES:
+                        await response.aclose()
+                        raise NoAnswerError(f"an answer of more than {MAX_ANSWER_BYTES:,} bytes")
+        except TimeoutError:
+            raise httpx2.ReadTimeout("the whole answer took too long", request=request) from None
+        response.headers.pop("Content-Encoding", None)  # `body` is decoded
+        return httpx2.Response(
+            response.status_code,
+            headers=response.headers,
+            content=bytes(body),
+            request=response.request,
+        )
 
 
 class ServerEngine:
@@ -35,7 +94,7 @@ class ServerEngine:
     def __init__(self, name: str, chat: ChatProcessor, options: GenerationStageOptions) -> None:
         self.chat, self.options = chat, options
         self.described: dict[str, Any] = {}  # for the run record: texts depend on the server
-        self.counts_differ = False
+        self.warned: set[str] = set()
         self.request: dict[str, Any] = {
             "model": options.served_model or name,
             "temperature": options.temperature,
@@ -57,6 +116,7 @@ class ServerEngine:
             api_key=os.environ.get(KEY) or "none",
             timeout=self.options.timeout,
             max_retries=self.options.retries,
+            http_client=LimitedClient(),
         )
         with asyncio.Runner() as runner:
             try:
@@ -103,54 +163,76 @@ class ServerEngine:
             if status in (401, 403):
                 remedy = f"export as {KEY} the key that it was started with"
             elif status in (*REFUSED, 404):
-                listed = (await self._page("/models")).get("data", [])
-                names = ", ".join(model["id"] for model in listed[:5])
-                remedy = f"name one of its models ({names}) with --served_model"
+                listed = (await self._page("/models")).get("data")
+                listed = listed if isinstance(listed, list) else []
+                names = [str(model.get("id")) for model in listed[:5] if isinstance(model, dict)]
+                remedy = f"name one of its models ({', '.join(names)}) with --served_model"
+            elif isinstance(error, NoAnswerError):
+                raise InputError(f"{url} is no chat server ({error}); correct --base_url") from None
             model = self.request["model"]
             raise InputError(f"no {model!r} answers at {url} ({_line(error)}); {remedy}") from None
-        if not getattr(answer, "choices", None):
-            raise InputError(f"{url} is no chat server ({_line(answer)}); correct --base_url")
         page = await self._page(url.rstrip("/").removesuffix("/v1") + "/version")  # as vLLM has it
         self.described = {"model": answer.model, "version": page.get("version")}
 
-    async def _probe(self) -> Any:
+    async def _probe(self) -> ChatCompletion:
         """Ask once for one token, sampled as the texts: a server may keep to its first request."""
+        turns = [{"role": "user", "content": "One word."}]
         client = self.client.with_options(max_retries=0)
-        request = {"messages": [{"role": "user", "content": "One word."}], "max_tokens": 1}
-        return await client.chat.completions.create(**self.request | request)
+        return await self._ask(client, messages=turns, max_tokens=1)
+
+    async def _ask(self, client: openai.AsyncOpenAI, **request: Any) -> ChatCompletion:
+        """Warns if another model answers: some servers take any name for the one they have."""
+        completions = client.chat.completions.with_raw_response
+        answer = read_answer((await completions.create(**self.request | request)).content)
+        wanted = self.request["model"]
+        # `transformers serve` adds the revision.
+        if answer.model and answer.model.partition("@")[0] != wanted:
+            self._warn(
+                "model",
+                f"the server answers as model {answer.model!r}, not {wanted!r}; check that it runs "
+                "the model that --model names, then pass its name there as --served_model",
+            )
+        return answer
+
+    def _warn(self, kind: str, text: str) -> None:
+        """Once of each kind."""
+        if kind not in self.warned:
+            self.warned.add(kind)
+            logger.warning(text)
 
     async def _text(self, prompt: Prompt, seed: int) -> GeneratedText:
         """Raises RejectedError for a prompt without a proper answer, InputError without server."""
-        request = {"messages": messages(prompt), "seed": seed}
         try:
-            answer = await self.client.chat.completions.create(**self.request | request)
+            answer = await self._ask(self.client, messages=messages(prompt), seed=seed)
         except openai.OpenAIError as error:
             if await self._fails_alone(error):
                 raise RejectedError(f"server: {_line(error)}") from None
             gone = f"{self.options.base_url} does not answer any more ({_line(error)})"
             remedy = "see what the server says, or start it again; the same command resumes"
             raise InputError(f"{gone}; finished rows are kept: {remedy}") from None
-        choice: Any = answer.choices[0] if getattr(answer, "choices", None) else None
-        words = choice.message.content.split() if choice and choice.message.content else []
-        if not words:
-            raise RejectedError("server: an answer without a text")
+        choice = answer.choices[0]
         if choice.finish_reason not in ("stop", "length"):
             raise RejectedError(f"server: an answer that ends with {choice.finish_reason!r}")
-        counted = answer.usage.prompt_tokens if answer.usage else 0
-        if counted not in (0, prompt.length) and not self.counts_differ:
-            self.counts_differ = True
-            logger.warning(
-                f"a prompt of {prompt.length} tokens has {counted} on the server: it uses another "
-                "chat template or tokenizer, or sees images in another size"
+        text = GeneratedText(" ".join((choice.message.content or "").split()))
+        asked, length = self.options.max_new_tokens, self.chat.count(text)
+        if length > MAX_LENGTH * asked:
+            raise RejectedError(
+                f"server: an answer of {length:,} tokens, {asked:,} were asked for (max_tokens)"
             )
-        text = GeneratedText(" ".join(words))
+        counted = answer.usage.prompt_tokens if answer.usage else 0
+        if counted not in (None, 0, prompt.length):
+            self._warn(
+                "tokens",
+                f"a prompt of {prompt.length} tokens has {counted} on the server: it uses another "
+                "chat template or tokenizer, or sees images in another size",
+            )
         text.cut = choice.finish_reason == "length"
-        return text
+        return usable_text(text)
 
     async def _fails_alone(self, error: openai.OpenAIError) -> bool:
         """True if the prompt is refused, or if the server fails at it and answers another one."""
         status = getattr(error, "status_code", None)
-        if status == 500 or isinstance(error, openai.APITimeoutError):
+        if status == 500 or isinstance(error, openai.APITimeoutError | NoAnswerError):
             with contextlib.suppress(openai.OpenAIError):
                 return bool(await self._probe())
         return status in REFUSED
@@ -159,7 +241,8 @@ class ServerEngine:
         """What the server has at `url`; empty if that is no JSON object."""
         page: Any = None
         with contextlib.suppress(openai.OpenAIError, ValueError):
-            page = await self.client.get(url, cast_to=dict[str, Any])
+            client = self.client.with_options(max_retries=0, timeout=10.0)
+            page = await client.get(url, cast_to=dict[str, Any])
         return page if isinstance(page, dict) else {}
 
 

@@ -3,6 +3,7 @@
 import logging
 import re
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from mllmrec.stage.schema import Row
 WORDS = 4  # length of the word sequences whose repetition counts
 LOOPS = 0.5  # a text loops if more of its sequences occurred before in it
 WARN_ABOVE = 0.1  # share of the texts that are cut or loop
+UNCHANGED = 0.5  # share of the later blocks that change nothing
 ASKED = re.compile(r"Begin with: (?P<opening>.+)$")
 
 logger = logging.getLogger(__name__)
@@ -67,6 +69,9 @@ def measure_texts(output: RowOutput, key: str, template: str, engine: Any = None
         texts = [text for row in rows for text in row_texts(row, key)]
         cut = sum(row.get("cut", 0) for row in rows)
         quality = text_quality(texts, cut, asked_opening(template))
+        pairs = [pair for row in rows for pair in pairwise(row_texts(row, key))]
+        if pairs:
+            quality |= {"later_blocks": len(pairs), "unchanged": sum(a == b for a, b in pairs)}
         server = getattr(engine, "described", None)
         return {"texts": quality} | ({"server": server} if server else {})
 
@@ -100,13 +105,21 @@ def report_quality(output: RowOutput) -> None:
     shown += f" --max_new_tokens, {quality['loops']:,} repeat themselves"
     if "begin_as_asked" in quality:
         shown += f", {quality['begin_as_asked']:,} begin as asked"
+    later, unchanged = quality.get("later_blocks", 0), quality.get("unchanged", 0)
+    if unchanged:
+        shown += f", {unchanged:,} of {later:,} later blocks change nothing"
     logger.info(shown)
+    better = "ask for shorter answers, or try a larger --model"
+    if getattr(output.job.options, "prompt_format", ""):
+        better = "use an instruction-tuned --model with its own chat template"
     for name, remedy in (
         ("cut", "were cut; raise --max_new_tokens, or ask for shorter answers"),
-        (
-            "loops",
-            "repeat themselves; use an instruction-tuned --model with its own chat template",
-        ),
+        ("loops", f"repeat themselves; {better}"),
     ):
         if quality[name] > WARN_ABOVE * texts:
             logger.warning("%d of %d texts %s", quality[name], texts, remedy)
+    if unchanged > UNCHANGED * later:
+        logger.warning(
+            f"{unchanged:,} of {later:,} later blocks have the text of the block before: the model "
+            "does not use what is new in them; change --next_prompt, or try a larger --model"
+        )

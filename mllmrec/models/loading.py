@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers.processors import TemplateProcessing
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -62,6 +63,8 @@ def read_config(name: str) -> Any:
 
     Raises InputError if `name` is neither a model folder nor a hub id that can be fetched.
     """
+    if not name.strip():
+        raise InputError("--model is empty; name a folder or a hub id")
     path = Path(name)
     looks_like_path = name.startswith((".", "/", "~")) or name.count("/") != 1
     if not path.is_dir() and (looks_like_path or path.parent.is_dir()):
@@ -271,6 +274,7 @@ def _load_processor(auto_class: Any, name: str, config: Any, options: ModelOptio
             f"the tokenizer of {name} names no end token, as one without its "
             f"tokenizer_config.json does; {REMEDY}"
         )
+    _append_nothing(tokenizer)
     if tokenizer.pad_token is None:  # Llama-3 has none; padding is masked, so any token will do
         tokenizer.pad_token = tokenizer.eos_token
     has_template = getattr(processor, "chat_template", None) or tokenizer.chat_template
@@ -280,6 +284,21 @@ def _load_processor(auto_class: Any, name: str, config: Any, options: ModelOptio
             "give a --prompt_format"
         )
     return processor
+
+
+def _append_nothing(tokenizer: Any) -> None:
+    """Have the tokenizer put nothing behind a text, as one with `add_eos_token` does.
+
+    An answer follows on the last token of the chat template. What stands before a text is kept.
+    """
+    ids, whole = tokenizer("a", add_special_tokens=False).input_ids, tokenizer("a").input_ids
+    if whole[-len(ids) :] == ids:
+        return
+    before = whole[: whole.index(ids[0])]
+    names = tokenizer.convert_ids_to_tokens(before)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=[*names, "$A"], special_tokens=list(zip(names, before, strict=True))
+    )
 
 
 def modules_outside_language_model(model: Any) -> list[str]:

@@ -1,9 +1,12 @@
 """Options of stages that load or train a model. No torch, so that --help answers at once."""
 
 from typing import Literal
+from urllib.parse import urlsplit
 
+from pydantic import field_validator
 from pydantic.dataclasses import dataclass
 
+from mllmrec.stage.errors import InputError
 from mllmrec.stage.options import CommonOptions, option
 
 MAX_TEXT_TOKENS = 512  # of a question in training and scoring, unless the config says otherwise
@@ -41,6 +44,7 @@ GENERATION_SPEED_OPTIONS = (
 
 
 DEFAULT_URL = "http://localhost:8000/v1"
+KEY = "OPENAI_API_KEY"  # environment variable
 
 
 @dataclass
@@ -60,15 +64,31 @@ class GenerationStageOptions(ModelOptions):
     engine: Literal["local", "server"] = option(
         "local", "who runs the model: this process, or a server with OpenAI's chat protocol"
     )
-    base_url: str = option(DEFAULT_URL, "address of the server, with /v1", pattern=r"^https?://\w")
+    base_url: str = option(DEFAULT_URL, "address of the server, with /v1")
     served_model: str = option("", "what the server calls the model; default: as --model")
     concurrency: int = option(64, "requests to the server at a time", ge=1, le=1000)
-    timeout: float = option(600.0, "seconds until a request is asked again", gt=0)
+    timeout: float = option(
+        600.0, "seconds for a whole answer, then the request is asked again", gt=0
+    )
     retries: int = option(
         8,
         "how often a failed request is asked again, after 0.5 s, then twice as long, up to 8",
         ge=0,
     )
+
+    @field_validator("base_url")
+    @classmethod
+    def check_base_url(cls, url: str) -> str:
+        """An address without a secret, which run records and messages would show."""
+        parts = urlsplit(url)
+        if "@" in parts.netloc or parts.query:
+            raise InputError(  # unlike that of pydantic, it does not repeat the value
+                f"--base_url holds a user name or a key; export the key as {KEY}, and name the "
+                "server alone"
+            )
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0:
+            raise ValueError("it must look like http://HOST:PORT/v1")
+        return url
 
 
 ALLOW_OTHER = "options that may differ from those of the adapter's training, by name"

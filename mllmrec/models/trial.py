@@ -21,17 +21,20 @@ GRAY = (128, 128, 128)
 def check_trial(name: str, model: Any, chat: ChatProcessor) -> None:
     """Raise InputError unless the model `name` reads two questions, with an image each if it can.
 
-    The prompts must hold the questions and one image token each, the special tokens must be in the
+    The prompts must hold the questions and one image token each, the tokens must be in the
     vocabulary, and the logits must be finite.
     """
+    has_place = not chat.takes_images or "{image}" in (chat.prompt_format or "{image}")
+    remedy = REMEDY if has_place else "add the place {image} to --prompt_format"
     try:
-        fault = _prompt_fault(_prompts(chat), chat)
+        prompts, rows = _prompts(chat), model.get_input_embeddings().weight.shape[0]
+        fault = _prompt_fault(prompts, chat) or _vocabulary_fault(prompts, chat, rows)
         if fault is None:
             fault = _logits_fault(trial_logits(model, chat), chat)
     except InputError:
         raise
     except Exception as error:
-        raise cannot(f"the model {name} cannot answer a question", error) from None
+        raise cannot(f"the model {name} cannot answer a question", error, remedy) from None
     if fault:
         raise InputError(f"the model {name} cannot answer a question: {fault}; {REMEDY}")
 
@@ -57,6 +60,27 @@ def _prompt_fault(prompts: list[str], chat: ChatProcessor) -> str | None:
     if has_place and any(image is None or chat.ids(p).count(image) != 1 for p in prompts):
         return "its chat template has no place for an image, or its tokenizer no image token"
     return None
+
+
+def _vocabulary_fault(prompts: list[str], chat: ChatProcessor, rows: int) -> str | None:
+    """rows: of the model's embedding. Tokens that were added and are never used may lie beyond."""
+    added = chat.tokenizer.added_tokens_decoder
+    used = {i for i in chat.tokenizer.get_vocab().values() if i not in added}
+    largest = max(used.union(*map(chat.ids, prompts)) - {chat.image_token_id})
+    if largest < rows:
+        return None
+    return f"its tokenizer has the token {largest:,}, its embedding {rows:,} rows: of another model"
+
+
+def check_end_tokens(name: str, model: Any) -> None:
+    """Raise InputError for end tokens in the generation config that are none of the vocabulary."""
+    eos, rows = model.generation_config.eos_token_id, model.get_input_embeddings().weight.shape[0]
+    ids = eos if isinstance(eos, list) else [eos]
+    if eos is not None and not (ids and all(type(i) is int and 0 <= i < rows for i in ids)):
+        raise InputError(
+            f"the eos_token_id {eos!r} in generation_config.json of the model {name} is no token "
+            "of its vocabulary; correct it"
+        )
 
 
 def _logits_fault(logits: torch.Tensor, chat: ChatProcessor) -> str | None:

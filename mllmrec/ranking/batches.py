@@ -210,6 +210,11 @@ class EpochSampler(torch.utils.data.Sampler[int]):
     def __init__(
         self, rows: Sequence[Row], lengths: Sequence[int] | None, settings: EpochSettings
     ) -> None:
+        if settings.step > len(rows):
+            raise InputError(
+                f"a step takes {settings.step:,} rows (--batch_size times --accumulation, in all "
+                f"processes), the training has {len(rows):,}; lower --accumulation or --batch_size"
+            )
         self.rows, self.lengths, self.settings = rows, lengths, settings
         self.epoch = 0
 

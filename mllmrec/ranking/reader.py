@@ -1,15 +1,15 @@
 """Rows as the model gets them: one reader for training and for scoring."""
 
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from PIL import Image
 
-from mllmrec.data.images import ImageError, open_image, pad_black, padded_sizes
+from mllmrec.data.images import ImageError, open_image, pad_black, padded_sizes, size_or_none
 from mllmrec.models.chat import ChatProcessor, shorten_to_fit
-from mllmrec.models.loading import load_multimodal, load_text, read_config, takes_images
+from mllmrec.models.loading import load_multimodal, load_text, one_line, read_config, takes_images
 from mllmrec.models.trial import check_trial
 from mllmrec.prompts.templates import valid_text
 from mllmrec.ranking.answers import YES_NO, AnswerSet, AnswerTokens, answer_tokens
@@ -155,8 +155,37 @@ class RowReader:
         """
         return question_text(self._fitted(row).row)
 
-    def find_too_long(self, rows: Sequence[Row]) -> tuple[dict[str, str], list[str]]:
-        """(user_id -> reason, where a question cannot fit; user of each shortened prompt)."""
+    def check_image_sizes(self, rows: Sequence[Row], path: PathLike) -> None:
+        """Raise InputError for a row of the file `path` whose image the model's processor refuses.
+
+        Of each image only the header is read; what is wrong with it otherwise, `image` says.
+        """
+        size_of, accepted = cache(size_or_none), set[tuple[int, int]]()
+        for number, row in enumerate(rows, start=1):
+            for name in row["images"] if self.chat.takes_images else ():
+                size = self._padded.get(_key(row)) or size_of(self.folder / name)
+                if size is None or size in accepted:
+                    continue
+                try:
+                    self.chat.image_tokens_of_size(*size)
+                except ValueError as error:
+                    raise InputError(
+                        f"{path}, line {number}, {row_name(row)}: the model's processor refuses "
+                        f"the image {name} of {size[0]} x {size[1]} pixels ({one_line(error)}); "
+                        f"replace it and {MAKE_AGAIN}"
+                    ) from None
+                accepted.add(size)
+
+    def find_too_long(
+        self, rows: Sequence[Row], path: PathLike | None = None
+    ) -> tuple[dict[str, str], list[str]]:
+        """(user_id -> reason, where a question cannot fit; user of each shortened prompt).
+
+        path: of the rows, default test.jsonl. Raises InputError if none of their questions fits, or
+        the model's processor refuses an image.
+        """
+        path = path or self.folder / "test.jsonl"
+        self.check_image_sizes(rows, path)
         too_long: dict[str, str] = {}
         shortened: list[str] = []
         for row in map(self._cleaned, rows):
@@ -165,6 +194,9 @@ class RowReader:
                     shortened += [row["user_id"]] * self._fitted(row).was_shortened
                 except PromptTooLongError as reason:
                     too_long.setdefault(row["user_id"], str(reason))
+        if rows and all(row["user_id"] in too_long for row in rows):
+            first = too_long[rows[0]["user_id"]]
+            raise InputError(f"{path}: no question fits, the first: {first}")
         return too_long, shortened
 
     def fitting_rows(
@@ -172,13 +204,10 @@ class RowReader:
     ) -> tuple[list[Row], dict[str, str], int]:
         """(rows of the users whose questions fit, user_id -> reason of the others, shortened rows).
 
-        Raises InputError if nothing is left of the file `path`.
+        Raises as `find_too_long` does.
         """
-        too_long, shortened = self.find_too_long(rows)
+        too_long, shortened = self.find_too_long(rows, path)
         kept = [row for row in rows if row["user_id"] not in too_long]
-        if rows and not kept:
-            reason = too_long[rows[0]["user_id"]]
-            raise InputError(f"{path}: no question fits, the first: {reason}")
         return kept, too_long, sum(user_id not in too_long for user_id in shortened)
 
     def lengths(self, rows: Sequence[Row], sizes: Mapping[Path, tuple[int, int]]) -> list[int]:
