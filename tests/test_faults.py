@@ -10,7 +10,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, call
 
 from mllmrec.stage.errors import InputError, UsageError, machine_fault
 from mllmrec.stage.scripts import load_script
@@ -158,6 +158,39 @@ def test_the_number_of_processes_is_passed_on_to_be_compared(script, tmp_path, w
     stub.write_text('#!/bin/sh\necho "$MLLM_MSR_PROCESSES" "$@"\n')
     done = script("02_image_summary.sh", "c.yaml", ACCELERATE=f"--cpu {word}")
     assert done.stdout.startswith("2 -m accelerate.commands.launch --quiet --cpu")
+
+
+@pytest.mark.parametrize("name", ["04_datasets", "06_score", "07_report"])
+def test_only_the_last_script_of_a_stage_says_what_comes_next(script, tmp_path, name):
+    (tmp_path / "python").write_text('#!/bin/sh\necho "$MLLM_MSR_PART"\n')
+    lines = script(f"{name}.sh", "c.yaml").stdout.splitlines()
+    assert len(lines) > 1 and lines == ["true"] * (len(lines) - 1) + [""]
+
+
+def test_amazon_says_what_comes_next_once(script, tmp_path):
+    stub = '#!/bin/sh\n[ "$2" = mllmrec.stage.options ] && echo amazon || echo "$MLLM_MSR_PART"\n'
+    (tmp_path / "python").write_text(stub)
+    assert script("01_prepare_data.sh", "c.yaml").stdout.splitlines() == ["true", "true", ""]
+
+
+POPULARITY = "MLLM-MSR/baselines/popularity.py"
+
+
+@pytest.mark.parametrize("stream", [">&-", "2>&-"])
+def test_a_closed_stream_is_one_sentence(stream):
+    command = [f'"$0" "$1" --help {stream}', sys.executable, POPULARITY]
+    done = subprocess.run(["bash", "-c", *command], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    message = "error: stdout or stderr is closed; send it to a file, or to /dev/null\n"
+    assert done.stdout + done.stderr == message
+
+
+def test_what_the_encoding_of_stdout_lacks_is_escaped(small_run, tmp_path):
+    words = ["--config", str(small_run.config), "--output_dir", str(tmp_path / "bücher")]
+    done = call(POPULARITY, *words, PYTHONIOENCODING="ascii")
+    assert (done.returncode, "Traceback" in done.stderr) == (0, False)
+    assert "b\\xfccher/baselines/popularity/scores.jsonl" in done.stdout
+    assert (tmp_path / "bücher/baselines/popularity/scores.jsonl").exists()
 
 
 def test_waiting_threads_soon_sleep_and_a_quota_limits_their_number(tmp_path, monkeypatch):

@@ -48,15 +48,15 @@ class CandidateLists:
         """From lines of scores.jsonl in any order; where: the file, for messages.
 
         Raises InputError naming the user for a candidate that is listed twice, a label that is not
-        0 or 1, a score that is not a finite number or not that of its logits, more than one
-        positive, and, unless `retrieved`, for a list without its target or with another number of
-        negatives than the other users' lists.
+        0 or 1, a score that is not a finite number, more than one positive, and, unless
+        `retrieved`, for a list without its target or with another number of negatives than the
+        other users' lists.
         """
         lists: dict[str, dict[str, tuple[int, float]]] = {}
         rows = list(rows)
         for row in rows:
             _check_score(row, where)
-        for row, score in zip(rows, ranking_scores(rows, where), strict=True):
+        for row, score in zip(rows, ranking_scores(rows), strict=True):
             own = lists.setdefault(row["user_id"], {})
             if row["item_id"] in own:
                 raise InputError(
@@ -123,25 +123,18 @@ class CandidateLists:
         return counts[0], counts[1]
 
 
-def ranking_scores(rows: Sequence[Row], where: PathLike = "scores.jsonl") -> list[float]:
-    """What the lines of scores.jsonl are ranked by: the logit of Yes minus that of No, or `score`.
+def ranking_scores(rows: Sequence[Row]) -> list[float]:
+    """What the lines of scores.jsonl are ranked by: `score`, or the logit of Yes minus that of No.
 
-    The order is that of p(yes), which is rounded to 1 for unequal logits from a difference of 37
-    on. Raises InputError for a score that is not the p(yes) of its logits.
+    The latter where each score is the p(yes) of its logits. The order is the same, but p(yes) is 1
+    for all differences from 37 on.
     """
     scores = np.array([row["score"] for row in rows], dtype=float)
-    if any(set(row.get("logits") or ()) != YES_NO for row in rows):
-        return [float(score) for score in scores]
-    margins = np.array([row["logits"]["Yes"] - row["logits"]["No"] for row in rows], dtype=float)
-    wrong = np.flatnonzero(np.abs(expit(margins) - scores) > 1e-5)
-    if len(wrong):
-        row = rows[wrong[0]]
-        raise InputError(
-            f"{where}: user {row['user_id']!r}, item {row['item_id']!r} has the score "
-            f"{row['score']!r}, which is not that of its logits {row['logits']}; score the row "
-            "again, or set all logits to null"
-        )
-    return [float(margin) for margin in margins]
+    if all(set(row.get("logits") or ()) == YES_NO for row in rows):
+        margins = np.array([row["logits"]["Yes"] - row["logits"]["No"] for row in rows])
+        if np.allclose(expit(margins), scores, rtol=0, atol=1e-5):
+            return [float(margin) for margin in margins]
+    return [float(score) for score in scores]
 
 
 def _check_score(row: Row, where: PathLike) -> None:

@@ -81,7 +81,7 @@ def plot_urls(files: RunFiles) -> dict[str, str]:
     for variant, path in files.scores.items():
         rows = read_rows(path)
         labels, p_yes[variant] = [row["label"] for row in rows], [row["score"] for row in rows]
-        pooled[variant] = (labels, ranking_scores(rows, path))
+        pooled[variant] = (labels, ranking_scores(rows))
     images = {}
     if pooled:
         main = next(iter(pooled))
@@ -107,7 +107,7 @@ def user_examples(files: RunFiles, n_users: int) -> list[dict[str, Any]]:
     preferences = _read_preferences(preferences_path)
     lists: dict[str, list[tuple[float, Row]]] = {}
     rows = read_rows(scores_path)
-    for score, row in zip(ranking_scores(rows, scores_path), rows, strict=True):
+    for score, row in zip(ranking_scores(rows), rows, strict=True):
         lists.setdefault(row["user_id"], []).append((score, row))
 
     def shown(item_id: str, named_by: Path) -> dict[str, Any]:

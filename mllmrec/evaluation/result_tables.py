@@ -102,7 +102,7 @@ def check_same_lists(digests: Mapping[Path, Mapping[str, int]]) -> None:
                 has = "no such user" if user not in digests[largest] else "other candidates for it"
                 raise InputError(
                     f"{path} has user {user!r}, and {largest} has {has}, so that they cannot stand "
-                    "in one table; score one of them again, from the users.jsonl of the other"
+                    "in one table; score one of them again, with the users.jsonl of the other"
                 )
 
 
@@ -162,7 +162,7 @@ def print_metrics(metrics: Metrics) -> None:
             cells.append(
                 f"{100 * row[name]:>9.2f}" + (f" ±{half:>5.2f}" if half is not None else " " * 7)
             )
-        cells += [f"{row[name]:>{len(name) + 3},}" for name in counts]
+        cells += [f"{row.get(name, 0):>{len(name) + 3},}" for name in counts]
         print(f"{variant:{width}}{''.join(cells)}")
 
 
@@ -186,7 +186,11 @@ def metric_rows(
         for name in SHOWN:
             half = half_width(row, name)
             cells.append(f"{100 * row[name]:.2f}" + ("" if half is None else f" ± {half:.2f}"))
-        counts = [f"{row[name]:,} {name}" for name in ("users", *_unequal(metrics)) if name in row]
+        counts = [
+            f"{row[name]:,} {name if row[name] > 1 else name[:-1]}"
+            for name in ("users", *_unequal(metrics))
+            if name in row
+        ]
         source = "mean" if "runs" in row else "this run"
         rows.append((variant, f"{source}, {', '.join(counts)}", cells))
     for variant in FIRST:
