@@ -8,10 +8,13 @@ import os
 import signal
 import subprocess
 import sys
+import warnings
 
 import pytest
 from conftest import ROOT, call
+from torch.utils.data import DataLoader
 
+from mllmrec.ranking.training_options import FineTuningOptions, check_training_options
 from mllmrec.stage.errors import InputError, UsageError, machine_fault
 from mllmrec.stage.scripts import load_script
 
@@ -228,6 +231,15 @@ def test_help_of_a_shell_script_is_its_head(script, tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(script.read_text().splitlines()[1].removeprefix("# "))
     assert "Usage: bash scripts/" in done.stdout
+
+
+def test_torch_does_not_warn_of_workers_and_the_folder_of_tensorboard_is_named(capsys):
+    with warnings.catch_warnings(record=True) as caught:
+        set_up_logging("INFO")
+        DataLoader([0], num_workers=1000)
+    assert caught == []
+    check_training_options(FineTuningOptions(report_to="tensorboard", output_dir="o"))
+    assert "tensorboard --logdir o/mllm_msr/tensorboard\n" in capsys.readouterr().err
 
 
 def test_messages_go_to_stderr_from_the_chosen_level_on(capsys):
