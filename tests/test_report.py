@@ -100,13 +100,13 @@ def scores_of(folder, n_users=4, negatives=3, prefix="i", **seeds):
 
 
 @pytest.fixture
-def metrics(small_run, tmp_path, capsys):
+def metrics(tmp_path, capsys):
     """Function(runs, options) -> (metrics.json of `tmp_path`, what is printed)."""
 
     def run(*runs, options=()):
-        words = ["--output_dir", str(tmp_path), *options]
-        words += ["--runs", *map(str, runs)] if runs else []
-        small_run.run("MLLM-MSR/test/compute_metrics.py", *words)
+        words = ["--config", str(ROOT / "configs/sample.yaml"), "--output_dir", str(tmp_path)]
+        words += [*options, *(["--runs", *map(str, runs)] if runs else [])]
+        load_script("MLLM-MSR/test/compute_metrics.py").main(words)
         return json.loads((tmp_path / "metrics.json").read_text()), capsys.readouterr().out
 
     return run
