@@ -27,8 +27,8 @@ GROUPS = {
     "published": "Reported elsewhere, each on its own candidates.",
 }
 # Variants with lists of their own, where no run record says so (key `lists`).
-OWN_LISTS = ("popularity_uniform_negatives", "popularity_weighted_negatives")
-OWN_LISTS += ("retriever_order", "random_order")
+OWN_LISTS = [f"popularity_{how}_negatives" for how in ("uniform", "weighted")]
+OWN_LISTS += ["retriever_order", "random_order"]
 FIRST = ("zero_shot", "sft")  # these rows lead a table, the others follow by name
 Metrics = Mapping[str, Mapping[str, Any]]
 MetricRow = tuple[str, str, Sequence[str]]  # (system, source, cells)
