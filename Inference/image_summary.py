@@ -26,7 +26,7 @@ from mllmrec.models.model_options import GENERATION_SPEED_OPTIONS, GenerationSta
 from mllmrec.prompts import mllm_msr
 from mllmrec.prompts.templates import check_template, fill, user_turn
 from mllmrec.stage.jsonl import read_by_id
-from mllmrec.stage.options import option, parse_options, print_options
+from mllmrec.stage.options import option, parse_options, print_next, print_options
 from mllmrec.stage.output import SHORTENED, RowOutput
 from mllmrec.stage.record import Job, file_digests
 from mllmrec.stage.schema import Row
@@ -145,7 +145,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     output = RowOutput(path, "item_id", sources, job, options.retry_rejected, SHORTENED)
     if not output.is_up_to_date():
         write_summaries(items, sizes, output, options)
-    print(f"next: bash scripts/03_preference.sh {options.config}")
+    own = options.system == "mllm4rec"
+    follows = "mllm4rec/03_retriever" if own else "03_preference"
+    print_next(f"scripts/{follows}.sh", options.config, options.words)
 
 
 if __name__ == "__main__":

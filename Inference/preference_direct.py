@@ -26,7 +26,7 @@ from mllmrec.generation.preferences import (
     read_histories,
 )
 from mllmrec.prompts import mllm_msr as prompts
-from mllmrec.stage.options import option, parse_options, print_options
+from mllmrec.stage.options import option, parse_options, print_next, print_options
 
 if TYPE_CHECKING:
     from mllmrec.generation.dialogues import Dialogue
@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         from mllmrec.generation.preference_run import run_preferences
 
         run_preferences(histories, output, direct_preference, lambda user: 1, options)
-    print(f"next: bash scripts/04_datasets.sh {options.config} --output_dir {options.output_dir}")
+    print_next("scripts/04_datasets.sh", options.config, options.words)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from mllmrec.generation.preferences import (
 )
 from mllmrec.prompts import mllm_msr as prompts
 from mllmrec.prompts.templates import check_template
-from mllmrec.stage.options import option, parse_options, print_options
+from mllmrec.stage.options import option, parse_options, print_next, print_options
 
 if TYPE_CHECKING:
     from mllmrec.generation.dialogues import Dialogue
@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             return math.ceil(len(user.items) / options.block_size)
 
         run_preferences(histories, output, recurrent_preference, n_blocks, options)
-    print(f"next: bash scripts/04_datasets.sh {options.config}")
+    print_next("scripts/04_datasets.sh", options.config, options.words)
 
 
 if __name__ == "__main__":

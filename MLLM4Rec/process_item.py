@@ -15,18 +15,20 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from mllmrec.stage.errors import InputError
-from mllmrec.stage.options import ROOT, config_of_dataset
+from mllmrec.stage.options import PART, ROOT, config_of_dataset, load_config, print_next
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     config, words = config_of_dataset(sys.argv[1:] if argv is None else list(argv), __doc__)
     command = ["bash", str(ROOT / "scripts/01_prepare_data.sh"), config, *words]
-    done = subprocess.run(command, env=os.environ | {"PYTHON": sys.executable})
+    done = subprocess.run(command, env=os.environ | {"PYTHON": sys.executable, PART: "true"})
     if done.returncode:
         raise InputError("the data were not prepared, see above")
-    print(f"next: python MLLM4Rec/process_item_blip2.py --config {config}")
+    follows = "02_captions" if "image_summary" in load_config(Path(config)) else "03_retriever"
+    print_next(f"scripts/mllm4rec/{follows}.sh", config, words)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,8 @@ Out, all in {output_dir}/{system}/:
 Trained on the target among 19 random negatives, tested on the retriever's 20. The best epoch is
 that with the highest NDCG@10 on the validation users whose target was retrieved. `--lists users`
 needs no retriever: validation and test users have the candidates of users.jsonl, which MLLM-MSR
-ranks, too (the table `systems`). A GPU for Llama-2-7B; not run yet at that size.
+ranks, too (the table `systems`). `--limit N`: the first N users of each split, and no {variant}/,
+which is of all. A GPU for Llama-2-7B; not run yet at that size.
 """
 
 from mllmrec.stage.main import run_main
@@ -105,8 +106,8 @@ def fine_tune(options: ListOptions) -> None:
     with WholeOutput(job, outputs, training_files(options), folder / "checkpoints") as output:
         if not output.is_needed:
             return
-        rows = rows[: options.limit or None]
-        validation = first_users(validation, options.validation_users)
+        rows = first_users(rows, options.limit)
+        validation = first_users(first_users(validation, options.limit), options.validation_users)
         sizes = check_training_rows(rows, train_path, LETTER_ANSWERS)
         check_training_rows(validation, validation_path, LETTER_ANSWERS)
         from transformers import set_seed
@@ -139,6 +140,7 @@ def score(options: ListOptions) -> Path:
     """3. Softmax over the letters' logits: test.jsonl, adapter/ -> {ranked}/scores.jsonl."""
     folder = options.system_dir
     rows, path = read_rows(folder / "test.jsonl"), folder / options.ranked / "scores.jsonl"
+    asked = first_users(rows, options.limit)
     inputs = file_digests(options.model, folder / "adapter")
     job = Job.of(options, inputs, (*TRAINING_SPEED_OPTIONS, *SCORE_OPTIONS), stage=SECTION)
     sources = {
@@ -146,7 +148,8 @@ def score(options: ListOptions) -> Path:
         for row in rows
         for item in row["item_ids"]
     }
-    output = RowOutput(path, ("user_id", "item_id"), sources, job)
+    limit = sum(len(row["item_ids"]) for row in asked)  # of candidates
+    output = RowOutput(path, ("user_id", "item_id"), sources, replace(job, limit=limit))
     if output.is_up_to_date():
         return path
     from mllmrec.models.adapters import load_adapter
@@ -159,8 +162,8 @@ def score(options: ListOptions) -> Path:
     answers = answer_set("letters", options)
     reader = RowReader(chat, folder, options.max_text_tokens, answers=answers)
     settings = ScoringOptions(options.score_batch_tokens, options.reuse_prefix)
-    with output, progress_bar(len(rows), "ranking", "user") as progress:
-        write_scores(model, reader, rows, output, settings, progress)
+    with output, progress_bar(len(asked), "ranking", "user") as progress:
+        write_scores(model, reader, asked, output, settings, progress)
     output.log_summary()
     return path
 
@@ -186,14 +189,16 @@ def combine(ranked_path: Path, options: ListOptions) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     options = parse_options(ListOptions, SECTION, argv, __doc__)
-    if options.llm_base_model:
-        options = replace(options, model=options.llm_base_model, llm_base_model="")
     print_options(options, "MLLM4Rec, ranker")
+    if options.llm_base_model:
+        options.model, options.llm_base_model = options.llm_base_model, ""
     check_training_options(options)
     write_questions(options)
     fine_tune(options)
     ranked_path = score(options)
-    if options.lists == "retrieved":
+    if options.lists == "retrieved" and options.limit:
+        print(f"{options.variant}/ holds the lists of all users: run without --limit for it")
+    elif options.lists == "retrieved":
         combine(ranked_path, options)
 
 

@@ -29,7 +29,7 @@ from mllmrec.data.candidates import is_leave_one_out, read_users_and_items, scor
 from mllmrec.sequential.sequential_options import SequentialOptions
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import require, write_json, write_rows
-from mllmrec.stage.options import DatasetCode, option, parse_options, print_options
+from mllmrec.stage.options import DatasetCode, option, parse_options, print_next, print_options
 from mllmrec.stage.output import WholeOutput
 from mllmrec.stage.record import Job, file_digests
 from mllmrec.stage.schema import Row
@@ -164,7 +164,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             test = metrics["test"]
             print(f"test, epoch {best}: " + ", ".join(f"{n} {v:.4f}" for n, v in test.items()))
             print(f"wrote {outputs[0]}")
-    print(f"next: python MLLM4Rec/train_ranker.py --config {options.config}")
+    print_next("scripts/mllm4rec/04_ranker.sh", options.config, options.words)
 
 
 if __name__ == "__main__":

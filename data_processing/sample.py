@@ -37,7 +37,7 @@ from mllmrec.data.loader import data_outputs, report, write_data_set
 from mllmrec.evaluation.metrics import evaluate
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import atomic_file, write_rows
-from mllmrec.stage.options import option, parse_options, print_options
+from mllmrec.stage.options import option, parse_options, print_next, print_options
 from mllmrec.stage.output import WholeOutput
 from mllmrec.stage.record import Job
 from mllmrec.stage.schema import Row
@@ -156,7 +156,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             write_rules(drawn, options)
             output.finish(counts)
             report(data.statistics, options)
-    print(f"next: bash scripts/02_image_summary.sh {options.config}")
+    print_next("scripts/02_image_summary.sh", options.config, options.words)
 
 
 if __name__ == "__main__":

@@ -9,11 +9,12 @@ yet written count as long as they may be. Time is that of a pilot, a run with `-
 from mllmrec.stage.main import run_main
 
 import argparse
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
 
 from mllmrec.data.candidates import read_users, users_of_split
 from mllmrec.data.images import size_or_none
@@ -26,10 +27,12 @@ from mllmrec.prompts.mllm_msr import BLOCK_LINE, IMAGE, PREFERENCE_NEXT
 from mllmrec.prompts.templates import user_turn
 from mllmrec.ranking.rows import question_text
 from mllmrec.ranking.training_options import FineTuningOptions
+from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import read_by_id, read_rows
-from mllmrec.stage.options import load_config
+from mllmrec.stage.options import REPEATED, load_config, option
 from mllmrec.stage.output import duration
 from mllmrec.stage.record import read_record
+from mllmrec.stage.schema import problem
 
 BATCH_TOKENS = 16384  # of a chunk of prefill on a GPU, and of a batch of scoring
 STAGES = {  # section of a config -> (script, output)
@@ -40,15 +43,27 @@ STAGES = {  # section of a config -> (script, output)
     "ranker": ("mllm4rec/04_ranker", "adapter"),
 }
 GENERATED = ("image_summary", "preference")
-DEFAULTS = asdict(FineTuningOptions()) | asdict(PreferenceOptions()) | {"block_size": 3}
 RANKER = {"system": "mllm4rec", "max_text_tokens": 1536}
 
 
-def stage_options(section: str, config: dict[str, Any]) -> SimpleNamespace:
-    """The options of a section, and the folder of its outputs."""
+@dataclass
+class Options(PreferenceOptions, FineTuningOptions):
+    """What decides the cost of any stage."""
+
+    block_size: int = option(3, "items in a block", ge=1)
+
+
+def stage_options(
+    section: str, config: dict[str, Any], given: Mapping[str, str] | None = None
+) -> Options:
+    """The options of a section. given: those of the command line."""
     own = RANKER if section == "ranker" or "preference" not in config else {}
-    values = DEFAULTS | own | (config.get("common") or {}) | (config.get(section) or {})
-    return SimpleNamespace(**values, folder=Path(values["output_dir"], values["system"]))
+    values = own | (config.get("common") or {}) | (config.get(section) or {}) | dict(given or {})
+    known = {name: values[name] for name in Options.__dataclass_fields__ if name in values}
+    try:
+        return TypeAdapter(Options).validate_python(known)
+    except ValidationError as error:
+        raise InputError(f"section {section!r}: {problem(error)}; correct the config") from None
 
 
 def lengths(chat: ChatProcessor, texts: Iterable[str]) -> list[int]:
@@ -74,7 +89,7 @@ def preference_prompts(options: Any, chat: ChatProcessor, new_tokens: int) -> li
 
     new_tokens: of a summary that is not yet written.
     """
-    folder, path = Path(options.data_dir), options.folder / "image_summaries.jsonl"
+    folder, path = Path(options.data_dir), options.system_dir / "image_summaries.jsonl"
     items, users = read_by_id(folder / "items.jsonl", "item_id"), read_users(folder / "users.jsonl")
     titles = [BLOCK_LINE + row["title"] for row in items.values()]
     own = dict(zip(items, lengths(chat, titles), strict=True))
@@ -95,7 +110,7 @@ def ranking_prompts(options: Any, chat: ChatProcessor, split: str, per_user: int
 
     per_user: rows of a user; 0: one for each candidate.
     """
-    path, longest = options.folder / f"{split}.jsonl", options.max_text_tokens
+    path, longest = options.system_dir / f"{split}.jsonl", options.max_text_tokens
     if path.exists():
         rows = list(read_rows(path))
         images = image_lengths(chat, [path.parent.joinpath(*row["images"]) for row in rows])
@@ -121,7 +136,7 @@ def bytes_beside_weights(section: str, options: Any, size: ModelSize, longest: i
 def time_line(section: str, options: Any, rows: int, config: str) -> str:
     """How long all rows take at the rate of the run that the output's record describes."""
     script, name = STAGES[section]
-    record = read_record(options.folder / name) or {"rows": {}}
+    record = read_record(options.system_dir / name) or {"rows": {}}
     done = record["rows"].get("written_by_this_run") or record["rows"].get("in")
     if not done:
         return f"no run yet; a pilot: bash scripts/{script}.sh {config} --limit 50"
@@ -129,9 +144,9 @@ def time_line(section: str, options: Any, rows: int, config: str) -> str:
     return f"{duration(seconds)} at the rate of {done:,} rows on {record['device']}"
 
 
-def lines(section: str, config: dict[str, Any], path: str) -> Iterator[str]:
-    """The estimate of a section in words. path: of the config."""
-    options, is_trained = stage_options(section, config), section in ("train", "ranker")
+def lines(section: str, config: dict[str, Any], given: Mapping[str, str]) -> Iterator[str]:
+    """The estimate of a section in words. given: options of the command line."""
+    options, is_trained = stage_options(section, config, given), section in ("train", "ranker")
     processor = load_processor(options.model, ModelOptions(prompt_format=options.prompt_format))
     chat = ChatProcessor(processor, options.image_tiles == "single", options.prompt_format)
     if section == "image_summary":
@@ -141,7 +156,7 @@ def lines(section: str, config: dict[str, Any], path: str) -> Iterator[str]:
         new_tokens = stage_options("image_summary", config).max_new_tokens
         prompts = preference_prompts(options, chat, new_tokens)
     else:
-        negatives = (config.get("data") or {}).get("train_negatives", 1)
+        negatives = int((config.get("data") or {}).get("train_negatives", 1))
         per_user = 1 if section == "ranker" else (1 + negatives) * is_trained
         prompts = ranking_prompts(options, chat, "train" if is_trained else "test", per_user)
     rows, generated = len(prompts), len(prompts) * options.max_new_tokens
@@ -155,18 +170,20 @@ def lines(section: str, config: dict[str, Any], path: str) -> Iterator[str]:
     for name in WEIGHT_BYTES:
         weights = size.weights(name, is_trained) / 1e9
         yield f"  {name}: {weights:.1f} GB of weights + {rest:.1f} GB = {weights + rest:.1f} GB"
-    yield f"  time: {time_line(section, options, rows, path)}"
+    yield f"  time: {time_line(section, options, rows, given['config'])}"
 
 
 def main(argv: list[str] | None = None) -> None:
     """Print the estimate of every stage that a config has."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config", required=True)
-    path = parser.parse_args(argv).config
-    config = load_config(Path(path))
+    for name in REPEATED:
+        parser.add_argument(f"--{name}", default=argparse.SUPPRESS)
+    given = vars(parser.parse_args(argv))
+    config = load_config(Path(given["config"]))
     for section in STAGES:
         if section in config:
-            print(*lines(section, config, path), sep="\n", flush=True)
+            print(*lines(section, config, given), sep="\n", flush=True)
 
 
 if __name__ == "__main__":

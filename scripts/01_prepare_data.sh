@@ -11,10 +11,10 @@ if [[ ! $dataset =~ ^[A-Za-z0-9_]+$ ]] || ! grep -qs '^SECTION = "data"' "data_p
     echo "error: the line 'dataset: NAME' of $CONFIG is missing or names no loader; choose one of: $loaders" >&2
     exit 1
 fi
-"$PYTHON" "data_processing/$dataset.py" --config "$CONFIG" "$@"
 if [[ $dataset == amazon || $dataset == amazon_2014 || $dataset == released_lists ]]; then
+    part "$PYTHON" "data_processing/$dataset.py" --config "$CONFIG" "$@"
     common_overrides "$@"
     # --limit counts users; their images are all that is listed
-    "$PYTHON" data_processing/download_images.py --config "$CONFIG" ${COMMON[@]+"${COMMON[@]}"} --limit 0
-    "$PYTHON" "data_processing/$dataset.py" --config "$CONFIG" "$@"
+    part "$PYTHON" data_processing/download_images.py --config "$CONFIG" ${COMMON[@]+"${COMMON[@]}"} --limit 0
 fi
+"$PYTHON" "data_processing/$dataset.py" --config "$CONFIG" "$@"

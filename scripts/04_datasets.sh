@@ -3,5 +3,5 @@
 # Usage: bash scripts/04_datasets.sh [configs/NAME.yaml] [--limit N] ...
 # Needs stages 1 and 3. CPU, seconds.
 source "$(dirname "$0")/common.sh"
-"$PYTHON" MLLM-MSR/train/dataset_create.py --config "$CONFIG" "$@"
+part "$PYTHON" MLLM-MSR/train/dataset_create.py --config "$CONFIG" "$@"
 "$PYTHON" MLLM-MSR/test/multi_col_dataset.py --config "$CONFIG" "$@"

@@ -5,6 +5,6 @@
 # Needs stages 4 and 5. Sample: 45 s on 2 CPU cores. LLaVA-v1.6-Mistral-7B: one GPU; 20 rows/s on an H200 (docs/benchmarks.md).
 source "$(dirname "$0")/common.sh"
 common_overrides "$@"
-"$PYTHON" MLLM-MSR/baselines/popularity.py --config "$CONFIG" ${COMMON[@]+"${COMMON[@]}"}
-launch MLLM-MSR/test/test_with_llava_sft.py --config "$CONFIG" "$@" --adapter none --hide nothing
+part "$PYTHON" MLLM-MSR/baselines/popularity.py --config "$CONFIG" ${COMMON[@]+"${COMMON[@]}"}
+part launch MLLM-MSR/test/test_with_llava_sft.py --config "$CONFIG" "$@" --adapter none --hide nothing
 launch MLLM-MSR/test/test_with_llava_sft.py --config "$CONFIG" "$@"

@@ -4,5 +4,5 @@
 # Needs stage 6. CPU, seconds.
 source "$(dirname "$0")/common.sh"
 common_overrides "$@"
-"$PYTHON" MLLM-MSR/test/compute_metrics.py --config "$CONFIG" ${COMMON[@]+"${COMMON[@]}"}
+part "$PYTHON" MLLM-MSR/test/compute_metrics.py --config "$CONFIG" ${COMMON[@]+"${COMMON[@]}"}
 "$PYTHON" MLLM-MSR/test/report.py --config "$CONFIG" "$@"

@@ -60,6 +60,11 @@ launch() {
     fi
 }
 
+# Runs a script that is not the last of its stage, so that it does not say what comes next.
+part() {
+    MLLM_MSR_PART=true "$@"
+}
+
 # The options that every script has, for the scripts of a stage that are not its main one.
 common_overrides() {
     COMMON=()

@@ -69,6 +69,18 @@ def test_tokens_before_a_stage_are_upper_bounds(small_run, tmp_path, estimated):
     assert before["train"][2] > after["train"][2] and "no run yet" in before["train"][0]
 
 
+def test_an_estimate_is_of_the_folders_that_are_named(small_run, tmp_path, capsys):
+    """Of another output_dir: no run yet; of a data_dir without data: an error."""
+    words = ["--config", str(small_run.config)]
+    main([*words, "--output_dir", str(tmp_path)])
+    assert capsys.readouterr().out.count("no run yet") == 5
+    with pytest.raises(InputError, match=r"items\.jsonl is missing"):
+        main([*words, "--data_dir", str(tmp_path)])
+    config = config_of(small_run, tmp_path, seed="many")
+    with pytest.raises(InputError, match="section 'image_summary': seed: input should be a valid"):
+        main(["--config", str(config)])
+
+
 def test_an_estimate_before_stage_1_names_what_is_missing(small_run, tmp_path):
     with pytest.raises(InputError, match=r"items\.jsonl is missing"):
         main(["--config", str(config_of(small_run, tmp_path, data_dir=tmp_path))])

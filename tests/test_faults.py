@@ -8,10 +8,13 @@ import os
 import signal
 import subprocess
 import sys
+import warnings
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, call
+from torch.utils.data import DataLoader
 
+from mllmrec.ranking.training_options import FineTuningOptions, check_training_options
 from mllmrec.stage.errors import InputError, UsageError, machine_fault
 from mllmrec.stage.scripts import load_script
 
@@ -160,6 +163,39 @@ def test_the_number_of_processes_is_passed_on_to_be_compared(script, tmp_path, w
     assert done.stdout.startswith("2 -m accelerate.commands.launch --quiet --cpu")
 
 
+@pytest.mark.parametrize("name", ["04_datasets", "06_score", "07_report"])
+def test_only_the_last_script_of_a_stage_says_what_comes_next(script, tmp_path, name):
+    (tmp_path / "python").write_text('#!/bin/sh\necho "$MLLM_MSR_PART"\n')
+    lines = script(f"{name}.sh", "c.yaml").stdout.splitlines()
+    assert len(lines) > 1 and lines == ["true"] * (len(lines) - 1) + [""]
+
+
+def test_amazon_says_what_comes_next_once(script, tmp_path):
+    stub = '#!/bin/sh\n[ "$2" = mllmrec.stage.options ] && echo amazon || echo "$MLLM_MSR_PART"\n'
+    (tmp_path / "python").write_text(stub)
+    assert script("01_prepare_data.sh", "c.yaml").stdout.splitlines() == ["true", "true", ""]
+
+
+POPULARITY = "MLLM-MSR/baselines/popularity.py"
+
+
+@pytest.mark.parametrize("stream", [">&-", "2>&-"])
+def test_a_closed_stream_is_one_sentence(stream):
+    command = [f'"$0" "$1" --help {stream}', sys.executable, POPULARITY]
+    done = subprocess.run(["bash", "-c", *command], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    message = "error: stdout or stderr is closed; send it to a file, or to /dev/null\n"
+    assert done.stdout + done.stderr == message
+
+
+def test_what_the_encoding_of_stdout_lacks_is_escaped(small_run, tmp_path):
+    words = ["--config", str(small_run.config), "--output_dir", str(tmp_path / "bücher")]
+    done = call(POPULARITY, *words, PYTHONIOENCODING="ascii")
+    assert (done.returncode, "Traceback" in done.stderr) == (0, False)
+    assert "b\\xfccher/baselines/popularity/scores.jsonl" in done.stdout
+    assert (tmp_path / "bücher/baselines/popularity/scores.jsonl").exists()
+
+
 def test_waiting_threads_soon_sleep_and_a_quota_limits_their_number(tmp_path, monkeypatch):
     """Unless the environment says otherwise."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
@@ -195,6 +231,15 @@ def test_help_of_a_shell_script_is_its_head(script, tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(script.read_text().splitlines()[1].removeprefix("# "))
     assert "Usage: bash scripts/" in done.stdout
+
+
+def test_torch_does_not_warn_of_workers_and_the_folder_of_tensorboard_is_named(capsys):
+    with warnings.catch_warnings(record=True) as caught:
+        set_up_logging("INFO")
+        DataLoader([0], num_workers=1000)
+    assert caught == []
+    check_training_options(FineTuningOptions(report_to="tensorboard", output_dir="o"))
+    assert "tensorboard --logdir o/mllm_msr/tensorboard\n" in capsys.readouterr().err
 
 
 def test_messages_go_to_stderr_from_the_chosen_level_on(capsys):

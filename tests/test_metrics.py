@@ -73,6 +73,31 @@ def test_a_difference_that_changes_sign_between_seeds_is_not_real():
     assert not found.is_real
 
 
+def with_logits(scores, logits):
+    """Lines of one user, ranked by (logit of No, logit of Yes); `scores` are the p(yes)."""
+    both = [{"logits": {"No": float(no), "Yes": float(yes)}} for no, yes in logits]
+    return [{**row, **pair} for row, pair in zip(rows_of([scores]), both, strict=True)]
+
+
+def test_saturated_probabilities_are_ranked_by_their_logits():
+    """Three of four p(yes) are 1; scores that are not those of the logits are taken as they are."""
+    logits = [(-20, 20), (-20, 19), (-20, 18), (0, -5)]
+    saturated = with_logits([1.0, 1.0, 1.0, 0.0066928509], logits)
+    assert evaluate(saturated)["auc"] == 1.0
+    without = [{**row, "logits": None} for row in saturated[:1]] + saturated[1:]
+    assert evaluate(without)["auc"] == pytest.approx(2 / 3), "one has no logits: all by p(yes)"
+    assert evaluate(with_logits([0.1, 0.2, 0.3, 0.4], logits))["auc"] == 0.0, "other scores"
+
+
+@pytest.mark.parametrize(("users", "resamples"), [(1, 100), (3, 1), (3, 2)])
+def test_one_user_or_one_resample_has_no_interval(users, resamples):
+    found = evaluate(rows_of([[3, 1, 2]] * users), resamples=resamples)
+    assert ("auc_ci95" in found) == (users > 1 and resamples > 1)
+    if resamples == 1:
+        with pytest.raises(InputError, match="needs at least 2 resamples, not 1"):
+            paired_differences([(scored([[3, 1]]), scored([[3, 1]]))], resamples)
+
+
 def test_variants_with_other_candidates_are_not_compared():
     rows = rows_of([[1, 0, 0], [0, 1, 0]])
     other = [{**row, "item_id": row["item_id"] + "x"} for row in rows]

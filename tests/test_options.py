@@ -3,7 +3,10 @@
 A mistake is one sentence that names the option.
 """
 
+import os
 import re
+import shlex
+import sys
 from typing import Literal
 
 import pytest
@@ -14,12 +17,15 @@ from pydantic.dataclasses import dataclass
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.options import (
     CONFIG_VARIABLE,
+    PART,
     SECTIONS,
     CommonOptions,
     load_config,
     nearest,
     option,
     parse_options,
+    print_next,
+    print_options,
 )
 from mllmrec.stage.scripts import load_script
 
@@ -71,13 +77,17 @@ IN_CONFIG = {
     "train: {rat: 1}": f"{UNKNOWN} 'rat' in section 'train'; did you mean rate?",
     "common: {rate: 1}": f"{UNKNOWN} 'rate' in section 'common'; known are: data_dir, domain, im",
     "common: {config: a}": f"{UNKNOWN} 'config' in section 'common'; known are: data_dir",
-    "common: {5: 1}": f"{UNKNOWN} 5 in section 'common'",
+    "common: {5: 1}": f"{UNKNOWN} '5' in section 'common'",
     "trian: {rate: 1}": "c.yaml: unknown section 'trian'; did you mean train?",
     "train: {rate: fast}": f"{RATE}a valid number, unable to parse string as a number, not 'fast'",
-    "train: {rate: .nan}": f"{RATE}a finite number, not 'nan'{HELP}",
+    "train: {rate: nan}": f"{RATE}a finite number, not 'nan'{HELP}",
     "train: {loss: all}": "loss (section 'train'): Input should be 'answer' or 'sequence', not",
     "common: {seed: true}": "c.yaml: seed (section 'train'): Input should be a valid integer, ",
     f"common: {{seed: {10**30}}}": "seed (section 'train'): Input should be ",
+    f"common: {{seed: {'9' * 6000}}}": "as an integer, exceeded maximum size, not '99999",
+    "common: {seed: 1:30}": "seed (section 'train'): Input should be a valid integer",
+    "common: {domain: 2020-99-99}": "should be 'video' or 'product', not '2020-99-99'",
+    "common: {system: ~}": "option 'system' in section 'common' has no value",
     "common: {system: ../x}": "system (section 'train'): String should match pattern",
     "train: {rate: {a: 1}}": "option 'rate' in section 'train' must be one value or a list",
     "train: {rate: }": "option 'rate' in section 'train' has no value; write one, or remove the li",
@@ -86,7 +96,7 @@ IN_CONFIG = {
     "train: {rate: [}": NOT_YAML,
     "train:\n\trate: 1": NOT_YAML,
     "train: " + "[" * 5000: NOT_YAML,
-    "train: !!python/object:os.system {a: 1}": NOT_YAML,
+    "train: !!python/object:os.system {a: 1}": f"{UNKNOWN} 'a' in section 'train'",
     "train: {rate: 0.1, rate: 0.2}": "the key 'rate' is there twice",
     "train: {rate: 0.1}\ntrain: {rate: 0.2}": "the key 'train' is there twice",
     b"common: {data_dir: \xff}": NOT_YAML,
@@ -94,9 +104,11 @@ IN_CONFIG = {
     "base: typo.yaml": "typo.yaml: unknown section 'trian'; did you mean train?",
     "base: fast.yaml": f"{RATE}a valid number",
     "base: list.yaml": "list.yaml must hold one section per stage",
-    "base: 3": "`base:` must be a path or a list of paths, not 3",
+    "base: 3": "3; the shipped ones are in configs/",
     "base: {a: b}": "`base:` must be a path or a list of paths, not {'a': 'b'}",
-    "base: [fast.yaml, 3]": "`base:` must be a path or a list of paths, not ['fast.yaml', 3]",
+    "base: [fast.yaml, []]": "`base:` must be a path or a list of paths, not ['fast.yaml', []]",
+    "base: pipe.yaml": "pipe.yaml is no file; name a config",
+    "base: chain0.yaml": "c.yaml: `base:` leads through more than 10 configs; let it name",
     "base: c.yaml": "`base: c.yaml` leads back to the file itself; remove it",
     "base: sub/../c.yaml": "`base: sub/../c.yaml` leads back to the file itself; remove it",
     "base: [one.yaml]": "`base: c.yaml` leads back to the file itself; remove it",
@@ -107,7 +119,11 @@ IN_CONFIG = {
 def test_a_mistake_in_a_config_is_one_sentence(tmp_path, text):
     write_configs(tmp_path, typo="trian: {rate: 1}", fast="train: {rate: fast}", list="- a")
     write_configs(tmp_path, one="base: two.yaml", two="base: c.yaml")
-    assert IN_CONFIG[text] in error_of(tmp_path, text)
+    write_configs(tmp_path, **{f"chain{n}": f"base: chain{n + 1}.yaml" for n in range(20)})
+    os.mkfifo(tmp_path / "pipe.yaml")
+    message = error_of(tmp_path, text)
+    assert IN_CONFIG[text] in message
+    assert len(message) < 500, "long values are shortened"
 
 
 @pytest.mark.parametrize(
@@ -189,6 +205,14 @@ def test_of_several_bases_the_later_one_wins_and_bases_have_bases(tmp_path):
     assert (options.rate, options.layers) == (0.3, ["v_proj", "k_proj"]), "a list replaces a list"
 
 
+def test_a_value_of_a_config_is_what_is_written(tmp_path):
+    """YAML has other words for False, and takes 010 for 8 and 1.10 for 1.1."""
+    text = "common: {system: no, seed: 010, data_dir: 1.10}\ntrain: {deep: off, layers: [yes, 1_0]}"
+    options = parse(tmp_path, text)
+    found = (options.system, options.seed, options.data_dir, options.deep, options.layers)
+    assert found == ("no", 10, "1.10", False, ["yes", "1_0"])
+
+
 def test_every_shipped_config_can_be_loaded_and_has_known_sections():
     paths = sorted((ROOT / "configs").glob("*.yaml"))
     assert len(paths) >= 5
@@ -261,3 +285,39 @@ def test_another_number_of_processes_than_asked_for_is_refused(tmp_path, monkeyp
     assert "asks for 2 processes and accelerate started 1; add --multi" in error_of(tmp_path, "")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert parse(tmp_path, "").limit == 0
+
+
+@pytest.mark.parametrize(("size", "rank"), [("abc", "0"), ("", "0"), ("2", "x"), ("2", "2")])
+def test_a_number_of_processes_that_is_none_is_refused(tmp_path, monkeypatch, size, rank):
+    monkeypatch.setenv("WORLD_SIZE", size)
+    monkeypatch.setenv("RANK", rank)
+    message = f"WORLD_SIZE={size} and RANK={rank} are no number of processes"
+    assert message in error_of(tmp_path, "")
+
+
+def test_the_heading_names_what_was_given_and_what_is_no_default(tmp_path, capsys):
+    """On stderr, with the other messages; also a given value that equals the default."""
+    text = "common: {seed: 1, domain: video}\ntrain: {rate: 0.5}"
+    options = parse(tmp_path, text, "--rate", "0.1", "--layers=q", "--output_dir", "o")
+    print_options(options, "stage 5")
+    values = "output_dir=o seed=1 rate=0.1 layers=q"
+    assert capsys.readouterr() == ("", f"stage 5 (config {tmp_path}/c.yaml; {values})\n")
+
+
+def test_the_next_command_has_the_options_that_it_needs_too(tmp_path, capsys, monkeypatch):
+    words = ["--data_dir", "a b", "--rate", "0.1", "--output_dir=o", "--system", "s"]
+    options = parse(tmp_path, "", *words)
+    monkeypatch.setattr(sys, "prefix", str(ROOT / ".venv"))
+    for script in ("scripts/07_report.sh", "MLLM-MSR/test/report.py"):
+        print_next(script, options.config, options.words)
+    for name, value in ((PART, "true"), ("RANK", "1")):
+        with monkeypatch.context() as context:
+            context.setenv(name, value)
+            print_next("scripts/07_report.sh", options.config, options.words)
+    out, err = capsys.readouterr()
+    given = ["--data_dir", "a b", "--output_dir", "o", "--system", "s"]
+    python = [".venv/bin/python", "MLLM-MSR/test/report.py", "--config", options.config]
+    assert out == "" and [shlex.split(line) for line in err.splitlines()] == [
+        ["next:", "bash", "scripts/07_report.sh", options.config, *given],
+        ["next:", *python, *given],
+    ]

@@ -28,6 +28,7 @@ from mllmrec.ranking.rows import LETTER_ANSWERS, check_training_rows, question_t
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import read_rows, write_rows
 from mllmrec.stage.options import parse_options
+from mllmrec.stage.record import read_record
 from mllmrec.stage.scripts import load_script
 
 TEXTS = {f"i{n}": f"title {n}" for n in range(60)}
@@ -267,6 +268,16 @@ def test_the_tiny_list_model_reads_lettered_lists():
     assert short > 0.75 and long > 0.4 and end > 0.95
 
 
+@pytest.mark.parametrize(("limit", "combined"), [("0", True), ("3", False)])
+def test_a_pilot_does_not_mix_its_lists_with_the_retrievers(monkeypatch, capsys, limit, combined):
+    stage, done = load_script("MLLM4Rec/train_ranker.py"), []
+    for name in ("write_questions", "fine_tune", "score", "combine"):
+        monkeypatch.setattr(stage, name, lambda *_, name=name: done.append(name))
+    stage.main(["--dataset_code", "sample", "--limit", limit])
+    assert ("combine" in done) == combined
+    assert ("run without --limit" in capsys.readouterr().out) != combined
+
+
 def test_one_model_is_in_memory_at_a_time(small_run, tmp_path, monkeypatch):
     """The ranker trains and then scores in one process: twice 7B need not fit."""
     loaded, loads, load = [], [], reader.load_ranker
@@ -280,18 +291,23 @@ def test_one_model_is_in_memory_at_a_time(small_run, tmp_path, monkeypatch):
 
     monkeypatch.setattr(reader, "load_ranker", noted)
     monkeypatch.setattr(trainer, "load_ranker", noted)
+    words = [
+        *("--config", str(small_run.config), "--output_dir", str(tmp_path)),
+        *("--summaries", str(small_run.system / "image_summaries.jsonl")),
+        *("--lists", "users", "--candidates", "2", "--dataset_code", "sample"),
+        *("--epochs", "1", "--quantization", "nf4", "--gradient_checkpointing", "true"),
+        *("--limit", "8"),
+    ]
     gc.disable()  # else chance decides
     try:
-        load_script("MLLM4Rec/train_ranker.py").main(
-            [
-                *("--config", str(small_run.config), "--output_dir", str(tmp_path)),
-                *("--summaries", str(small_run.system / "image_summaries.jsonl")),
-                *("--lists", "users", "--candidates", "2", "--dataset_code", "sample"),
-                *("--epochs", "1", "--limit", "8", "--quantization", "nf4"),
-                *("--gradient_checkpointing", "true"),
-            ]
-        )
+        load_script("MLLM4Rec/train_ranker.py").main(words)
     finally:
         gc.enable()
     assert len(loads) == 2
     assert len(loaded) > 2
+    scores = read_rows(tmp_path / "mllm4rec/ranked/scores.jsonl")
+    found = evaluate(scores, resamples=1)
+    assert (found["users"], found["candidates"]) == (4, 21), "--limit counts users"
+    assert read_record(tmp_path / "mllm4rec/adapter")["rows"]["in"] == 4
+    with pytest.raises(InputError, match=r"other settings \(limit was 4, is 0\); choose another"):
+        load_script("MLLM4Rec/train_ranker.py").main([*words[:-1], "0"])

@@ -10,6 +10,7 @@ from pkgutil import iter_modules
 
 import pytest
 from conftest import ROOT, call
+from pydantic import TypeAdapter
 
 from mllmrec.stage.options import NOT_SECTIONS, SECTIONS, CommonOptions, load_config, parse_options
 from mllmrec.stage.scripts import load_script
@@ -76,7 +77,8 @@ def test_every_config_parses_in_every_stage(name):
         words = ["--config", str(ROOT / "configs" / name)]
         options = parse_options(options_class(load_script(path)), section, words)
         for key, value in (config.get(section) or {}).items():
-            assert getattr(options, key) == value, f"{section}.{key}"
+            own = getattr(options, key)
+            assert own == TypeAdapter(type(own)).validate_python(value), f"{section}.{key}"
     if name in CONFIGS:
         head = (ROOT / "configs" / name).read_text().split("\ndataset:")[0]
         for word in ("Prerequisites:", "Command:", "Hardware:", "Numbers:"):

@@ -1,15 +1,17 @@
 """Metrics and report: all systems are in them, data is shown and never run, one file is enough."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
 
+import numpy as np
 import pytest
 from conftest import ROOT
 
 from mllmrec.evaluation.report_page import stage_rows
-from mllmrec.evaluation.result_tables import difference_rows, metric_rows
+from mllmrec.evaluation.result_tables import difference_rows, metric_rows, score_files
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import read_rows, write_rows
 from mllmrec.stage.scripts import load_script
@@ -81,6 +83,110 @@ def test_two_systems_with_a_variant_of_one_name_are_rejected(copy_of_run):
     for stage in ("compute_metrics", "report"):
         with pytest.raises(InputError, match=f"{files} {remedy}"):
             run(stage, "--overwrite", "true")
+
+
+def scores_of(folder, n_users=4, negatives=3, prefix="i", **seeds):
+    """A run in `folder`: scores of each variant, drawn with its seed. prefix: of item ids."""
+    for variant, seed in seeds.items():
+        drawn = np.random.default_rng(seed).random((n_users, 1 + negatives)).tolist()
+        rows = [
+            {"user_id": f"u{u}", "item_id": f"{prefix}{i}", "label": int(i == 0), "score": score}
+            for u, line in enumerate(drawn)
+            for i, score in enumerate(line)
+        ]
+        path = folder / "s" / variant / "scores.jsonl"
+        write_rows(path, [{**row, "logits": None} for row in rows])
+    return folder
+
+
+@pytest.fixture
+def metrics(tmp_path, capsys):
+    """Function(runs, options) -> (metrics.json of `tmp_path`, what is printed)."""
+
+    def run(*runs, options=()):
+        words = ["--config", str(ROOT / "configs/sample.yaml"), "--output_dir", str(tmp_path)]
+        words += [*options, *(["--runs", *map(str, runs)] if runs else [])]
+        load_script("MLLM-MSR/test/compute_metrics.py").main(words)
+        return json.loads((tmp_path / "metrics.json").read_text()), capsys.readouterr().out
+
+    return run
+
+
+def test_a_mean_over_runs_counts_equal_scores_once(tmp_path, metrics):
+    """A variant that is in one run, or was scored alike in both, has no interval."""
+    a = scores_of(tmp_path / "a", sft=1, same=7, alone=3)
+    b = scores_of(tmp_path / "b", sft=2, same=7)
+    found, printed = metrics(a, b)
+    assert {name: row["runs"] for name, row in found.items()} == {"sft": 2, "alone": 1, "same": 1}
+    assert [name for name, row in found.items() if "auc_ci95" in row] == ["sft"]
+    lines = {line.split()[0]: line for line in printed.splitlines()}
+    assert [name for name, line in lines.items() if "±" in line] == ["sft"]
+    assert lines["AUC"].split()[-2:] == ["users", "runs"]
+    assert lines["sft"].split()[-2:] == ["8", "2"] and lines["alone"].split()[-2:] == ["4", "1"]
+    sources = {row[0]: row[1] for row in metric_rows(found, [])["systems"]}
+    assert sources["alone"] == "mean, 4 users, 1 run"
+
+
+def test_one_resample_has_no_interval_in_the_table(tmp_path, metrics):
+    scores_of(tmp_path, sft=1)
+    assert "±" in metrics()[1]
+    assert "±" not in metrics(options=("--resamples", "1"))[1]
+
+
+RUNS = {
+    "link": "--runs names one folder twice",
+    "copy": "have no variant with different scores, so there is nothing to average",
+    "other": "have no item in common, so they are of two data sets",
+    "longer": "the lists of sft have 4 candidates in one of the runs and 6 in another",
+}
+
+
+@pytest.mark.parametrize("other", RUNS)
+def test_runs_that_cannot_be_averaged_are_refused(tmp_path, metrics, other):
+    a = scores_of(tmp_path / "a", sft=1)
+    (tmp_path / "link").symlink_to(a)
+    scores_of(tmp_path / "copy", sft=1)
+    scores_of(tmp_path / "other", prefix="x", sft=2)
+    scores_of(tmp_path / "longer", negatives=5, sft=2)
+    with pytest.raises(InputError, match=RUNS[other]):
+        metrics(a, tmp_path / other)
+
+
+def test_a_table_has_variants_with_the_same_candidates_only(tmp_path, metrics):
+    """Fewer users are a pilot; redrawn and retrieved lists are their own."""
+    folder = scores_of(tmp_path, n_users=5, sft=1, popularity=2)
+    scores_of(folder, n_users=2, pilot=3)
+    scores_of(folder, prefix="x", popularity_uniform_negatives=1, drawn=2)
+    record = {"settings": {}, "inputs": {}, "outputs": {}, "rows": {}, "lists": "redrawn"}
+    (folder / "s/drawn/scores.run.json").write_text(json.dumps(record))
+    scores_of(folder, negatives=1, random_order=4)
+    found, printed = metrics()
+    assert len(found) == 6 and "candidates" in printed.split("\n")[0]
+    assert [name for name, _ in difference_rows(score_files(folder))[1]] == ["popularity"]
+    for more in ({"negatives": 2}, {"prefix": "x"}, {"n_users": 9, "prefix": "x"}):
+        scores_of(folder, **more, other=5)
+        with pytest.raises(InputError) as caught:
+            metrics()
+        message = str(caught.value)
+        assert "s/other/scores.jsonl" in message and "s/sft/scores.jsonl" in message
+        assert "user 'u0'" in message and "cannot stand in one table" in message
+    (folder / "s/other/scores.jsonl").unlink()
+    os.mkfifo(folder / "s/other/scores.jsonl")
+    with pytest.raises(InputError, match=r"s/other/scores\.jsonl is no file"):
+        metrics()
+
+
+def test_the_report_takes_metrics_of_its_scores_only(copy_of_run):
+    folder, run = copy_of_run
+    path = folder / "metrics.json"
+    path.write_text(path.read_text().replace('"auc": 0.', '"auc": 90.', 1))
+    with pytest.raises(InputError, match=r"metrics\.json was changed after it was written"):
+        run("report")
+    run("compute_metrics", "--overwrite", "true")
+    scores = folder / "mllm_msr/sft/scores.jsonl"
+    write_rows(scores, [{**row, "score": 0.5} for row in read_rows(scores)])
+    with pytest.raises(InputError, match="is not of the scores in"):
+        run("report")
 
 
 def test_the_page_fetches_nothing_and_shows_every_variant(small_run, pages):

@@ -121,3 +121,16 @@ def test_progress_is_a_line_now_and_then_and_one_at_the_end(monkeypatch, capsys,
     assert printed[-1].startswith("scores: 20 of 20 rows, 100%")
     if lines > 1:
         assert printed[0].startswith("scores: 11 of 20 rows, 55%")
+
+
+def test_the_time_left_is_not_that_of_the_first_batch(monkeypatch, capsys):
+    """Two rows after 95 s, which are prepared once, then two a second."""
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    with progress.progress_bar(420, "scores", "row") as bar:
+        for second, n in ((95.0, 1), (95.1, 1), (110.0, 30), (125.1, 30)):
+            now[0] = second
+            bar.update(n)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "scores: 1 of 420 rows, 0%, 01:35 elapsed, about ? left"
+    assert lines[1] == "scores: 62 of 420 rows, 15%, 02:05 elapsed, about 02:59 left"

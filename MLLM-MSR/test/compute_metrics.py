@@ -9,24 +9,34 @@ Out: {output_dir}/metrics.json      variant -> auc (pooled over all rows, as in 
     python MLLM-MSR/test/compute_metrics.py --output_dir outputs/all --runs outputs/1 outputs/2
 
 HR@k is also Recall@k. Ties count as a random order would on average. Intervals: 95%, bootstrap over
-users; over several runs (folds or seeds) Student's t over the runs. CPU, seconds.
+users; over several runs (folds or seeds) Student's t over the runs, in which equal scores count
+once; one run has no interval. The variants of a run must have the same candidates for each user;
+only popularity's redrawn lists and retrieved lists are their own. CPU, seconds.
 """
 
 from mllmrec.stage.main import run_main
 
 from collections.abc import Mapping, Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 from pydantic.dataclasses import dataclass
 
 from mllmrec.evaluation.metrics import aggregate, evaluate
-from mllmrec.evaluation.result_tables import print_metrics, read_metrics, score_files
+from mllmrec.evaluation.result_tables import (
+    check_same_lists,
+    list_digests,
+    own_lists,
+    print_metrics,
+    read_metrics,
+    score_files,
+)
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import read_rows, write_json
-from mllmrec.stage.options import CommonOptions, option, parse_options, print_options
+from mllmrec.stage.options import CommonOptions, option, parse_options, print_next, print_options
 from mllmrec.stage.output import WholeOutput
-from mllmrec.stage.record import Job, check_described, named_digests, read_record
+from mllmrec.stage.record import Digests, Job, check_described, named_digests, read_record
 
 SECTION = "metrics"
 
@@ -39,21 +49,55 @@ class Options(CommonOptions):
     resamples: int = option(1000, "bootstrap samples of the users", ge=1)
 
 
-def measure(files: Mapping[str, Mapping[str, Path]], options: Options) -> dict[str, Any]:
-    """dict variant -> its metrics, of several runs their means.
+Files = Mapping[str, Mapping[str, Path]]  # folder of a run -> variant -> scores.jsonl
 
-    files: dict folder of a run -> dict variant -> scores.jsonl.
-    """
-    runs: dict[str, list[dict[str, Any]]] = {}  # variant -> its metrics in each run
-    for variants in files.values():
+
+def measure(files: Files, digests: Digests, options: Options) -> dict[str, Any]:
+    """dict variant -> its metrics, of several runs their means. digests: of "folder/variant"."""
+    runs: dict[str, dict[str, dict[str, Any]]] = {}  # variant -> digest of scores -> metrics
+    items: dict[str, set[str]] = {folder: set() for folder in files}
+    for folder, variants in files.items():
+        lists = {}
         for name, path in variants.items():
-            metrics = evaluate(
-                read_rows(path), str(path), resamples=options.resamples, seed=options.seed
+            rows, own = read_rows(path), own_lists(path)
+            items[folder] |= {row["item_id"] for row in rows}
+            if not own:
+                lists[path] = list_digests(rows)
+            metrics = evaluate(rows, path, options.resamples, options.seed, own == "retrieved")
+            runs.setdefault(name, {})[digests[f"{folder}/{name}"]] = metrics
+        check_same_lists(lists)
+    if len(files) == 1:
+        return {name: metrics for name, found in runs.items() for metrics in found.values()}
+    check_same_data_set(items)
+    for name, found in runs.items():
+        lengths = sorted({metrics["candidates"] for metrics in found.values()})
+        if len(lengths) > 1:
+            raise InputError(
+                f"the lists of {name} have {lengths[0]} candidates in one of the runs and "
+                f"{lengths[-1]} in another; average runs with the same number of negatives"
             )
-            runs.setdefault(name, []).append(metrics)
-    return {
-        name: values[0] if len(files) == 1 else aggregate(values) for name, values in runs.items()
-    }
+    return {name: aggregate(list(found.values())) for name, found in runs.items()}
+
+
+def check_same_data_set(items: Mapping[str, set[str]]) -> None:
+    """Raise InputError for two runs without a common item. items: of each run's candidates."""
+    for a, b in combinations(items, 2):
+        if items[a].isdisjoint(items[b]):
+            raise InputError(
+                f"--runs: {a} and {b} have no item in common, so they are of two data sets; "
+                "average folds or seeds of one"
+            )
+
+
+def check_different_runs(files: Files, digests: Digests) -> None:
+    """Raise InputError for two runs with no variant that they scored differently: a copy."""
+    for a, b in combinations(files, 2):
+        common = files[a].keys() & files[b].keys()
+        if all(digests[f"{a}/{name}"] == digests[f"{b}/{name}"] for name in common):
+            raise InputError(
+                f"--runs: {a} and {b} have no variant with different scores, so there is nothing "
+                "to average; each run counts once, a copy of it does not"
+            )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -61,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print_options(options, "stage 7, metrics")
     folders = options.runs or [options.output_dir]
     files = {str(folder): score_files(folder) for folder in folders}
-    if len(files) < len(folders):
+    if len({Path(folder).resolve() for folder in folders}) < len(folders):
         raise InputError("--runs names one folder twice; each run counts once")
     for folder, variants in files.items():
         if not variants:
@@ -82,18 +126,16 @@ def main(argv: Sequence[str] | None = None) -> None:
             for name, path in variants.items()
         }
     )
+    check_different_runs(files, inputs)
     job = Job.of(options, inputs, stage=SECTION)
     with WholeOutput(job, [path]) as output:
         if output.is_needed:
-            metrics = measure(files, options)
+            metrics = measure(files, inputs, options)
             output.begin()
             write_json(path, metrics)
             output.finish({"variants": len(metrics)})
     print_metrics(read_metrics(path))
-    print(
-        "next: python MLLM-MSR/test/report.py --config "
-        f"{options.config} --output_dir {options.output_dir}"
-    )
+    print_next("MLLM-MSR/test/report.py", options.config, options.words)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from mllmrec.stage.main import run_main
 from collections.abc import Sequence
 
 from mllmrec.ranking.datasets import DatasetOptions, write_splits
-from mllmrec.stage.options import parse_options, print_options
+from mllmrec.stage.options import parse_options, print_next, print_options
 
 SECTION = "datasets"
 
@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parse_options(DatasetOptions, SECTION, argv, __doc__)
     print_options(options, "stage 4, test rows")
     write_splits(("test",), options, with_answer=False)
-    print(f"next: bash scripts/05_train.sh {options.config}")
+    print_next("scripts/05_train.sh", options.config, options.words)
 
 
 if __name__ == "__main__":

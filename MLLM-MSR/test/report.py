@@ -35,7 +35,7 @@ from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import atomic_file, require
 from mllmrec.stage.options import CommonOptions, option, parse_options, print_options
 from mllmrec.stage.output import WholeOutput
-from mllmrec.stage.record import Job, file_digests
+from mllmrec.stage.record import Job, check_described, file_digests, named_digests, read_record
 
 SECTION = "report"
 PLOTTED = ("sft", "zero_shot", "popularity")  # variants with curves; the first one has the examples
@@ -71,6 +71,21 @@ def read_published(name: str) -> list[Any]:
             f"there are no published results for {name!r}; choose one of: {', '.join(known)}"
         )
     return known.get(name, [])
+
+
+def check_metrics(metrics_path: Path) -> None:
+    """Raise InputError if metrics.json was changed, or is not of the scores beside it."""
+    record = read_record(metrics_path)
+    if record is None:  # metrics from elsewhere
+        return
+    check_described(metrics_path, record)
+    scores = named_digests(score_files(metrics_path.parent))
+    made_from = {Path(name).name: digest for name, digest in record["inputs"].items()}
+    if scores != made_from and not record["settings"].get("runs"):
+        raise InputError(
+            f"{metrics_path} is not of the scores in {metrics_path.parent}, which were made or "
+            "changed later; make it again with scripts/07_report.sh"
+        )
 
 
 def write_report(
@@ -114,6 +129,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     published = read_published(options.published)
     folder, data_dir = Path(options.output_dir), Path(options.data_dir)
     metrics_path = require(folder / "metrics.json", maker="scripts/07_report.sh")
+    check_metrics(metrics_path)
     outputs = [folder / "report.html", folder / "report.md"]
     inputs = file_digests(
         metrics_path,

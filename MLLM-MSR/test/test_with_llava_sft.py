@@ -39,7 +39,7 @@ from mllmrec.ranking.rows import (
 from mllmrec.ranking.training_options import RankerOptions
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import read_rows
-from mllmrec.stage.options import CommonOptions, option, parse_options, print_options
+from mllmrec.stage.options import CommonOptions, option, parse_options, print_next, print_options
 from mllmrec.stage.output import RowOutput
 from mllmrec.stage.progress import progress_bar
 from mllmrec.stage.record import Digests, Job, file_digests
@@ -162,7 +162,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             model = load_adapter(model, adapter, options.model)
         for hidden, output in outputs.items():
             score(rows, hidden, output, model, chat, options)
-    print("next: python MLLM-MSR/test/compute_metrics.py")
+    print_next("scripts/07_report.sh", options.config, options.words)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from mllmrec.stage.main import run_main
 from collections.abc import Sequence
 
 from mllmrec.ranking.datasets import DatasetOptions, write_splits
-from mllmrec.stage.options import parse_options, print_options
+from mllmrec.stage.options import parse_options, print_next, print_options
 
 SECTION = "datasets"
 
@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parse_options(DatasetOptions, SECTION, argv, __doc__)
     print_options(options, "stage 4, training and validation rows")
     write_splits(("train", "validation"), options, with_answer=True)
-    print(f"next: bash scripts/05_train.sh {options.config}")
+    print_next("MLLM-MSR/test/multi_col_dataset.py", options.config, options.words)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ from mllmrec.ranking.training_options import (
 )
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import read_rows
-from mllmrec.stage.options import parse_options, print_options
+from mllmrec.stage.options import parse_options, print_next, print_options
 from mllmrec.stage.output import WholeOutput
 from mllmrec.stage.record import Job, file_digests
 from mllmrec.stage.schema import Row
@@ -119,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             if validation:  # lists that cannot be ranked are refused before the model is loaded
                 CandidateLists.of([{**row, "score": 0.0} for row in validation], validation_path)
             fine_tune(rows, validation, output, options)
-    print(f"next: bash scripts/06_score.sh {options.config}")
+    print_next("scripts/06_score.sh", options.config, options.words)
 
 
 def row_paths(options: FineTuningOptions) -> tuple[Path, Path]:

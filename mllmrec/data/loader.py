@@ -22,6 +22,7 @@ from mllmrec.stage.jsonl import (
     write_rejected,
     write_rows,
 )
+from mllmrec.stage.options import print_next
 from mllmrec.stage.output import WholeOutput
 from mllmrec.stage.record import Job, file_digests
 from mllmrec.stage.schema import Row
@@ -62,8 +63,9 @@ def run_loader(
                 _write_urls(data.items["url"].dropna(), failed, urls_path)
             output.finish(counts)
             report(data.statistics, options)
-    more = "python data_processing/download_images.py --config"
-    print(f"next: {more if has_urls else 'bash scripts/02_image_summary.sh'} {options.config}")
+    download = has_urls and not images_path.exists()
+    script = "data_processing/download_images.py" if download else "scripts/02_image_summary.sh"
+    print_next(script, options.config, options.words)
 
 
 def _image_files(urls: pd.Series, failed: set[str], options: DataOptions) -> list[str | None]:

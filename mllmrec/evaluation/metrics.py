@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 from scipy import stats
+from scipy.special import expit
 from sklearn.metrics import roc_auc_score
 
 from mllmrec.stage.errors import InputError
@@ -20,6 +21,7 @@ from mllmrec.stage.jsonl import PathLike
 from mllmrec.stage.schema import Row
 
 CUTOFFS = (3, 5, 10)
+YES_NO = {"No", "Yes"}  # the answers about one candidate
 SHOWN = ("auc", "hr@5", "mrr@5", "ndcg@5")  # the columns of every table
 
 Array = np.ndarray[Any, Any]
@@ -51,15 +53,17 @@ class CandidateLists:
         other users' lists.
         """
         lists: dict[str, dict[str, tuple[int, float]]] = {}
+        rows = list(rows)
         for row in rows:
             _check_score(row, where)
+        for row, score in zip(rows, ranking_scores(rows), strict=True):
             own = lists.setdefault(row["user_id"], {})
             if row["item_id"] in own:
                 raise InputError(
                     f"{where}: user {row['user_id']!r} has the candidate {row['item_id']!r} twice; "
                     "remove one of the two lines"
                 )
-            own[row["item_id"]] = (row["label"], float(row["score"]))
+            own[row["item_id"]] = (row["label"], score)
         if not lists:
             raise InputError(f"{where} holds no scores; make it again with scripts/06_score.sh")
         length = max(map(len, lists.values()))
@@ -117,6 +121,20 @@ class CandidateLists:
             for condition in (self.scores > threshold, self.scores == threshold)
         ]
         return counts[0], counts[1]
+
+
+def ranking_scores(rows: Sequence[Row]) -> list[float]:
+    """What the lines of scores.jsonl are ranked by: `score`, or the logit of Yes minus that of No.
+
+    The latter where each score is the p(yes) of its logits. The order is the same, but p(yes) is 1
+    for all differences from 37 on.
+    """
+    scores = np.array([row["score"] for row in rows], dtype=float)
+    if all(set(row.get("logits") or ()) == YES_NO for row in rows):
+        margins = np.array([row["logits"]["Yes"] - row["logits"]["No"] for row in rows])
+        if np.allclose(expit(margins), scores, rtol=0, atol=1e-5):
+            return [float(margin) for margin in margins]
+    return [float(score) for score in scores]
 
 
 def _check_score(row: Row, where: PathLike) -> None:
@@ -181,14 +199,17 @@ def evaluate(
     """All metrics of one scored variant, each with a 95% interval by bootstrap over users.
 
     Returns auc, auc_per_user, hr@k, mrr@k, ndcg@k, users, candidates, and NAME_ci95: [low, high]
-    for each; of retrieved lists also auc_users, the number of users whose list has its target.
+    for each, unless there is one resample or one user; of retrieved lists also auc_users, the
+    number of users whose list has its target.
     """
     lists = CandidateLists.of(rows, where, retrieved)
     values, n_users = per_user(lists), len(lists.users)
     result = {"auc": pooled_auc(lists)}
     result |= {name: float(np.nanmean(value)) for name, value in values.items()}
-    samples = _bootstrap(lists, values, resamples, np.random.default_rng(seed))
-    intervals = {f"{name}_ci95": _interval(sample) for name, sample in samples.items()}
+    intervals = {}
+    if resamples > 1 and n_users > 1:
+        samples = _bootstrap(lists, values, resamples, np.random.default_rng(seed))
+        intervals = {f"{name}_ci95": _interval(sample) for name, sample in samples.items()}
     counts = {"users": n_users, "candidates": int(lists.lengths.max())}
     if retrieved:
         counts["auc_users"] = int(lists.has_target.sum())

@@ -63,8 +63,10 @@ def paired_differences(
     """metric -> difference of the first variant minus the second; metrics as in `evaluate`.
 
     pairs: the two variants of each seed. Raises InputError if they are not about the same
-    candidates.
+    candidates, or for a single resample, which has no interval.
     """
+    if resamples < 2:
+        raise InputError(f"an interval needs at least 2 resamples, not {resamples}")
     for a, b in pairs:
         if a.candidates != b.candidates:
             raise InputError(

@@ -16,7 +16,7 @@ from mllmrec.data.images import (
     open_image,
 )
 from mllmrec.evaluation import plots
-from mllmrec.evaluation.metrics import SHOWN
+from mllmrec.evaluation.metrics import SHOWN, ranking_scores
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import read_by_id, read_rows
 from mllmrec.stage.record import read_record
@@ -77,14 +77,16 @@ def run_facts(files: RunFiles) -> dict[str, str]:
 
 def plot_urls(files: RunFiles) -> dict[str, str]:
     """dict heading -> PNG as a data: URL."""
-    pooled = {}
+    pooled, p_yes = {}, {}
     for variant, path in files.scores.items():
         rows = read_rows(path)
-        pooled[variant] = ([row["label"] for row in rows], [row["score"] for row in rows])
+        labels, p_yes[variant] = [row["label"] for row in rows], [row["score"] for row in rows]
+        pooled[variant] = (labels, ranking_scores(rows))
     images = {}
     if pooled:
         main = next(iter(pooled))
-        images = {"ROC": plots.roc(pooled), f"Scores of {main}": plots.histogram(*pooled[main])}
+        histogram = plots.histogram(pooled[main][0], p_yes[main])
+        images = {"ROC": plots.roc(pooled), f"Scores of {main}": histogram}
     log = files.system_dir / "training_log.jsonl"
     if log.exists():
         images["Training"] = plots.training_curve(read_rows(log))
@@ -103,9 +105,10 @@ def user_examples(files: RunFiles, n_users: int) -> list[dict[str, Any]]:
     items = read_by_id(items_path, "item_id")
     check_item_images(items, items_path, files.data_dir, files.image_roots)
     preferences = _read_preferences(preferences_path)
-    lists: dict[str, list[Row]] = {}
-    for row in read_rows(scores_path):
-        lists.setdefault(row["user_id"], []).append(row)
+    lists: dict[str, list[tuple[float, Row]]] = {}
+    rows = read_rows(scores_path)
+    for score, row in zip(ranking_scores(rows), rows, strict=True):
+        lists.setdefault(row["user_id"], []).append((score, row))
 
     def shown(item_id: str, named_by: Path) -> dict[str, Any]:
         item = _known(item_id, items, items_path, named_by)
@@ -119,7 +122,7 @@ def user_examples(files: RunFiles, n_users: int) -> list[dict[str, Any]]:
         whole = {"blocks": [{"items": history, "preference": ""}]}
         preference = preferences.get(user_id, whole)
         named_by = preferences_path if user_id in preferences else users_path
-        ranked = sorted(lists[user_id], key=lambda row: -row["score"])
+        ranked = sorted(lists[user_id], key=lambda listed: -listed[0])
         left_out = preference.get("items_left_out", 0)
         examples.append(
             {
@@ -135,7 +138,7 @@ def user_examples(files: RunFiles, n_users: int) -> list[dict[str, Any]]:
                         "score": row["score"],
                         "label": row["label"],
                     }
-                    for row in ranked
+                    for _, row in ranked
                 ],
             }
         )

@@ -1,7 +1,7 @@
 """Finding the scores of all systems, and the tables of their metrics."""
 
 import html
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,7 +12,8 @@ from mllmrec.evaluation.metrics import SHOWN
 from mllmrec.evaluation.paired import Scored, paired_differences
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import PathLike, read_json, read_rows
-from mllmrec.stage.schema import problem
+from mllmrec.stage.record import read_record
+from mllmrec.stage.schema import Row, problem
 
 DIFFERENCES = (
     "Difference to {reference} on the same candidates, x100, with the 95% interval of a paired "
@@ -25,6 +26,9 @@ GROUPS = {
     "bounds": "Rules that know how the sample's users choose; no recommender can know more.",
     "published": "Reported elsewhere, each on its own candidates.",
 }
+# Variants with lists of their own, where no run record says so (key `lists`).
+OWN_LISTS = [f"popularity_{how}_negatives" for how in ("uniform", "weighted")]
+OWN_LISTS += ["retriever_order", "random_order"]
 FIRST = ("zero_shot", "sft")  # these rows lead a table, the others follow by name
 Metrics = Mapping[str, Mapping[str, Any]]
 MetricRow = tuple[str, str, Sequence[str]]  # (system, source, cells)
@@ -54,11 +58,14 @@ def score_files(output_dir: PathLike) -> dict[str, Path]:
     """dict variant -> its scores.jsonl, of all systems, in the order of the table.
 
     Scores are in {output_dir}/{system}/{variant}/scores.jsonl. Raises InputError if two systems
-    have a variant of one name, since a row of the table could then mean either.
+    have a variant of one name, since a row of the table could then mean either, and for what is no
+    file.
     """
     files: dict[str, Path] = {}
     for path in sorted(Path(output_dir).glob("*/*/scores.jsonl")):
         name = path.parent.name
+        if not path.is_file():  # reading a pipe or a device may never end
+            raise InputError(f"{path} is no file; remove it, and score the variant again")
         if name in files:
             raise InputError(
                 f"{files[name]} and {path} are two variants of one name; score one of them again "
@@ -67,6 +74,36 @@ def score_files(output_dir: PathLike) -> dict[str, Path]:
         files[name] = path
     order = sorted(files, key=lambda n: (FIRST.index(n) if n in FIRST else len(FIRST), n))
     return {name: files[name] for name in order}
+
+
+def own_lists(scores: Path) -> str:
+    """How a variant's lists differ from the table's (redrawn, retrieved); "" if they do not."""
+    lists = (read_record(scores) or {}).get("lists", "")
+    return str(lists) or ("redrawn" if scores.parent.name in OWN_LISTS else "")
+
+
+def list_digests(rows: Iterable[Row]) -> dict[str, int]:
+    """user -> hash of the candidates and labels, to compare lists within one process."""
+    lists: dict[str, list[tuple[str, int]]] = {}
+    for row in rows:
+        lists.setdefault(row["user_id"], []).append((row["item_id"], row["label"]))
+    return {user: hash(frozenset(candidates)) for user, candidates in lists.items()}
+
+
+def check_same_lists(digests: Mapping[Path, Mapping[str, int]]) -> None:
+    """Raise InputError unless the variants of one table have the same candidates for each user.
+
+    digests: scores.jsonl -> its `list_digests`. A variant may have fewer users, as a pilot has.
+    """
+    largest = max(digests, key=lambda path: len(digests[path]), default=None)
+    for path, own in digests.items():
+        for user, digest in own.items():
+            if largest is not None and digests[largest].get(user) != digest:
+                has = "no such user" if user not in digests[largest] else "other candidates for it"
+                raise InputError(
+                    f"{path} has user {user!r}, and {largest} has {has}, so that they cannot stand "
+                    "in one table; score one of them again, with the users.jsonl of the other"
+                )
 
 
 def group_of(variant: str, system: str) -> str:
@@ -93,9 +130,11 @@ def difference_rows(
 ) -> tuple[str, list[tuple[str, list[str]]]]:
     """(reference, [(variant, cells)]): each variant minus the reference, sft if it is there.
 
-    scores: variant -> scores.jsonl. Paired over users: variants with other candidates are left out.
+    scores: variant -> scores.jsonl. Paired over users: variants with lists of their own are left
+    out, and those with fewer users.
     ("", []) if there is nothing to compare.
     """
+    scores = {name: path for name, path in scores.items() if not own_lists(path)}
     reference = "sft" if "sft" in scores else next(iter(scores), "")
     rows: list[tuple[str, list[str]]] = []
     if len(scores) < 2:
@@ -110,14 +149,27 @@ def difference_rows(
 
 
 def print_metrics(metrics: Metrics) -> None:
-    """The variants as lines, x100, with half the width of the 95% interval."""
-    width = max(map(len, metrics)) + 2
-    print(f"{'':{width}}" + "".join(f"{name.upper():>16}" for name in SHOWN) + f"{'users':>8}")
+    """The variants as lines, x100, with half the width of the 95% interval where there is one."""
+    width, counts = max(map(len, metrics)) + 2, ["users", *_unequal(metrics)]
+    header = [f"{name.upper():>16}" for name in SHOWN] + [
+        f"{name:>{len(name) + 3}}" for name in counts
+    ]
+    print(" " * width + "".join(header))
     for variant, row in metrics.items():
-        cells = "".join(
-            f"{100 * row[name]:>9.2f} ±{half_width(row, name) or 0.0:>5.2f}" for name in SHOWN
-        )
-        print(f"{variant:{width}}{cells}{row['users']:>8,}")
+        cells = []
+        for name in SHOWN:
+            half = half_width(row, name)
+            cells.append(
+                f"{100 * row[name]:>9.2f}" + (f" ±{half:>5.2f}" if half is not None else " " * 7)
+            )
+        cells += [f"{row.get(name, 0):>{len(name) + 3},}" for name in counts]
+        print(f"{variant:{width}}{''.join(cells)}")
+
+
+def _unequal(metrics: Metrics) -> list[str]:
+    """Counts to print because the rows differ in them; runs also where they do not."""
+    found = {name: {row.get(name) for row in metrics.values()} for name in ("runs", "candidates")}
+    return [n for n, values in found.items() if len(values) > 1 or (n == "runs" and any(values))]
 
 
 def metric_rows(
@@ -134,7 +186,13 @@ def metric_rows(
         for name in SHOWN:
             half = half_width(row, name)
             cells.append(f"{100 * row[name]:.2f}" + ("" if half is None else f" ± {half:.2f}"))
-        rows.append((variant, f"this run, {row['users']:,} users", cells))
+        counts = [
+            f"{row[name]:,} {name if row[name] > 1 else name[:-1]}"
+            for name in ("users", *_unequal(metrics))
+            if name in row
+        ]
+        source = "mean" if "runs" in row else "this run"
+        rows.append((variant, f"{source}, {', '.join(counts)}", cells))
     for variant in FIRST:
         if variant not in metrics:
             groups["systems"].append((variant, "this run", ["not run"] * len(SHOWN)))
@@ -152,7 +210,9 @@ def as_markdown(
 ) -> str:
     """The facts, the metrics, the differences of `difference_rows` and the stages as Markdown."""
     lines = ["# Report", "", "| | |", "|---|---|", *(_line(fact) for fact in facts.items()), ""]
-    lines += ["Metrics x100, with half the width of the 95% interval over users."]
+    lines += [
+        "Metrics x100, with half the width of the 95% interval over users, of a mean over runs."
+    ]
     for group, rows in groups.items():
         lines += ["", f"{group.capitalize()}. {GROUPS[group]}", ""]
         lines += [f"| system | source | {' | '.join(name.upper() for name in SHOWN)} |"]

@@ -1,6 +1,7 @@
 """Options that training and scoring share. No torch, so that --help answers at once."""
 
 import importlib.util
+import logging
 import os
 from pathlib import Path
 from typing import Literal
@@ -10,6 +11,8 @@ from pydantic.dataclasses import dataclass
 from mllmrec.models.model_options import MAX_TEXT_TOKENS, LoraOptions, ModelOptions
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.options import option
+
+logger = logging.getLogger(__name__)
 
 # These change speed or what is logged, not the adapter.
 TRAINING_SPEED_OPTIONS = (
@@ -127,6 +130,8 @@ def check_training_options(options: FineTuningOptions) -> None:
             f"--report_to {options.report_to} needs the package {options.report_to}; pip install "
             f"{options.report_to}, or leave the option out"
         )
+    if options.report_to == "tensorboard":
+        logger.info(f"to see the logs: tensorboard --logdir {options.system_dir / 'tensorboard'}")
     if options.pad_images and options.group_by != "none":
         raise InputError("--pad_images needs --group_by none: rows of a batch would depend on it")
     if options.group_by == "item":

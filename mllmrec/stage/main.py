@@ -11,6 +11,7 @@ import math
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable, MutableMapping
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -36,10 +37,13 @@ def run_main(main: Callable[[], object]) -> None:
     """
     signal.signal(signal.SIGTERM, _terminate)
     try:
+        if sys.stdout is None or sys.stderr is None:  # the next file that is opened would be it
+            raise UsageError("stdout or stderr is closed; send it to a file, or to /dev/null")
         set_up_logging(os.environ.get(LOG_LEVEL, "INFO"))
         # Line by line also into a file, so that results stand among the messages of their stage.
+        # What the encoding lacks is escaped, as Python does it on stderr.
         if isinstance(sys.stdout, io.TextIOWrapper):
-            sys.stdout.reconfigure(line_buffering=True)
+            sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
         main()
         sys.stdout.flush()
     except InputError as error:
@@ -61,8 +65,10 @@ def run_main(main: Callable[[], object]) -> None:
 def set_up_logging(level: str) -> None:
     """Messages of this library on stderr, from this level on. Raises UsageError for another one.
 
-    What a stage script prints as its result goes to stdout; other libraries keep their settings.
+    What a stage script prints as its result goes to stdout; other libraries keep their settings,
+    but torch does not repeat for each loader that --workers are more than the cores.
     """
+    warnings.filterwarnings("ignore", "This DataLoader will create")
     if level not in logging.getLevelNamesMapping():
         raise UsageError(f"{LOG_LEVEL}={level}: choose DEBUG, INFO, WARNING or ERROR")
     logger = logging.getLogger("mllmrec")

@@ -18,18 +18,22 @@ own values win.
 import argparse
 import difflib
 import importlib.metadata
+import logging
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin
+from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from mllmrec.stage.errors import InputError, UsageError
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_CONFIG = "configs/microlens.yaml"
 CONFIG_VARIABLE = "MLLM_MSR_CONFIG"  # environment variable: another default for --config
@@ -41,6 +45,10 @@ SECTIONS = (
     *("retriever", "ranker"),
 )
 NOT_SECTIONS = ("dataset", "base")  # top-level keys that are no sections
+MOST_BASES = 10  # configs that build on each other
+# Options that the next script must get, too, besides --config.
+REPEATED = ("data_dir", "output_dir", "system")
+PART = "MLLM_MSR_PART"  # environment variable: this script is not the last of its stage
 
 NAME = r"^[\w-]+$"  # of a folder below output_dir: no path can leave it
 
@@ -80,8 +88,15 @@ class CommonOptions:
     )
     domain: Literal["video", "product"] = option("video", "wording of the prompts")
     seed: int = option(42, "seed of every random generator (released code: 42)", ge=0)
-    limit: int = option(0, "only the first N rows, 0 = all; a later run without it resumes", ge=0)
+    limit: int = option(
+        0,
+        "only the first N items (stage 2), rows (stage 5) or users (all others), 0 = all; a later "
+        "run without it resumes, but for training, which needs --overwrite then",
+        ge=0,
+    )
     overwrite: bool = option(False, "delete what an earlier run with other settings wrote")
+
+    words: ClassVar[Sequence[str]] = ()  # of the command line that the options are from
 
     @property
     def system_dir(self) -> Path:
@@ -139,10 +154,12 @@ def parse_options(
         name = Path(given["config"]).stem
         given["dataset_code"] = name if name in get_args(DATASETS) else ""
     try:
-        return TypeAdapter(options_class).validate_python(from_config | given)
+        options: T = TypeAdapter(options_class).validate_python(from_config | given)
     except ValidationError as error:
         message = _message(error, given, section)
         raise (UsageError if message.startswith("--") else InputError)(message) from None
+    vars(options)["words"] = argv
+    return options
 
 
 def config_of_dataset(argv: Sequence[str], description: str | None) -> tuple[str, list[str]]:
@@ -172,9 +189,16 @@ def _default_config(given: dict[str, Any], known: list[str]) -> str:
 def check_processes() -> None:
     """Raise InputError if a shell script asked for another number of processes than were started.
 
-    `accelerate launch --cpu --num_processes 2` starts one, without a word.
+    `accelerate launch --cpu --num_processes 2` starts one, without a word. Nor may WORLD_SIZE and
+    RANK be anything but numbers.
     """
     asked, started = os.environ.get("MLLM_MSR_PROCESSES", ""), os.environ.get("WORLD_SIZE", "1")
+    rank = os.environ.get("RANK", "0")
+    if not (started.isdecimal() and rank.isdecimal() and int(rank) < int(started)):
+        raise InputError(
+            f"the environment variables WORLD_SIZE={started} and RANK={rank} are no number of "
+            "processes and the number of one of them; unset both, or start with accelerate launch"
+        )
     if asked and asked != started:
         raise InputError(
             f"ACCELERATE asks for {asked} processes and accelerate started {started}; add "
@@ -183,15 +207,36 @@ def check_processes() -> None:
 
 
 def print_options(options: CommonOptions, title: str) -> None:
-    """Print the stage's title and the options that differ from their defaults, on one line."""
+    """Say on stderr the stage's title, the options given, and the config's that are no defaults."""
+    given = {word[2:].split("=")[0] for word in options.words if word.startswith("--")}
     default = asdict(type(options)())
-    changed = {
-        name: value
+    listed = " ".join(
+        f"{name}={_shortened(value)}"
         for name, value in asdict(options).items()
-        if value != default[name] and name != "config"
-    }
-    listed = " ".join(f"{name}={_shortened(value)}" for name, value in changed.items())
-    print(f"{title} (config {options.config}{'; ' if listed else ''}{listed})")
+        if (name in given or value != default[name]) and name != "config"
+    )
+    logger.info(f"{title} (config {options.config}{'; ' if listed else ''}{listed})")
+
+
+def print_next(script: str, config: str, words: Sequence[str]) -> None:
+    """Say on stderr which script follows, once for a stage.
+
+    words: of this script's command line; the next one needs some of them, too. In a part of a stage
+    (scripts/common.sh) and in all processes but the first nothing is said.
+    """
+    if os.environ.get(PART) or os.environ.get("RANK", "0") != "0":
+        return
+    parser = _empty_parser(None)
+    for name in REPEATED:
+        parser.add_argument(f"--{name}")
+    given = vars(parser.parse_known_args(words)[0])
+    if script.endswith(".sh"):
+        command = ["bash", script, config]
+    else:
+        own = Path(sys.prefix).resolve() == (ROOT / ".venv").resolve()
+        command = [".venv/bin/python" if own else "python", script, "--config", config]
+    command += [w for name, value in given.items() if value for w in (f"--{name}", value)]
+    logger.info(f"next: {shlex.join(command)}")
 
 
 def load_config(path: Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -199,6 +244,11 @@ def load_config(path: Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
 
     Raises InputError if a file cannot be read, or has a section that no stage has.
     """
+    if len(_seen) == MOST_BASES:
+        raise InputError(
+            f"{_seen[0]}: `base:` leads through more than {MOST_BASES} configs; let it name the "
+            "last ones itself"
+        )
     own = _read_yaml(path)
     given = own.pop("base", None) or []
     bases = [given] if isinstance(given, str) else given
@@ -253,7 +303,7 @@ def _metavar(kind: Any) -> str:
 
 
 def _section_values(path: Path, section: str, known: list[str]) -> dict[str, Any]:
-    """The config's values for one stage, as strings, so that one place converts and checks them."""
+    """The config's values for one stage, as they are written: one place converts them."""
     config = load_config(path)
     shared = [field.name for field in fields(CommonOptions)]
     values: dict[str, Any] = {}
@@ -272,25 +322,32 @@ def _section_values(path: Path, section: str, known: list[str]) -> dict[str, Any
                     "remove the line"
                 )
             if key in known:
-                values[key] = [str(v) for v in value] if isinstance(value, list) else str(value)
+                values[key] = value
     return values
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """As yaml.SafeLoader, which takes the last of two equal keys without a word."""
+class _TextLoader(yaml.BaseLoader):
+    """Every value as it is written, so that `no` is no False and 1:30 no 90; a key only once."""
+
+    def construct_scalar(self, node: Any) -> Any:
+        """The text of a value; None where there is none."""
+        is_empty = node.style is None and node.value.lower() in ("", "~", "null")
+        return None if is_empty else super().construct_scalar(node)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         """Raises yaml.YAMLError for a key that is there twice."""
         keys = [key.value for key, _ in node.value]
         for key in keys:
-            if isinstance(key, str) and key != "<<" and keys.count(key) > 1:
+            if isinstance(key, str) and keys.count(key) > 1:
                 raise yaml.YAMLError(f"the key {key!r} is there twice,{node.start_mark}")
         return super().construct_mapping(node, deep)
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
+    if path.exists() and not path.is_file():  # reading a pipe or a device may never end
+        raise InputError(f"{path} is no file; name a config, the shipped ones are in configs/")
     try:
-        loaded = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeyLoader) or {}
+        loaded = yaml.load(path.read_text(encoding="utf-8"), _TextLoader) or {}
     except FileNotFoundError:
         raise InputError(f"there is no config {path}; the shipped ones are in configs/") from None
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
@@ -323,7 +380,8 @@ def _message(error: ValidationError, given: dict[str, Any], section: str) -> str
     first = error.errors()[0]
     name = str(first["loc"][0])
     where = f"--{name}" if name in given else f"{given['config']}: {name} (section {section!r})"
-    return f"{where}: {first['msg']}, not {first['input']!r}; --help lists all options"
+    value = _shortened(repr(first["input"]))
+    return f"{where}: {first['msg']}, not {value}; --help lists all options"
 
 
 def _shortened(value: Any) -> str:

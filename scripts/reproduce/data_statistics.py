@@ -1,5 +1,6 @@
 """Statistics of the data of several configs, ours beside the paper's (Table 2)."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -30,7 +31,7 @@ def report_statistics(columns: list[str], configs: list[Path], path: Path) -> No
         section = load_config(config).get("data", {})
         report["data_sets"][config.stem] = {
             "ours": None if done.returncode else read_json(folder / "stats.json"),
-            "paper": {name: section.get(f"paper_{name}", 0) for name in columns},
+            "paper": {name: json.loads(section.get(f"paper_{name}", "0")) for name in columns},
         }
     report |= machine()
     text = markdown(report)
