@@ -299,7 +299,7 @@ def _core(
     if options.require_image and not keep.any():
         raise InputError(
             f"none of the {len(image)} items of the log has an image, as {log.item_ids[0]!r}; name "
-            "them <prefix>_covers/<item>.jpg (MicroLens) or as catalogue.jsonl says (your own data), "
+            "them <prefix>_covers/<item>.jpg (MicroLens) or as in catalogue.jsonl (your own data), "
             "or pass --require_image false"
         )
     keep[keep] = k_core(log.user[keep], log.item[keep], options.user_core, options.item_core)

@@ -158,7 +158,8 @@ def report(statistics: dict[str, Any], options: DataOptions) -> None:
         line = f"{name:16}{statistics['raw'][name]:>12,}{statistics[name]:>12,}{shown:>12}"
         print(line.rstrip())
     if tied := statistics.get("tied_interactions"):
-        order = "in the raw file's order" if options.ties == "file" else "in an order of the seed"
+        by_hash = isinstance(options, SplitOptions) and options.ties == "hash"
+        order = "in an order of the seed" if by_hash else "in the raw file's order"
         print(
             f"ties: {tied / statistics['interactions']:.2%} of the interactions, "
             f"{statistics['tied_test_targets']:,} of {statistics['test_targets']:,} test targets, "
