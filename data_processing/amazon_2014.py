@@ -89,8 +89,10 @@ def read_pages(path: Path, item_ids: Array) -> tuple[pd.DataFrame, list[Row]]:
                 continue
             if page["asin"].strip() in known:
                 title, url = (page.get(key) for key in ("title", "imUrl"))
-                title = item_text(title) if isinstance(title, str) else ""
-                rows.append((page["asin"].strip(), title, url if isinstance(url, str) else None))
+                # Half of a surrogate pair, which no file can hold, becomes a question mark.
+                text = title.encode("utf-8", "replace").decode() if isinstance(title, str) else ""
+                url = url if isinstance(url, str) else None
+                rows.append((page["asin"].strip(), item_text(text), url))
     pages = pd.DataFrame(rows, columns=["id", "title", "url"])
     catalogue, missing = catalogue_of(pages, item_ids, path)
     return catalogue, rejected + missing

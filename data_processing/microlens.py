@@ -26,8 +26,8 @@ from mllmrec.data.data_split import SplitOptions
 from mllmrec.data.images import image_index
 from mllmrec.data.interactions import InteractionLog
 from mllmrec.data.loader import run_loader
-from mllmrec.data.raw_files import RawTable, csv_table, header_of
-from mllmrec.data.raw_log import read_log, read_titles
+from mllmrec.data.raw_files import RawTable, check_raw_file, csv_table, header_of
+from mllmrec.data.raw_log import read_log, read_titles, require_unique
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.options import option, parse_options, print_options
 from mllmrec.stage.schema import Row
@@ -48,7 +48,7 @@ class Options(SplitOptions):
 def find_files(raw_dir: str, name: str) -> tuple[Path, Path, Path | None]:
     """(pairs file, titles file, covers folder or None) in `raw_dir`."""
     folder, wanted = Path(raw_dir), name or "*"
-    pairs = sorted(folder.glob(f"{wanted}_pairs.csv")) or sorted(folder.glob(f"{wanted}_pairs.tsv"))
+    pairs = sorted(p for end in ("csv", "tsv") for p in folder.glob(f"{wanted}_pairs.{end}"))
     if not pairs:
         raise InputError(
             f"{folder} has no {wanted}_pairs.csv or .tsv; the README (Real data) says where to get "
@@ -56,16 +56,18 @@ def find_files(raw_dir: str, name: str) -> tuple[Path, Path, Path | None]:
         )
     if len(pairs) > 1:
         names = f"{pairs[0].name}, {pairs[1].name}"
-        raise InputError(
-            f"{folder} has {len(pairs)} sets of pairs ({names}); choose one with --name"
-        )
+        remedy = "choose one with --name"
+        if len({path.stem for path in pairs}) == 1:
+            remedy = "keep one of them there"
+        raise InputError(f"{folder} has {len(pairs)} sets of pairs ({names}); {remedy}")
     prefix = pairs[0].name.rsplit("_pairs", 1)[0]
     titles = [folder / f"{prefix}_{end}" for end in ("titles.csv", "title_en.csv", "title.csv")]
     existing = [path for path in titles if path.exists()]
     if not existing:
         raise InputError(f"{titles[0]} is missing; the README (Real data) says where to get it")
     covers = folder / f"{prefix}_covers"
-    return pairs[0], existing[0], covers if covers.is_dir() else None
+    files = check_raw_file(pairs[0]), check_raw_file(existing[0])
+    return *files, covers if covers.is_dir() else None
 
 
 def check_options(options: Options, pairs: Path, covers: Path | None) -> None:
@@ -92,6 +94,7 @@ def pairs_table(path: Path) -> RawTable:
     if path.suffix == ".csv":
         return csv_table(path, ("user", "item", "timestamp"))
     lines = csv_table(path, ("user", "items"), ("user", "items"), delimiter="\t", quoted=False)
+    require_unique(lines, "user")  # the items of two lines have no common order
     user, items = lines.columns.values()
     numbered = f"SELECT {user} AS user_, regexp_split_to_array(trim({items}), '\\s+') AS items, "
     numbered += f"row_number() OVER () - 1 AS line FROM {lines.scan}"
@@ -103,9 +106,12 @@ def pairs_table(path: Path) -> RawTable:
 
 def titles_table(path: Path) -> RawTable:
     """Table of item and title; the first line says whether it is a header."""
-    names = header_of(path)[:2]
-    if names[0].lower() in HEADERS:
-        return csv_table(path, names)
+    names = header_of(path)
+    lower = [name.lower() for name in names]
+    items = [name for name, low in zip(names, lower, strict=True) if low in HEADERS]
+    if items and (lower[0] in HEADERS or "title" in lower):
+        title = names[lower.index("title")] if "title" in lower else "title"
+        return csv_table(path, (items[0], title))
     return csv_table(path, ("item", "title"), names=("item", "title"))
 
 
@@ -116,7 +122,8 @@ def load(
     catalogue, bad_titles = read_titles(titles_table(titles))
     unknown = f"has no title in {titles.name}"
     log, rejected = read_log(pairs_table(pairs), catalogue.index, unknown)
-    images = pd.Series(image_index(covers), dtype=object)
+    found = image_index(covers)  # a name that is no text is no item's
+    images = pd.Series({n: found[n] for n in found.keys() & catalogue.index}, dtype=object)
     return log, catalogue.assign(image=images.reindex(catalogue.index)), bad_titles + rejected
 
 

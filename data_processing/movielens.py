@@ -21,7 +21,7 @@ import pandas as pd
 from mllmrec.data.data_split import SplitOptions
 from mllmrec.data.interactions import InteractionLog
 from mllmrec.data.loader import run_loader
-from mllmrec.data.raw_files import csv_table
+from mllmrec.data.raw_files import check_raw_file, csv_table
 from mllmrec.data.raw_log import read_log, read_titles
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import require
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print_options(options, "stage 1, data: MovieLens")
     if options.require_image:
         raise InputError("MovieLens has no images; pass --require_image false")
-    files = [require(Path(options.raw_dir) / name, maker=MAKER) for name in FILES]
+    files = [check_raw_file(require(Path(options.raw_dir) / n, maker=MAKER)) for n in FILES]
     run_loader(options, files, lambda: load(*files))
 
 

@@ -13,12 +13,14 @@ Out: users.jsonl, items.jsonl, stats.json, image_urls.jsonl: as `amazon.py`. The
     python data_processing/released_lists.py --config configs/amazon_games_released.yaml
 
 A user with an item that has no page or no title is rejected, and so is one whose target is among
-the negatives. `--limit N` takes the first N users of each file. CPU, minutes for the pages.
+the negatives. Users with the target or a negative in their history, as shipped, are kept and marked
+(`overlap: true`). `--limit N` takes the first N users of each file. CPU, minutes for the pages.
 """
 
 from mllmrec.stage.main import run_main
 
 import json
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,7 +34,7 @@ from mllmrec.data.data_split import DataOptions
 from mllmrec.data.interactions import log_statistics
 from mllmrec.data.loader import run_loader
 from mllmrec.data.raw_files import check_raw_file, csv_table
-from mllmrec.data.raw_log import require_rows
+from mllmrec.data.raw_log import require_rows, require_unique
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.options import option, parse_options, print_options
 from mllmrec.stage.schema import Row
@@ -40,6 +42,8 @@ from mllmrec.stage.schema import Row
 SECTION = "data"
 SPLITS = {"train": "train", "val": "validation", "test": "test"}  # ending of the file -> split
 COLUMNS = ("user", "items", "negatives")
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -80,9 +84,13 @@ def read_lists(path: Path, split: str, own_ids: dict[str, str]) -> tuple[list[Ro
         listed = [[code.strip() for code in text.split(",")] for text in (row.items, row.negatives)]
         unknown = [code for codes in listed for code in codes if code not in own_ids]
         items, negatives = ([own_ids.get(code, "") for code in codes] for codes in listed)
-        line = {"user_id": row.user, "history": items[:-1], "target": items[-1]}
-        lines.append(line | {"negatives": negatives, "split": split, "fold": None})
-        if unknown:
+        line = {"user_id": row.user.strip(), "history": items[:-1], "target": items[-1]}
+        line |= {"negatives": negatives, "split": split, "fold": None}
+        overlap = not set(items[:-1]).isdisjoint([items[-1], *negatives])
+        lines.append(line | ({"overlap": True} if overlap else {}))
+        if not line["user_id"]:
+            bad.append((number, "the user is empty"))
+        elif unknown:
             bad.append((number, f"item {unknown[0]!r} is not in the item map"))
         elif len(items) < 2:
             bad.append((number, "a list needs a history and a target"))
@@ -106,6 +114,7 @@ def load(
     """(lines of users.jsonl, catalogue, rejected rows)."""
     lists, item_map, pages = files
     table = csv_table(item_map, ("item_id", "original"), delimiter="\t", quoted=False)
+    require_unique(table, "item_id", "original")
     own_ids = dict(table.frame().itertuples(index=False))
     lines: list[Row] = []
     rejected: list[Row] = []
@@ -126,6 +135,16 @@ def load(
         for line, items in zip(lines, unknown, strict=True)
         if items
     ]
+    if not kept:
+        raise InputError(
+            f"none of the {len(lines)} users can be used: the item {unknown[0][0]!r} of user "
+            f"{lines[0]['user_id']!r} has no page or no title in {pages}; fetch it again"
+        )
+    if overlaps := sum("overlap" in line for line in kept):
+        logger.info(
+            f"{overlaps:,} users have the target or a negative in their history, as shipped; their "
+            "lines are marked with overlap: true"
+        )
     return kept, catalogue, rejected
 
 

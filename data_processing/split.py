@@ -5,6 +5,7 @@ In:  {raw_dir}/interactions.csv  header user,item,timestamp
 Out: {data_dir}/items.jsonl      item_id, title, image (path relative to the file, or null)
      {data_dir}/users.jsonl      user_id, history (item ids, oldest first, without the target),
                                  target, negatives, split, fold
+     {data_dir}/touched.jsonl    user_id, item_ids: all that a test user had in the log
      {data_dir}/stats.json       the rows of the paper's Table 2
      {data_dir}/interactions.rejected.jsonl   file, line, row, reason
 
@@ -15,6 +16,7 @@ The rules of the split are in `mllmrec/data/data_split.py`. CPU, seconds.
 
 from mllmrec.stage.main import run_main
 
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,22 +26,30 @@ import pandas as pd
 from mllmrec.data.data_split import SplitOptions
 from mllmrec.data.interactions import InteractionLog
 from mllmrec.data.loader import run_loader
-from mllmrec.data.raw_files import csv_table, json_table
+from mllmrec.data.raw_files import check_raw_file, csv_table, json_table
 from mllmrec.data.raw_log import read_log, read_titles
-from mllmrec.stage.jsonl import require
 from mllmrec.stage.options import parse_options, print_options
 from mllmrec.stage.schema import Row
 
 SECTION = "data"
 FILES = ("interactions.csv", "catalogue.jsonl")
-MAKER = "you; the README (Real data) describes its form, or name another --raw_dir. Nothing else"
+
+logger = logging.getLogger(__name__)
 
 
 def load(pairs: Path, items: Path) -> tuple[InteractionLog, pd.DataFrame, list[Row]]:
     """(log, catalogue, rejected rows). An image that is not there counts as none."""
     catalogue, bad_items = read_titles(json_table(items, ("item_id", "title", "image")))
     images = [os.path.join(items.parent, name) for name in catalogue["image"]]
-    catalogue["image"] = [image if os.path.isfile(image) else None for image in images]
+    found = [image if os.path.isfile(image) else None for image in images]
+    missing = [n for n, image in zip(catalogue["image"], found, strict=True) if n and not image]
+    if missing:
+        logger.warning(
+            f"{items}: {len(missing):,} of its images are not there, the first is "
+            f"{missing[0][:200]!r}; their items count as without one (an image is the path of a "
+            "file, relative to catalogue.jsonl, with forward slashes)"
+        )
+    catalogue["image"] = found
     columns = ("user", "item", "timestamp")
     log, rejected = read_log(csv_table(pairs, columns), catalogue.index, f"is not in {items.name}")
     return log, catalogue, bad_items + rejected
@@ -48,7 +58,7 @@ def load(pairs: Path, items: Path) -> tuple[InteractionLog, pd.DataFrame, list[R
 def main(argv: Sequence[str] | None = None) -> None:
     options = parse_options(SplitOptions, SECTION, argv, __doc__)
     print_options(options, "stage 1, data: your own interactions.csv and catalogue.jsonl")
-    files = [require(Path(options.raw_dir) / name, maker=MAKER) for name in FILES]
+    files = [check_raw_file(Path(options.raw_dir) / name) for name in FILES]
     run_loader(options, files, lambda: load(*files))
 
 

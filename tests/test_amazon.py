@@ -143,6 +143,17 @@ def test_a_pilot_lists_the_images_of_its_own_items(tmp_path):
     assert len(read_rows(data / "users.jsonl")) == 1
 
 
+def test_title_and_image_are_those_of_one_page(tmp_path):
+    """Of an item's pages the first that has both."""
+    folder = raw(tmp_path, ".jsonl")
+    more = [("Toy 2", "http://x/2.jpg"), ("Toy 3", "http://x/3.jpg"), ("", "http://x/4.jpg")]
+    rows = [{"parent_asin": "C", "title": t, "images": [{"large": url}]} for t, url in more]
+    write(folder / "meta_Toys.jsonl", as_lines([*PAGES, *rows]))
+    data = load(folder)
+    assert read_by_id(data / "items.jsonl", "item_id")["C"]["title"] == "Toy 2"
+    assert read_by_id(data / "image_urls.jsonl", "item_id")["C"]["url"] == "http://x/2.jpg"
+
+
 def test_full_text_and_image_size_on_request(tmp_path):
     data = load(raw(tmp_path, ".jsonl"), "--item_text", "full", "--image_size", "hi_res")
     assert read_by_id(data / "items.jsonl", "item_id")["A"]["title"] == "Cup steel keeps warm"

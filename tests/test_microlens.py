@@ -1,5 +1,7 @@
 """The MicroLens files as they come, and as they should not."""
 
+import os
+
 import pytest
 from PIL import Image
 
@@ -73,6 +75,13 @@ def test_titles_with_and_without_header(tmp_path, titles_name, header):
     assert set(items) == set("abcd")
 
 
+@pytest.mark.parametrize("header", ["item,category,title", "item_id,views,Title"])
+def test_the_title_is_the_column_of_this_name(tmp_path, header):
+    titles = header + "\n" + "".join(f"{item},x,title {item}\n" for item in "abcd")
+    _, items = prepare(tmp_path, raw_folder(tmp_path, titles=titles))
+    assert items["b"]["title"] == "title b"
+
+
 def test_rejected_rows_are_kept_with_file_line_and_reason(tmp_path):
     pairs = PAIRS_CSV + "4,a,yesterday\n4,unknown,7\n ,a,8\n4,,9\n"
     titles = TITLES.replace("b,two", '"b","two\nlines"') + "e,  \n a ,again\n,no item\n"
@@ -125,6 +134,8 @@ def test_rejected_rows_of_sequences_are_kept_too(tmp_path):
         ({"pairs": "1\ta\n2\tb\n"}, r"no interaction is left after the filters"),
         ({"pairs_name": "pairs.tsv"}, r"has no \*_pairs.csv or .tsv"),
         ({"titles_name": "titles.csv"}, r"MicroLens-50k_titles.csv is missing"),
+        ({"titles": "item,category\na,x\n"}, r"titles.csv, line 1: column 'title' is missing"),
+        ({"pairs": PAIRS_TSV + "\n 1 \td\n"}, r"tsv, line 5: user '1' is already in line 1; keep"),
     ],
 )
 def test_bad_raw_files_are_one_sentence(tmp_path, change, message):
@@ -149,6 +160,25 @@ def test_without_covers_the_message_names_the_remedy(tmp_path):
     users, items = prepare(tmp_path, folder, "--require_image", "false")
     assert items["a"]["image"] is None
     assert len(users) == 3
+
+
+def test_covers_that_no_item_is_called_after_are_named(tmp_path):
+    folder = raw_folder(tmp_path)
+    covers = folder / "MicroLens-50k_covers"
+    (covers / os.fsdecode(b"\xff\xfe.jpg")).write_bytes(b"any")  # a name that is no text
+    assert len(prepare(tmp_path, folder)[0]) == 3
+    for number, path in enumerate(sorted(covers.glob("[a-d].*"))):
+        path.rename(covers / f"00{number}.jpg")
+    (tmp_path / "data" / "users.jsonl").unlink()
+    with pytest.raises(InputError, match=r"none of the 4 items of the log has an image, as 'a';"):
+        prepare(tmp_path, folder)
+
+
+def test_both_kinds_of_pairs_in_one_folder_are_refused(tmp_path):
+    folder = raw_folder(tmp_path)
+    (folder / "MicroLens-50k_pairs.csv").write_text(PAIRS_CSV)
+    with pytest.raises(InputError, match=r"\(MicroLens-50k_pairs.csv, .*_pairs.tsv\); keep one"):
+        prepare(tmp_path, folder, "--name", "MicroLens-50k")
 
 
 def test_of_two_releases_in_one_folder_one_must_be_named(tmp_path):

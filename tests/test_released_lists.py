@@ -15,7 +15,7 @@ from mllmrec.stage.scripts import load_script
 SCRIPT = "data_processing/released_lists.py"
 CODES = [str(n) for n in range(12)]
 TRAIN = [("0", "0,1,2", "5,6,7"), ("1", "3, 4, 1, 0", "8, 9")]
-TEST = [("2", "2,0,2,5", "1,3,4")]  # the target in its own history: as shipped for 298 users
+TEST = [("2", "2,0,2,5", "1,3,4")]  # an item twice in the history, as shipped
 
 
 def table(path, rows):
@@ -73,7 +73,10 @@ def test_lists_are_used_as_they_are(tmp_path, raw):
 
 def test_users_that_cannot_be_ranked_are_rejected_with_the_reason(tmp_path, raw):
     bad = [("7", "0,1", "1,2"), ("8", "0,1", "2,2"), ("9", "0,99", "2"), ("10", "0", "2")]
-    table(raw / "Cups_user_items_negs_train.csv", [*TRAIN, *bad, ("11", "0,11", "1")])
+    table(
+        raw / "Cups_user_items_negs_train.csv",
+        [*TRAIN, *bad, ("11", "0,11", "1"), (" ", "0,1", "2")],
+    )
     pages = (raw / "meta_Cups.jsonl").read_text().splitlines()
     (raw / "meta_Cups.jsonl").write_text("\n".join(pages[:11]) + "\n")  # item 11 has no page
     assert [user["user_id"] for user in imported(tmp_path, raw)] == ["0", "1", "2"]
@@ -86,6 +89,7 @@ def test_users_that_cannot_be_ranked_are_rejected_with_the_reason(tmp_path, raw)
         4: "a negative is listed twice",
         5: "item '99' is not in the item map",
         6: "a list needs a history and a target",
+        8: "the user is empty",
         "11": "item B11 has no page or no title",
         "B11": NO_PAGE,
     }
@@ -95,6 +99,41 @@ def test_a_user_with_two_lists_is_an_error(tmp_path, raw):
     table(raw / "Cups_user_items_negs_test.csv", [*TEST, TRAIN[0]])
     with pytest.raises(InputError, match="user '0' has two lists in"):
         imported(tmp_path, raw)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("B99\t5", "i_map.tsv, line 14: item_id '5' is already in line 7; keep one of the two"),
+        ("B5\t5", "i_map.tsv, line 14: item_id '5' is already in line 7"),
+        ("B5\t99", "i_map.tsv, line 14: original 'B5' is already in line 7"),
+        ("B12\t12\tx", "i_map.tsv, line 14: too many fields"),
+        (None, "i_map.tsv, line 1: column 'item_id' .* with tabs between columns"),
+    ],
+)
+def test_an_item_map_with_two_meanings_is_an_error(tmp_path, raw, row, message):
+    path = raw / "Cups_i_map.tsv"
+    text = path.read_text()
+    path.write_text(f"{text}{row}\n" if row else text.replace("\t", ","))
+    with pytest.raises(InputError, match=message):
+        imported(tmp_path, raw)
+
+
+def test_items_that_are_target_or_negative_and_history_are_marked_and_counted(
+    tmp_path, raw, caplog
+):
+    table(raw / "Cups_user_items_negs_test.csv", [*TEST, ("3", "2,2", "4"), ("4", "2,3", "2")])
+    caplog.set_level("INFO")
+    assert [user.get("overlap") for user in imported(tmp_path, raw)[2:]] == [None, True, True]
+    assert "2 users have the target or a negative in their history, as shipped" in caplog.text
+
+
+def test_lists_of_which_no_user_is_left_are_an_error(tmp_path, raw):
+    pages = (raw / "meta_Cups.jsonl").read_text().splitlines()
+    (raw / "meta_Cups.jsonl").write_text(f"{pages[0]}\n{pages[10]}\n")
+    with pytest.raises(InputError, match=r"none of the 3 users can be used: the item 'B1' of user"):
+        imported(tmp_path, raw)
+    assert not (tmp_path / "data" / "users.jsonl").exists()
 
 
 def test_a_validation_list_is_read_if_it_is_there_and_a_missing_list_is_named(tmp_path, raw):

@@ -10,13 +10,19 @@ from conftest import REAL, ROOT, skip_without_real_data
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mllmrec.data.candidates import item_popularity, popularity_scores, redraw_negatives
+from mllmrec.data.candidates import (
+    item_popularity,
+    popularity_scores,
+    read_touched,
+    read_users,
+    redraw_negatives,
+)
 from mllmrec.data.data_split import SPLITS, SplitOptions, prepare
 from mllmrec.data.interactions import InteractionLog, k_core, sample_negatives, split_users
 from mllmrec.data.loader import write_data_set
 from mllmrec.data.raw_log import NO_TIME
 from mllmrec.stage.errors import InputError
-from mllmrec.stage.jsonl import read_rows
+from mllmrec.stage.jsonl import read_rows, write_rows
 from mllmrec.stage.options import parse_options
 from mllmrec.stage.scripts import load_script
 
@@ -272,7 +278,7 @@ CATALOGUE = ['{"item_id": "a", "title": "A", "image": null}', '{"item_id": "b", 
 
 def test_items_of_own_catalogues_are_checked(tmp_path):
     catalogue = [*CATALOGUE, '{"item_id": " a", "title": "again"}', '{"item_id": "", "title": "x"}']
-    catalogue += ['{"item_id": "d", "title": " "}', '{"item_id": "e"}', '{"title": "f"}']
+    catalogue += ['{"item_id": "d", "title": " \\u200b"}', '{"item_id": "e"}', '{"title": "f"}']
     catalogue += ['{"item_id": " c\u00a0", "title": "C", "image": "' + "x" * 5000 + '"}']
     log, items, rejected = load_own(tmp_path, ["u, a,5", " u ,b,4", "u,c,9", "u,d,1"], catalogue)
     assert (log.user_ids.tolist(), log.item_ids.tolist()) == (["u"], ["a", "b", "c"])
@@ -285,6 +291,16 @@ def test_items_of_own_catalogues_are_checked(tmp_path):
         ("catalogue.jsonl", 7, "the item_id is empty"),
         ("interactions.csv", 5, "the item d is not in catalogue.jsonl"),
     ]
+
+
+def test_images_that_are_not_there_are_counted(tmp_path, caplog):
+    images = ("https://x/a.jpg", "images\\\\1.jpg", "catalogue.jsonl")
+    catalogue = [
+        f'{{"item_id": "{n}", "title": "t", "image": "{i}"}}' for n, i in enumerate(images)
+    ]
+    _, items, _ = load_own(tmp_path, ["u,0,1"], catalogue)
+    assert items["image"].notna().tolist() == [False, False, True]
+    assert "2 of its images are not there, the first is 'https://x/a.jpg'" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -437,8 +453,12 @@ def test_redrawn_negatives_are_unseen_and_as_frequent_as_their_kind_says(samplin
         *history, target = (f"i{k}" for k in rng.choice(60, 5, replace=False, p=share / sum(share)))
         split = "test" if number % 2 else "train"
         lines.append(user_line(f"u{number}", history, target, split, ["i0"] * 8))
-    redrawn = redraw_negatives(lines, sampling, seed=1)
-    assert redrawn == redraw_negatives(lines, sampling, seed=1)
+    had = {line["user_id"]: ["i0", "i59", "elsewhere"] for line in lines}
+    items = {f"i{n}" for n in range(60)} | {"in no line"}
+    redrawn = redraw_negatives(lines, items, had, sampling, seed=1)
+    assert redrawn == redraw_negatives(lines, items, had, sampling, seed=1)
+    drawn = {item for line in redrawn if line["split"] == "test" for item in line["negatives"]}
+    assert ("in no line" in drawn) == (sampling == "uniform"), "items of a pilot's other users"
     popular = 0
     for before, after in zip(lines, redrawn, strict=True):
         assert {**after, "negatives": []} == {**before, "negatives": []}
@@ -446,9 +466,91 @@ def test_redrawn_negatives_are_unseen_and_as_frequent_as_their_kind_says(samplin
             assert after == before
             continue
         assert len(set(after["negatives"])) == 8
-        assert not {*before["history"], before["target"]} & set(after["negatives"])
+        touched = {*before["history"], before["target"], *had[before["user_id"]]}
+        assert not touched & set(after["negatives"])
         popular += sum(int(item[1:]) < 10 for item in after["negatives"])
     assert popular / 800 == pytest.approx(expected, abs=0.06)
+
+
+@pytest.mark.parametrize(
+    "more", [{"max_history": 2}, {"limit": 5}, {"history": "released", "item_core": 2}]
+)
+def test_touched_lines_hold_all_that_a_test_user_had(more):
+    rows = [(f"u{n}", f"i{(n * k) % 17}", k) for n in range(1, 12) for k in range(1, 9)]
+    data, _ = prepared(rows, train_fraction=0.4, **more)
+    lines, touched = list(data.lines()), {r["user_id"]: r["item_ids"] for r in data.touched_lines()}
+    assert set(touched) == {line["user_id"] for line in lines if line["split"] == "test"} != set()
+    core = set(data.item_ids)
+    for user, items in touched.items():
+        assert sorted(items) == sorted(core & {item for u, item, _ in rows if u == user})
+
+
+def test_touched_lines_of_other_users_are_refused(tmp_path):
+    write_rows(tmp_path / "touched.jsonl", [{"user_id": "u", "item_ids": ["a", "b", "x"]}])
+    assert read_touched(tmp_path / "touched.jsonl", [user_line("u", "a", "b", "test")])["u"]
+    for line in (user_line("v", "a", "b", "test"), user_line("u", "ac", "b", "test")):
+        with pytest.raises(InputError, match=r"touched.jsonl lacks items of user '[uv]' in users"):
+            read_touched(tmp_path / "touched.jsonl", [line])
+
+
+LEAVE_ONE_OUT = [
+    user_line("u", "a", "b", "train"),
+    user_line("u", "ab", "c", "validation"),
+    user_line("u", "bc", "d", "test"),  # max_history 2
+]
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ([user_line("u", "ab", "a", "test")], "line 1: the target 'a' of user 'u' is in its hist"),
+        ([user_line("u", "ab", "c", "test", "b")], "line 1: the negative 'b' of user 'u' is in"),
+        ([*LEAVE_ONE_OUT[:2], user_line("v", "a", "b", "test")], r"of user 'u' \(train, valid"),
+        ([*LEAVE_ONE_OUT, user_line("v", "a", "b", "test")], r"lines of user 'v' \(test\) do not"),
+        ([*LEAVE_ONE_OUT[:2], user_line("u", "b", "d", "test")], "user 'u' .* whose history con"),
+    ],
+)
+def test_lines_that_do_not_fit_their_user_are_refused(tmp_path, lines, message):
+    path = tmp_path / "users.jsonl"
+    write_rows(path, [{**line, "fold": None} for line in LEAVE_ONE_OUT])
+    assert len(read_users(path)) == 3
+    write_rows(path, [{**line, "fold": None} for line in lines])
+    with pytest.raises(InputError, match=message):
+        read_users(path)
+
+
+def test_ties_in_time_are_counted_and_their_order_is_drawn_on_request():
+    rows = [(f"u{n}", f"i{k}", k // 2) for n in range(6) for k in range(5)]
+    options = {"split_by": "leave_one_out", "user_core": 5}
+    statistics = prepared(rows, **options)[0].statistics
+    names = ("tied_interactions", "tied_test_targets", "test_targets")
+    assert [statistics[name] for name in names] == [12, 0, 6]
+
+    def orders(rows, **more):
+        lines = prepared(rows, **options, **more)[0].lines()
+        return [[*line["history"], line["target"]] for line in lines if line["split"] == "test"]
+
+    drawn = orders(rows, ties="hash")
+    assert drawn == orders(rows[::-1], ties="hash") != orders(rows, ties="hash", seed=1)
+    assert orders(rows[::-1]) != orders(rows) != drawn
+    assert len({tuple(order) for order in drawn}) > 1
+    assert all({*o[:2]} == {"i0", "i1"} and {*o[2:4]} == {"i2", "i3"} for o in drawn)
+
+
+@pytest.mark.parametrize(
+    ("times", "message"),
+    [
+        ([0] * 6, "the interactions of 5 of 5 users, as 'u0', all have one time"),
+        ([4, 5, 4, 3, 5, 4], "the times have only 3 different values, as ratings have"),
+    ],
+)
+def test_times_that_are_none_are_refused(times, message):
+    rows = [(f"u{n}", f"i{k}", time) for n in range(5) for k, time in enumerate(times)]
+    options = {"train_fraction": 0.6}
+    with pytest.raises(InputError, match=message):
+        prepared(rows, **options)
+    if not any(times):
+        assert len(prepared(rows, ties="hash", **options)[0].target) == 5
 
 
 def test_popularity_of_a_split_by_user_counts_histories_and_training_targets():

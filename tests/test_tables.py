@@ -97,6 +97,8 @@ def test_another_kind_of_file_is_one_sentence(write, content, message):
 def test_a_folder_a_missing_file_and_two_of_a_kind_are_one_sentence(tmp_path, write):
     (tmp_path / "x.csv").mkdir()
     assert "x.csv is a folder; put the file" in error_of(check_raw_file, tmp_path / "x.csv")
+    (tmp_path / "w.csv").symlink_to("/dev/zero")
+    assert "w.csv is no regular file; put a copy" in error_of(check_raw_file, tmp_path / "w.csv")
     assert "y.csv is missing; the README" in error_of(check_raw_file, tmp_path / "y.csv")
     names = ("z.csv", "z.csv.gz")
     assert error_of(only_file, tmp_path, names, "there is none") == "there is none"
@@ -278,6 +280,35 @@ def test_units_of_time_are_not_mixed(write):
     assert "as in lines 2 and 4; convert all times to one unit" in message
     message = error_of(log_of, write(HEADER + "u,a,1589233210123456.5\n"))
     assert "x.csv has fractions of microseconds; round them" in message
+
+
+@pytest.mark.parametrize(
+    ("times", "problem"),
+    [
+        (("1589233210", "20200101"), "has days among its seconds in its times, as in line 2 and"),
+        (("01012020", "1589233210"), "has days among its seconds in its times, as in line 2 and"),
+        (("01022020", "31012020"), "has days that do not sort in its times, as in line 2; write"),
+        (("20200101", "20200201"), None),
+        (("01022020", "5000000"), None),
+    ],
+)
+def test_days_as_numbers_are_not_seconds(write, times, problem):
+    path = write(HEADER + "".join(f"u,i{n},{time}\n" for n, time in enumerate(times)))
+    if problem is None:
+        assert len(log_of(path)[0]) == len(times)
+    else:
+        assert problem in error_of(log_of, path)
+
+
+SPELLINGS = [("1", "1.0"), ("1", "01"), ("U1", "u1"), ("e\u0301", "\u00e9")]
+
+
+@pytest.mark.parametrize(("one", "other"), SPELLINGS)
+def test_an_id_in_two_spellings_is_warned_of(write, caplog, one, other):
+    rows, _ = log_of(write(HEADER + f"{one},a,1\n{other},a,2\nu2,b,3\n{one},B,4\n"))
+    assert len({user for user, _, _ in rows}) == 3
+    assert "1 ids of the column user occur in several spellings, as" in caplog.text
+    assert "1 ids of the column item occur in several spellings, as 'B' and 'b'" in caplog.text
 
 
 CELL = st.sampled_from(["u1", " u1", "", "5", "1.5", "-1", "1e30", "x", '"', '"x"', "\ufeff", "é"])

@@ -1,11 +1,12 @@
 """Baseline without a model: a candidate's score is its number of interactions.
 
-In:  {data_dir}/users.jsonl, items.jsonl
+In:  {data_dir}/users.jsonl, items.jsonl, touched.jsonl
 Out: {output_dir}/baselines/popularity/scores.jsonl   score = interactions in all histories and in
                                                       the training users' targets
      popularity_uniform_negatives/scores.jsonl, popularity_weighted_negatives/scores.jsonl, beside
      it: the same for test lists whose negatives are drawn anew, uniformly or in proportion to their
-     interactions, because what popularity alone reaches depends on that
+     interactions, because what popularity alone reaches depends on that. Never an item that the
+     user had in the raw log; without touched.jsonl (released lists have no log) they are not made
 
     python MLLM-MSR/baselines/popularity.py --config configs/microlens.yaml
 
@@ -14,6 +15,7 @@ Every learned row should be compared with this one. CPU, seconds.
 
 from mllmrec.stage.main import run_main
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from pydantic.dataclasses import dataclass
 
 from mllmrec.data.candidates import (
     popularity_scores,
+    read_touched,
     read_users_and_items,
     redraw_negatives,
 )
@@ -28,6 +31,8 @@ from mllmrec.stage.jsonl import require, write_rows
 from mllmrec.stage.options import NAME, CommonOptions, option, parse_options, print_options
 from mllmrec.stage.output import WholeOutput
 from mllmrec.stage.record import Job, file_digests
+
+logger = logging.getLogger(__name__)
 
 SECTION = "popularity"
 # variant -> how the negatives of its lists are drawn, "" for those of users.jsonl.
@@ -47,13 +52,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parse_options(Options, SECTION, argv, __doc__)
     print_options(options, "baseline: popularity")
     users_path = Path(options.data_dir) / "users.jsonl"
-    job = Job.of(options, file_digests(require(users_path)), stage=SECTION)
-    users, _ = read_users_and_items(users_path, users_path.with_name("items.jsonl"))
+    touched_path = users_path.with_name("touched.jsonl")
+    has_log = touched_path.exists()
+    files = [require(users_path), *([touched_path] if has_log else [])]
+    job = Job.of(options, file_digests(*files), stage=SECTION)
+    users, items = read_users_and_items(users_path, users_path.with_name("items.jsonl"))
+    had = read_touched(touched_path, users) if has_log else {}
+    if not has_log:
+        logger.info(f"no list is drawn anew: {touched_path}, the users' raw log, is not there")
     for variant, sampling in VARIANTS.items():
+        if sampling and not has_log:
+            continue
         path = options.system_dir / variant / "scores.jsonl"
         with WholeOutput(job, [path]) as output:
             if output.is_needed:
-                drawn = redraw_negatives(users, sampling, options.seed) if sampling else users
+                drawn = users
+                if sampling:
+                    drawn = redraw_negatives(users, items, had, sampling, options.seed)
                 rows = popularity_scores(drawn)
                 output.begin()
                 write_rows(path, rows)

@@ -69,7 +69,9 @@ def catalogue_of(
 ) -> tuple[pd.DataFrame, list[Row]]:
     """(catalogue, rejected rows), as in `read_pages`. pages: columns id, title and url."""
     is_name = pages["id"].str.fullmatch(r"[\w-]+", flags=re.ASCII)  # of the image file
-    pages = pages[is_name & (pages["title"] != "")].drop_duplicates("id")
+    pages = pages[is_name & (pages["title"] != "")]
+    # Of an item's pages the first with an image, or the first.
+    pages = pages.sort_values("url", key=pd.isna, kind="stable").drop_duplicates("id").sort_index()
     catalogue = pages.set_index("id")[["title", "url"]].astype(object)
     if catalogue.empty:
         raise InputError(f"{path}: no item of the log has a page with a title; fetch it again")

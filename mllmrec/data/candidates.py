@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -35,7 +36,12 @@ def score_row(
 
 
 def read_users(path: PathLike) -> list[Row]:
-    """The lines of users.jsonl. Raises InputError for a user with two lines of one split."""
+    """The lines of users.jsonl.
+
+    Raises InputError for a user with two lines of one split or with lines that are not nested (see
+    `is_leave_one_out`), and for a history with the target or a negative, unless the line says
+    `overlap: true`, as those of released lists do.
+    """
     lines: dict[tuple[str, str], int] = {}
     users = []
     for number, user in read_lines(path):
@@ -47,7 +53,38 @@ def read_users(path: PathLike) -> list[Row]:
             )
         lines[key] = number
         users.append(user)
+        leaked = set(user["history"]).intersection([user["target"], *user["negatives"]])
+        if leaked and user.get("overlap") is not True:
+            item = min(leaked)
+            part = "target" if item == user["target"] else "negative"
+            raise InputError(
+                f"{path}, line {number}: the {part} {item!r} of user {key[0]!r} is in its history; "
+                "correct the line, or make the file again with scripts/01_prepare_data.sh"
+            )
+    if is_leave_one_out(users):
+        _check_nested(path, users)
     return users
+
+
+def _check_nested(path: PathLike, users: Sequence[Row]) -> None:
+    by_user: dict[str, dict[str, Row]] = {}
+    for user in users:
+        by_user.setdefault(user["user_id"], {})[user["split"]] = user
+    # Users with several lines first: if one was edited, the others are right.
+    for user_id, own in sorted(by_user.items(), key=lambda entry: len(entry[1]) == 1):
+        lines = [own[split] for split in ("train", "validation", "test") if split in own]
+        if len(lines) < 3 or not all(_continues(*pair) for pair in pairwise(lines)):
+            raise InputError(
+                f"{path}: the lines of user {user_id!r} ({', '.join(own)}) do not fit: a user has "
+                "one line, or all users have one of each split whose history continues the one "
+                "before; make the file again with scripts/01_prepare_data.sh"
+            )
+
+
+def _continues(earlier: Row, later: Row) -> bool:
+    """Whether the later history ends with what the earlier line has, as far as it goes back."""
+    known = [*earlier["history"], earlier["target"]]
+    return bool(known[-len(later["history"]) :] == later["history"])
 
 
 def read_users_and_items(
@@ -125,15 +162,38 @@ def popularity_scores(users: Sequence[Row], split: str = "test") -> list[Row]:
     ]
 
 
-def redraw_negatives(users: Sequence[Row], sampling: str, seed: int) -> list[Row]:
+def read_touched(path: PathLike, users: Sequence[Row]) -> dict[str, list[str]]:
+    """Test user -> all items that it had in the raw log, from touched.jsonl.
+
+    Raises InputError if the file is not of these users: one is missing, or has other items.
+    """
+    touched = {key: row["item_ids"] for key, row in read_by_id(path, "user_id").items()}
+    for user in users_of_split(users, "test"):
+        if not {*user["history"], user["target"]} <= set(touched.get(user["user_id"], ())):
+            raise InputError(
+                f"{path} lacks items of user {user['user_id']!r} in users.jsonl beside it; "
+                "scripts/01_prepare_data.sh makes both again"
+            )
+    return touched
+
+
+def redraw_negatives(
+    users: Sequence[Row],
+    item_ids: Iterable[str],
+    had: Mapping[str, Sequence[str]],
+    sampling: str,
+    seed: int,
+) -> list[Row]:
     """The lines of users.jsonl, those of the test with negatives drawn anew.
 
-    As many as before, among all items of the lines but those of the user's own lines; sampling:
-    uniform, or popularity, in proportion to an item's interactions (histories and targets). The
-    target stays. A list that cannot be filled keeps its negatives.
+    As many as before, among all items (item_ids) but those of the user's own lines and those that
+    it had in the log (`had`, see `read_touched`); sampling: uniform, or popularity, in proportion
+    to an item's interactions (histories and targets). The target stays. A list that cannot be
+    filled keeps its negatives.
     """
     seen = [[*user["history"], user["target"]] for user in users]
-    item, items = pd.factorize(np.array([i for own in seen for i in own], dtype=object), sort=True)
+    items = pd.Index(sorted(item_ids), dtype=object)
+    item = items.get_indexer([i for own in seen for i in own])
     line_user, _ = pd.factorize(np.array([user["user_id"] for user in users], dtype=object))
     user = np.repeat(line_user, [len(own) for own in seen]).astype(np.int64)
     touched = np.unique(user * len(items) + item)
@@ -141,6 +201,9 @@ def redraw_negatives(users: Sequence[Row], sampling: str, seed: int) -> list[Row
     weights = interactions if sampling == "popularity" else None
     lines = [n for n, line in enumerate(users) if line["split"] == "test"]
     how_many = max((len(users[n]["negatives"]) for n in lines), default=0)
+    more = [(line_user[n], items.get_indexer(had[users[n]["user_id"]])) for n in lines]
+    more = [user * len(items) + codes[codes >= 0] for user, codes in more]
+    touched = np.union1d(touched, np.concatenate([touched[:0], *more]))
     rng = np.random.default_rng([seed, 4])
     drawn = sample_negatives(touched, line_user[lines], len(items), how_many, rng, weights)
     redrawn = list(users)

@@ -5,7 +5,8 @@ Rules, in this order:
 2. of a user's repeated interactions with one item the earliest is kept;
 3. users with fewer than `user_core` and items with fewer than `item_core` interactions are removed,
    until none is left to remove;
-4. a user's items are put in time order, ties in the order of the raw file; the last is the target.
+4. a user's items are put in time order, ties in the order of the raw file or, with `ties: hash`, in
+   one that seed, user and item decide; the last is the target.
    With `history: released` only the six most popular of them are kept before that, as the released
    code does, in the order of time or of popularity;
 5. split by user: `seed` decides which users are for training, validation and test; `released`: as
@@ -29,6 +30,7 @@ from pydantic.dataclasses import dataclass as options_dataclass
 from mllmrec.data.interactions import (
     Array,
     InteractionLog,
+    hashed_pairs,
     k_core,
     log_statistics,
     ranks_in_use,
@@ -42,6 +44,7 @@ from mllmrec.stage.schema import Row
 
 SPLITS = ("train", "validation", "test")
 RELEASED_ITEMS = 6  # of a user, target included, in the released code
+FEW_TIMES = 10  # different ones: ratings or years, if most interactions are tied
 
 
 @options_dataclass
@@ -81,6 +84,11 @@ class SplitOptions(DataOptions):
         "order of the released history's six items: time, as its committed notebook says; "
         "popularity: as the version with saved outputs has them",
     )
+    ties: Literal["file", "hash"] = option(
+        "file",
+        "order of a user's interactions of one time: file: of the raw file; hash: by a hash of "
+        "seed, user and item, whatever the order of the raw file",
+    )
     max_history: int = option(0, "keep only the last N items of a history, 0 = all (paper)", ge=0)
     train_fraction: float = option(0.8, "fraction of users (paper: 80/10/10)", gt=0, lt=1)
     validation_fraction: float = option(
@@ -104,7 +112,8 @@ class PreparedData:
     """The core of a log, and its candidate lists.
 
     items: DataFrame indexed by item_id, columns title and image; statistics: for stats.json;
-    user_ids, item_ids: of the core, in id order; popularity: interactions of each item.
+    user_ids, item_ids: of the core, in id order; popularity: interactions of each item; touched: as
+    in `sample_negatives`.
 
     Lines of users.jsonl, as columns: line_user: codes into user_ids; history: item codes of all
     lines, line by line; ends: where in `history` each line ends; target: item codes; split; fold
@@ -116,6 +125,7 @@ class PreparedData:
     user_ids: Array
     item_ids: Array
     popularity: Array
+    touched: Array
     line_user: Array
     history: Array
     ends: Array
@@ -149,6 +159,14 @@ class PreparedData:
                 f'"{split}", "fold": {fold}}}\n'
             )
             start, drawn = end, drawn_end
+
+    def touched_lines(self) -> Iterator[Row]:
+        """The lines of touched.jsonl: of each test user, all items of the core in the raw log."""
+        n_items = len(self.item_ids)
+        for user in np.unique(self.line_user[self.split == "test"]).tolist():
+            first, last = np.searchsorted(self.touched, [user * n_items, (user + 1) * n_items])
+            items = self.item_ids[self.touched[first:last] % n_items]
+            yield {"user_id": self.user_ids[user], "item_ids": items.tolist()}
 
 
 def check_options(options: SplitOptions) -> None:
@@ -203,11 +221,17 @@ def prepare(log: InteractionLog, catalogue: pd.DataFrame, options: SplitOptions)
     item_rank, items = ranks_in_use(log.item[keep], len(log.item_ids))
     user_ids, item_ids = log.user_ids[users], log.item_ids[items]
     touched = _touched(user_rank[log.user[earliest]], item_rank[log.item[earliest]], len(item_ids))
-    sequences, times = item_rank[log.item[keep]], log.time[keep]
-    ends = np.cumsum(np.bincount(user_rank[log.user[keep]], minlength=len(user_ids)))
+    user, sequences, times = user_rank[log.user[keep]], item_rank[log.item[keep]], log.time[keep]
+    ends = np.cumsum(np.bincount(user, minlength=len(user_ids)))
     starts = np.append(0, ends[:-1])
+    tied = np.append(False, (times[1:] == times[:-1]) & (user[1:] == user[:-1]))
+    _check_times(times, tied, (user_ids, times[starts] == times[ends - 1]), options)
+    first = log.first_row[users]
+    if options.ties == "hash":
+        hashes, first = hashed_pairs(user_ids, item_ids, (user, sequences), options.seed)
+        sequences = sequences[np.lexsort((hashes, times, user))]
     popularity = np.bincount(sequences, minlength=len(item_ids))
-    by_time = np.lexsort((log.first_row[users], times[starts]))
+    by_time = np.lexsort((first, times[starts]))
     line_user, line_skip, split, fold = _lines(by_time, options)
     last = ends[line_user] - 1 - line_skip  # place of each line's target
     lines = (line_user, split, times[last])
@@ -216,12 +240,15 @@ def prepare(log: InteractionLog, catalogue: pd.DataFrame, options: SplitOptions)
     spans = (starts[line_user[chosen]], last[chosen])
     history, history_ends, target = _histories(sequences, spans, popularity, options)
     statistics["written_users"] = {name: int((split[chosen] == name).sum()) for name in SPLITS}
+    statistics["tied_interactions"], targets = int(tied.sum()), tied[last[split == "test"]]
+    statistics["tied_test_targets"], statistics["test_targets"] = int(targets.sum()), len(targets)
     data = PreparedData(
         items=catalogue.loc[item_ids],
         statistics=statistics,
         user_ids=user_ids,
         item_ids=item_ids,
         popularity=popularity,
+        touched=touched,
         line_user=line_user[chosen],
         history=history,
         ends=history_ends,
@@ -236,6 +263,28 @@ def prepare(log: InteractionLog, catalogue: pd.DataFrame, options: SplitOptions)
     return data
 
 
+def _check_times(
+    times: Array, tied: Array, users: tuple[Array, Array], options: SplitOptions
+) -> None:
+    """Raise InputError for times that leave the order of most interactions open.
+
+    tied: which interactions have the time of the user's one before; users: (ids, which have one
+    time only).
+    """
+    user_ids, same = users
+    if options.ties == "file" and same.mean() > 0.5:
+        raise InputError(
+            f"the interactions of {same.sum():,} of {len(same):,} users, as {user_ids[same][0]!r}, "
+            "all have one time, so their order is not known; correct the times (places 1, 2, 3 "
+            "... are times, too), or pass --ties hash for an order that the seed decides"
+        )
+    if tied.mean() >= 0.5 and 1 < len(values := np.unique(times)) <= FEW_TIMES:
+        raise InputError(
+            f"the times have only {len(values)} different values, as ratings have; check which "
+            "column holds the times"
+        )
+
+
 def _core(
     log: InteractionLog, catalogue: pd.DataFrame, earliest: Array, options: SplitOptions
 ) -> tuple[Array, dict[str, Any]]:
@@ -247,6 +296,12 @@ def _core(
     if options.require_image:
         keep &= image.notna().to_numpy()[log.item]
     statistics["items_without_image"] = int(image.isna().sum())
+    if options.require_image and not keep.any():
+        raise InputError(
+            f"none of the {len(image)} items of the log has an image, as {log.item_ids[0]!r}; name "
+            "them <prefix>_covers/<item>.jpg (MicroLens) or as in catalogue.jsonl (your own data), "
+            "or pass --require_image false"
+        )
     keep[keep] = k_core(log.user[keep], log.item[keep], options.user_core, options.item_core)
     if not keep.any():
         raise InputError(

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 Array = np.ndarray[Any, Any]
 PERIOD = 1000  # interactions: the nearest in time to a target
@@ -51,6 +52,15 @@ def _coded(values: Any) -> tuple[Array, Array]:
     ids = sorted(set(values), key=lambda name: (len(name), name))
     place = {name: code for code, name in enumerate(ids)}
     return np.array(ids, dtype=object), np.array([place[v] for v in values], dtype=np.int32)
+
+
+def hashed_pairs(
+    user_ids: Array, item_ids: Array, pairs: tuple[Array, Array], seed: int
+) -> tuple[Array, Array]:
+    """(a number for each pair of codes, one for each user) that only ids and seed decide."""
+    seeded = np.array([f"{seed} {user_id}" for user_id in user_ids], dtype=object)
+    users, items = (pd.util.hash_array(ids, categorize=False) for ids in (seeded, item_ids))
+    return pd.util.hash_array(users[pairs[0]] + items[pairs[1]]), users
 
 
 def k_core(user: Array, item: Array, user_core: int, item_core: int) -> Array:

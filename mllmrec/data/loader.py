@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from mllmrec.data.data_split import DataOptions, prepare
+from mllmrec.data.data_split import DataOptions, PreparedData, SplitOptions, prepare
 from mllmrec.data.images import check_image_paths
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import (
@@ -92,8 +92,10 @@ def _write_urls(urls: pd.Series, failed: set[str], path: Path) -> None:
 
 
 def data_outputs(options: DataOptions) -> list[Path]:
-    """users.jsonl, items.jsonl and stats.json in the data folder."""
-    return [Path(options.data_dir) / name for name in ("users.jsonl", "items.jsonl", "stats.json")]
+    """users.jsonl, items.jsonl, stats.json and, of a log, touched.jsonl in the data folder."""
+    names = ["users.jsonl", "items.jsonl", "stats.json"]
+    names += ["touched.jsonl"] if isinstance(options, SplitOptions) else []
+    return [Path(options.data_dir) / name for name in names]
 
 
 def rejected_rows_path(options: DataOptions) -> Path:
@@ -118,6 +120,11 @@ def write_data_set(data: Any, rejected: Sequence[Row], options: DataOptions) -> 
     with atomic_file(paths[0]) as file:
         file.writelines(map(str.encode, data.encoded_lines()))
     write_json(paths[2], statistics)
+    touched = Path(options.data_dir) / "touched.jsonl"
+    if isinstance(data, PreparedData):
+        write_rows(touched, data.touched_lines())
+    else:  # lists without a log: one of another data set must not stay beside them
+        touched.unlink(missing_ok=True)
     write_rejected(rejected_rows_path(options), rejected)
     return {
         "in": statistics["raw"]["interactions"],
@@ -144,12 +151,21 @@ def _write_items(items: pd.DataFrame, path: Path, options: DataOptions) -> None:
 
 def report(statistics: dict[str, Any], options: DataOptions) -> None:
     """Print the core's numbers, beside the paper's if the config names them, and what is where."""
-    print(f"{'':16}{'raw log':>12}{'this core':>12}{'the paper':>12}")
-    for name in ("users", "items", "interactions", "average_length", "sparsity"):
-        paper = getattr(options, f"paper_{name}")
+    names = ("users", "items", "interactions", "average_length", "sparsity")
+    papers = {name: getattr(options, f"paper_{name}") for name in names}
+    has_paper = any(papers.values())
+    print(f"{'':16}{'raw log':>12}{'this core':>12}{'the paper' if has_paper else '':>12}".rstrip())
+    for name, paper in papers.items():
+        shown = format(paper, ",") if paper else "-" if has_paper else ""
+        line = f"{name:16}{statistics['raw'][name]:>12,}{statistics[name]:>12,}{shown:>12}"
+        print(line.rstrip())
+    if tied := statistics.get("tied_interactions"):
+        by_hash = isinstance(options, SplitOptions) and options.ties == "hash"
+        order = "in an order of the seed" if by_hash else "in the raw file's order"
         print(
-            f"{name:16}{statistics['raw'][name]:>12,}{statistics[name]:>12,}"
-            f"{format(paper, ',') if paper else '-':>12}"
+            f"ties: {tied / statistics['interactions']:.2%} of the interactions, "
+            f"{statistics['tied_test_targets']:,} of {statistics['test_targets']:,} test targets, "
+            f"have the time of the user's interaction before; they are {order} (--ties)"
         )
     written = statistics["written_users"].items()
     print(", ".join(f"{count:,} {name}" for name, count in written) + " users written")

@@ -58,6 +58,8 @@ def check_raw_file(path: PathLike) -> Path:
         raise InputError(
             f"{path} is missing; the README (Real data) says where to get it and where to put it"
         )
+    if not path.is_file():  # a pipe or a device could be read for ever
+        raise InputError(f"{path} is no regular file; put a copy of the data there")
     with open_raw(path) as file:
         head = file.read(HEAD)
     for start, problem in KINDS.items():
@@ -225,12 +227,13 @@ def header_of(path: PathLike, wanted: Sequence[str] = (), delimiter: str = ",") 
     with open_raw(check_raw_file(path)) as file:
         line = file.readline().decode("utf-8", "replace")
     names = [name.strip() for name in next(csv.reader([line], delimiter=delimiter), [""])]
+    between = "tabs" if delimiter == "\t" else "commas"
     for name in wanted:
         if names.count(name) != 1:
             problem = "is missing" if name not in names else "is there twice"
             raise InputError(
                 f"{path}, line 1: column {name!r} {problem}; the header is {line.strip()[:300]!r}, "
-                f"the README (Real data) has the expected form, with {delimiter!r} between columns"
+                f"the README (Real data) has the expected form, with {between} between columns"
             )
     return names
 

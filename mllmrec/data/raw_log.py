@@ -4,6 +4,7 @@ Ids are texts: `007`, `1e5`, `NA` and `null` stay what they are; blanks around t
 Times are numbers of one unit, seconds or smaller, with at most six digits after the point.
 """
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,9 +17,12 @@ from mllmrec.data.raw_files import RawTable, run
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.schema import Row
 
+logger = logging.getLogger(__name__)
+
 UNITS = ("seconds", "milliseconds", "microseconds", "nanoseconds")
 UNIT_ENDS = (10**11, 10**14, 10**17)  # smallest times of the last three units
 CONTROL = r"[\x00-\x1f\x7f-\x9f]"
+INVISIBLE = r"[\s\u00ad\u200b-\u200f\u2060\ufeff]*"  # of a title without a character to see
 MOST_WITH_FRACTION = 9 * 10**12  # as millionths it fits into 64 bit
 BLANKS = "".join(character for character in map(chr, range(0x3001)) if character.isspace())
 NO_TIME = "the timestamp is not a number such as 1589233210 or 1589233210.25 (at most six digits)"
@@ -58,6 +62,19 @@ CREATE TABLE coded AS SELECT u.code AS user, i.code AS item, {time} AS time, raw
 FROM raw JOIN user_ids u ON user_id = u.raw_id JOIN item_ids i ON item_id = i.raw_id
 WHERE whole IS NOT NULL AND u.reason IS NULL AND i.reason IS NULL
 """
+# Calendar days as whole numbers: 20200131 sorts, 31012020 (or 01312020) does not.
+DAYS = """(whole BETWEEN 19900101 AND 20691231 AND whole // 100 % 100 BETWEEN 1 AND 12
+    AND whole % 100 BETWEEN 1 AND 31)"""
+REVERSED_DAYS = """(whole % 10000 BETWEEN 1990 AND 2069 AND whole // 10000 % 100 BETWEEN 1 AND 31
+    AND whole // 1000000 BETWEEN 1 AND 31)"""
+SECONDS = 5 * 10**8  # of 1985; days as numbers are smaller
+# Groups of ids that differ in case, in leading zeros, in `.0` or in how accents are composed.
+SPELLINGS = """
+SELECT count(*), min(one), arg_min(other, one) FROM (
+    SELECT min(id) AS one, max(id) AS other FROM {column}s WHERE reason IS NULL
+    GROUP BY regexp_replace(lower(nfc_normalize(id)), '^0*([0-9]+)([.]0+)?$', '\\1')
+    HAVING one != other)
+"""
 
 
 def read_log(
@@ -86,6 +103,8 @@ def read_log(
         run(database, "DROP TABLE raw")
         log = run(database, "SELECT user, item, time FROM coded ORDER BY user, time, row")
         columns = log.fetchnumpy()
+        for column, kind in (("user_id", user), ("item_id", item)):
+            _warn_of_spellings(database, table, column, kind)
         users, items = (
             run(
                 database,
@@ -114,9 +133,40 @@ def _time_in_one_unit(database: duckdb.DuckDBPyConnection, table: RawTable) -> s
             f"{table.path} mixes units of time, {UNITS[first]} and {UNITS[last]} by their size, as "
             f"in lines {lines[0]} and {lines[1]}; convert all times to one unit"
         )
+    if first == 0 and least < 10**8 and most >= 10**6:  # what days as numbers may be
+        _check_days(database, table)
     if fraction and most > MOST_WITH_FRACTION:
         raise InputError(f"{table.path} has fractions of {UNITS[last]}; round them")
     return "whole * 1000000 + millionths" if fraction else "whole"
+
+
+def _check_days(database: duckdb.DuckDBPyConnection, table: RawTable) -> None:
+    """Raise InputError for calendar days among seconds, and for days that do not sort."""
+    query = f"""SELECT min({table.row}) FILTER ({DAYS} OR {REVERSED_DAYS}),
+        min({table.row}) FILTER (whole >= {SECONDS}), bool_and({REVERSED_DAYS})
+        FROM raw WHERE whole IS NOT NULL"""
+    day, second, is_reversed = run(database, query).fetchall()[0]
+    if day is not None and (second is not None or is_reversed):
+        rows = sorted(row for row in (day, second) if row is not None)
+        lines = " and line ".join(str(row["line"]) for row in table.rejected((n, "") for n in rows))
+        problem = "days among its seconds" if second is not None else "days that do not sort"
+        raise InputError(
+            f"{table.path} has {problem} in its times, as in line {lines}; write all times as "
+            "seconds, or all as days of the form 20200131"
+        )
+
+
+def _warn_of_spellings(
+    database: duckdb.DuckDBPyConnection, table: RawTable, column: str, kind: str
+) -> None:
+    """Warn of ids that are probably one: each of their spellings counts as an id of its own."""
+    number, one, other = run(database, SPELLINGS.format(column=column)).fetchall()[0]
+    if number:
+        logger.warning(
+            f"{table.path.name}: {number:,} ids of the column {kind} occur in several spellings, "
+            f"as {one!r} and {other!r}, and each counts as one of its own; if they are the same, "
+            "write them alike"
+        )
 
 
 def read_titles(table: RawTable) -> tuple[pd.DataFrame, list[Row]]:
@@ -127,7 +177,7 @@ def read_titles(table: RawTable) -> tuple[pd.DataFrame, list[Row]]:
     """
     frame = table.frame()
     name, title = frame.columns[:2]
-    ids, blank = frame[name].str.strip(), frame[title].str.strip() == ""
+    ids, blank = frame[name].str.strip(), frame[title].str.fullmatch(INVISIBLE)
     reason = pd.Series("", index=frame.index)
     reason[ids.where(~blank).duplicated()] = "the item has a title already"
     reason[blank] = "the title is empty"
@@ -150,3 +200,17 @@ def require_rows(number: int, table: RawTable, rejected: Sequence[Row]) -> None:
             f"{table.path}, line {rejected[0]['line']}: {rejected[0]['reason']}; none of the "
             f"{len(rejected)} rows can be used, correct the file"
         )
+
+
+def require_unique(table: RawTable, *names: str) -> None:
+    """Raise InputError, naming both lines, for a value that a column of a table has twice."""
+    frame = table.frame()
+    for name in names:
+        values = frame[name].str.strip()
+        for value in values[values.duplicated() & (values != "")].head(1):
+            rows = np.flatnonzero(values == value)[:2].tolist()
+            first, second = (row["line"] for row in table.rejected((n, "") for n in rows))
+            raise InputError(
+                f"{table.path}, line {second}: {name} {value!r} is already in line {first}; keep "
+                "one of the two"
+            )

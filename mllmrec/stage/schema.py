@@ -39,6 +39,12 @@ class _User(TypedDict):
 
 
 @with_config(_STRICT)
+class _Touched(TypedDict):
+    user_id: Id
+    item_ids: Annotated[list[Id], Field(min_length=1)]
+
+
+@with_config(_STRICT)
 class _Summary(TypedDict):
     item_id: Id
     summary: str
@@ -207,6 +213,7 @@ SCHEMAS = {
         "scripts/01_prepare_data.sh",
         may_be_empty=False,
     ),
+    "touched.jsonl": FileSchema.of(_Touched, "scripts/01_prepare_data.sh"),
     "image_urls.jsonl": FileSchema.of(_ImageUrl, "scripts/01_prepare_data.sh"),
     "images.jsonl": FileSchema.of(_Image, "scripts/01_prepare_data.sh"),
     "image_summaries.jsonl": FileSchema.of(_Summary, "scripts/02_image_summary.sh"),
