@@ -118,6 +118,7 @@ ROWS = {
     **dict.fromkeys(("train.jsonl", "validation.jsonl", "test.jsonl"), ROW),
     "training_log.jsonl": {"step": 1, "loss": 0.5, "eval_auc": 0.5},
     "candidates.jsonl": LIST,
+    "touched.jsonl": {"user_id": "u", "item_ids": ["a"]},
     "scores.jsonl": SCORE,
     "x.rejected.jsonl": {"reason": "r"},
 }

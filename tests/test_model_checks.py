@@ -206,10 +206,10 @@ def test_a_damaged_file_of_an_adapter_is_refused(adapter, name, content):
 
 def test_an_adapter_that_is_not_what_its_record_says_is_refused(small_run, tmp_path):
     folder = shutil.copytree(small_run.system / "adapter", tmp_path / "adapter")
-    check_adapter(folder, str(TINY / "llava"), "full")
+    check_adapter(folder, str(TINY / "llava"))
     change_config(folder / "adapter_config.json", lora_alpha=1)
     with pytest.raises(InputError, match=r"adapter_config.json was changed after it was written"):
-        check_adapter(folder, str(TINY / "llava"), "full")
+        check_adapter(folder, str(TINY / "llava"))
 
 
 @pytest.fixture

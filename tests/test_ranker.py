@@ -307,7 +307,7 @@ def test_one_model_is_in_memory_at_a_time(small_run, tmp_path, monkeypatch):
     assert len(loaded) > 2
     scores = read_rows(tmp_path / "mllm4rec/ranked/scores.jsonl")
     found = evaluate(scores, resamples=1)
-    assert (found["users"], found["candidates"]) == (4, 21), "--limit counts users"
-    assert read_record(tmp_path / "mllm4rec/adapter")["rows"]["in"] == 4
-    with pytest.raises(InputError, match=r"other settings \(limit was 4, is 0\); choose another"):
+    assert (found["users"], found["candidates"]) == (8, 21), "--limit counts users"
+    assert read_record(tmp_path / "mllm4rec/adapter")["rows"]["in"] == 8
+    with pytest.raises(InputError, match=r"other settings \(limit was 8, is 0\); choose another"):
         load_script("MLLM4Rec/train_ranker.py").main([*words[:-1], "0"])

@@ -198,7 +198,7 @@ def test_an_image_that_the_processor_refuses_is_found_beforehand(data, tmp_path)
 
 
 def test_a_run_in_which_no_question_fits_is_refused(small_run):
-    words = ("--max_text_tokens", "5", "--variant", "short")
+    words = ("--max_text_tokens", "5", "--variant", "short", "--adapter", "none")
     with pytest.raises(InputError, match=r"no question fits, the first: .* raise --max_text_tok"):
         small_run.run("MLLM-MSR/test/test_with_llava_sft.py", *words)
     assert not (small_run.system / "short/scores.jsonl").exists()

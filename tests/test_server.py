@@ -359,20 +359,25 @@ def stage_3(small_run, folder, url):
 
 
 def test_a_stage_resumes_without_asking_for_finished_rows(small_run, tmp_path):
-    stage, asked, limit = load_script("Inference/preference_recurrent.py"), [], [40]
+    stage = load_script("Inference/preference_recurrent.py")
 
-    def respond(text):
-        asked.append(text)
-        return answer("music") if len(asked) < limit[0] else None
+    def responds(limit, asked):
+        def respond(text):
+            asked.append(text)
+            return answer("music") if len(asked) < limit else None
+
+        return respond
 
     found = tmp_path / "mllm_msr/user_preferences.jsonl"
-    with serving(respond) as (url, _):
-        with pytest.raises(InputError, match="does not answer any more"):
-            stage.main(stage_3(small_run, tmp_path, url))
-        part = found.with_name(f"{found.name}.parts") / "rank-0.jsonl"
-        done = [json.loads(line)["user_id"] for line in part.read_bytes().splitlines()]
-        limit[0] = 10**6
-        asked.clear()
+    with (
+        serving(responds(40, [])) as (url, _),
+        pytest.raises(InputError, match="does not answer any more"),
+    ):
+        stage.main(stage_3(small_run, tmp_path, url))
+    part = found.with_name(f"{found.name}.parts") / "rank-0.jsonl"
+    done = [json.loads(line)["user_id"] for line in part.read_bytes().splitlines()]
+    asked = []  # of another server: requests of the first run may still be on their way
+    with serving(responds(10**6, asked)) as (url, _):
         stage.main(stage_3(small_run, tmp_path, url))
     left = [len(row["blocks"]) for row in read_rows(found) if row["user_id"] not in done]
     assert 5 <= len(done) < 30 == len(done) + len(left) and len(asked) == 1 + sum(left)

@@ -382,12 +382,10 @@ def with_base(adapter, folder, base):
 
 def test_the_adapter_of_another_base_is_refused(small_run, tmp_path):
     adapter, base = small_run.system / "adapter", str(TINY / "llava")
-    check_adapter(adapter, base, "full")
-    message = r"was trained with --image_tiles full, not single; score with the same"
-    refused(message, adapter, base, "single")
+    check_adapter(adapter, base)
     moved = tmp_path / "moved"
     shutil.copytree(TINY / "llava", moved)
-    check_adapter(adapter, str(moved), "full")
+    check_adapter(adapter, str(moved))
     weights = bytearray((moved / "model.safetensors").read_bytes())
     weights[-1] ^= 1
     (moved / "model.safetensors").write_bytes(weights)

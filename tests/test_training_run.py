@@ -389,7 +389,7 @@ def test_a_merged_model_scores_like_base_and_adapter(small_run, tmp_path, capsys
     merged = tmp_path / "merged"
     small_run.run("MLLM-MSR/train/merge_adapter.py", "--merged", str(merged))
     assert f"--model {merged} --adapter none --variant sft_merged" in capsys.readouterr().out
-    where = ["--model", str(merged), "--adapter", "none", "--variant", "merged"]
+    where = ["--model", str(merged), "--adapter", "none", "--variant", "sft_merged"]
     with pytest.raises(InputError, match="merged was trained with --max_text_tokens 512, not 300"):
         small_run.run("MLLM-MSR/test/test_with_llava_sft.py", *where, "--max_text_tokens", "300")
     small_run.run("MLLM-MSR/test/test_with_llava_sft.py", *where, "--hide", "nothing")
@@ -399,7 +399,7 @@ def test_a_merged_model_scores_like_base_and_adapter(small_run, tmp_path, capsys
         return {(row["user_id"], row["item_id"]): row["score"] for row in rows}
 
     wanted, base = scores("sft"), scores("zero_shot")
-    assert scores("merged") == pytest.approx(wanted, abs=1e-4)
+    assert scores("sft_merged") == pytest.approx(wanted, abs=1e-4)
     assert max(abs(base[row] - wanted[row]) for row in wanted) > 0.01, "the adapter does something"
-    shutil.rmtree(small_run.system / "merged")
+    shutil.rmtree(small_run.system / "sft_merged")
     assert not list(merged.glob("adapter*"))
