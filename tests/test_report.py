@@ -174,7 +174,7 @@ def test_a_table_has_variants_with_the_same_candidates_only(tmp_path, metrics):
         assert "user 'u0'" in message and "cannot stand in one table" in message
     (folder / "s/other/scores.jsonl").unlink()
     os.mkfifo(folder / "s/other/scores.jsonl")
-    with pytest.raises(InputError, match=r"s/other/scores\.jsonl is no file"):
+    with pytest.raises(InputError, match=r"s/other/scores\.jsonl is no regular file"):
         metrics()
 
 

@@ -36,7 +36,7 @@ from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import read_rows, write_json
 from mllmrec.stage.options import CommonOptions, option, parse_options, print_next, print_options
 from mllmrec.stage.output import WholeOutput
-from mllmrec.stage.record import Digests, Job, check_described, named_digests, read_record
+from mllmrec.stage.record import Digests, Job, named_digests
 
 SECTION = "metrics"
 
@@ -113,11 +113,6 @@ def main(argv: Sequence[str] | None = None) -> None:
                 f"the output folder {folder!r} has no */*/scores.jsonl; "
                 "scripts/06_score.sh makes them"
             )
-    for variants in files.values():
-        for scores in variants.values():
-            record = read_record(scores)
-            if record:  # scores from elsewhere have none
-                check_described(scores, record)
     path = Path(options.output_dir) / "metrics.json"
     inputs = named_digests(
         {

@@ -35,7 +35,7 @@ from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import atomic_file, require
 from mllmrec.stage.options import CommonOptions, option, parse_options, print_options
 from mllmrec.stage.output import WholeOutput
-from mllmrec.stage.record import Job, check_described, file_digests, named_digests, read_record
+from mllmrec.stage.record import Job, file_digests, named_digests, read_record
 
 SECTION = "report"
 PLOTTED = ("sft", "zero_shot", "popularity")  # variants with curves; the first one has the examples
@@ -74,11 +74,10 @@ def read_published(name: str) -> list[Any]:
 
 
 def check_metrics(metrics_path: Path) -> None:
-    """Raise InputError if metrics.json was changed, or is not of the scores beside it."""
+    """Raise InputError if metrics.json is not of the scores beside it."""
     record = read_record(metrics_path)
     if record is None:  # metrics from elsewhere
         return
-    check_described(metrics_path, record)
     scores = named_digests(score_files(metrics_path.parent))
     made_from = {Path(name).name: digest for name, digest in record["inputs"].items()}
     if scores != made_from and not record["settings"].get("runs"):

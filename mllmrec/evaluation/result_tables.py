@@ -58,14 +58,11 @@ def score_files(output_dir: PathLike) -> dict[str, Path]:
     """dict variant -> its scores.jsonl, of all systems, in the order of the table.
 
     Scores are in {output_dir}/{system}/{variant}/scores.jsonl. Raises InputError if two systems
-    have a variant of one name, since a row of the table could then mean either, and for what is no
-    file.
+    have a variant of one name, since a row of the table could then mean either.
     """
     files: dict[str, Path] = {}
     for path in sorted(Path(output_dir).glob("*/*/scores.jsonl")):
         name = path.parent.name
-        if not path.is_file():  # reading a pipe or a device may never end
-            raise InputError(f"{path} is no file; remove it, and score the variant again")
         if name in files:
             raise InputError(
                 f"{files[name]} and {path} are two variants of one name; score one of them again "
