@@ -69,12 +69,22 @@ class Run:
         return {p.relative_to(self.folder): p.read_bytes() for p in self.folder.rglob("*.jsonl")}
 
 
-@pytest.fixture
-def run(tmp_path, small_run):
-    """A finished run."""
-    run = Run(tmp_path / "run", small_run)
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, small_run):
+    """The folder of a finished run and its raw data."""
+    folder = tmp_path_factory.mktemp("finished")
+    run = Run(folder / "run", small_run)
     run.write_raw()
     run.run()
+    return run
+
+
+@pytest.fixture
+def run(finished, tmp_path, small_run):
+    """A copy of a finished run."""
+    shutil.copytree(finished.folder.parent, tmp_path, dirs_exist_ok=True)
+    run = Run(tmp_path / "run", small_run)
+    run.items, run.log = read_rows(run.raw / "catalogue.jsonl"), list(finished.log)
     return run
 
 
@@ -103,7 +113,12 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("change", CHANGES)
+SLOW = ("seed", "split")
+
+
+@pytest.mark.parametrize(
+    "change", [pytest.param(c, marks=pytest.mark.slow if c in SLOW else ()) for c in CHANGES]
+)
 def test_only_lines_whose_inputs_changed_are_computed_again(run, tmp_path, small_run, change):
     apply, options, n_summaries = CHANGES[change]
     before = run.records()
