@@ -191,6 +191,11 @@ def test_lines_whose_source_changed_are_computed_again_and_the_others_kept(tmp_p
     assert made_from(dict(reversed(changed.items())), tmp_path) == [], "another order"
     ids = [row["item_id"] for row in read_rows(tmp_path / "x.jsonl")]
     assert ids == list(reversed(changed))
+    assert made_from(texts, tmp_path) == ["b"], "lines that hold again; one that was rejected"
+    assert {row["summary"] for row in read_rows(tmp_path / "x.jsonl")} == {"one", "three", "four"}
+    assert made_from(changed, tmp_path) == []
+    assert made_from(changed, tmp_path) == []
+    assert (tmp_path / "x.jsonl").read_bytes() == (fresh / "x.jsonl").read_bytes()
     with pytest.raises(InputError, match=r"none of the 4 lines of .* was made from today's inputs"):
         made_from({"a": "x", "q": "y"}, tmp_path)
     with pytest.raises(InputError, match="other settings"):

@@ -66,7 +66,8 @@ class Run:
 
     def outputs(self):
         """Path -> bytes of what the stages wrote, but for records."""
-        return {p.relative_to(self.folder): p.read_bytes() for p in self.folder.rglob("*.jsonl")}
+        files = [p for p in self.folder.rglob("*.jsonl") if not p.match("*.unused.jsonl")]
+        return {p.relative_to(self.folder): p.read_bytes() for p in files}
 
 
 @pytest.fixture(scope="module")

@@ -342,6 +342,25 @@ def test_an_option_that_cannot_work_costs_no_finished_adapter(small_run, words):
     assert {path: path.read_bytes() for path in before} == before
 
 
+def test_an_adapter_is_overwritten_by_the_first_step_and_not_before(
+    small_run, tmp_path, monkeypatch
+):
+    where = prepared(small_run, tmp_path)
+    train(where)
+    before = {path: path.read_bytes() for path in (tmp_path / "mllm_msr/adapter").iterdir()}
+
+    def diverges(*args, **kwargs):
+        raise InputError("the training diverged")
+
+    monkeypatch.setattr(Trainer, "training_step", diverges)
+    with pytest.raises(InputError, match="diverged"):
+        train(where, "--overwrite", "true", "--learning_rate", "1")
+    assert {path: path.read_bytes() for path in before} == before
+    monkeypatch.undo()
+    train(where, "--overwrite", "true", "--epochs", "2")
+    assert record_of(tmp_path)["settings"]["epochs"] == 2
+
+
 USED_OTHERWISE = {
     "quantization": "nf4",
     "prompt_format": "{image}{text}",

@@ -44,6 +44,7 @@ from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import (
     TEMPORARY,
     PathLike,
+    atomic_file,
     encode,
     encode_checked,
     naming,
@@ -185,8 +186,9 @@ class RowOutput:
     InputError unless `overwrite` is set; job.limit > 0 asks for the first ids only, and a later run
     resumes; retry_rejected: try rejected rows again; counters: see SHORTENED.
 
-    Lines whose `source` is another one are computed again, those whose id is gone are left out; if
-    that concerns all lines, they are of another data set, and an InputError says so.
+    Lines whose `source` is another one are computed again, those whose id is gone are left out;
+    both are kept in X.unused.jsonl, and taken from there when they hold again. If no line holds,
+    they are of another data set, and an InputError says so.
     """
 
     def __init__(
@@ -207,6 +209,7 @@ class RowOutput:
         self.rank, self.world = process_rank(), world_size()
         self.parts = self.path.with_name(self.path.name + ".parts")
         self.rejected_path = rejected_path(self.path)
+        self.unused_path = self.path.with_suffix(".unused.jsonl")
         self.counters = dict(counters or {})
         self.counts: dict[str, int] = {}  # further counts for the run record
         # Computed from all rows for the run record, e.g. the quality of their texts.
@@ -270,7 +273,8 @@ class RowOutput:
             with locked(self.path):
                 self._lock.release()
                 # Rejected rows first: alone they would be taken for those of the next job.
-                delete((record_path(self.path), self.rejected_path, self.path, self.parts))
+                record = record_path(self.path)
+                delete((record, self.rejected_path, self.unused_path, self.path, self.parts))
                 self._lock = self._rank_lock()
                 self._begin()
 
@@ -382,7 +386,8 @@ class RowOutput:
     def _done(self, retry_rejected: bool) -> set[RowId]:
         """Ids whose lines are there and are kept; counts and says which are not kept."""
         rows, rejected = self._lines(self.path, "rank"), self._lines(self.rejected_path, "rejected")
-        kept = {i for i, row in rows if self._is_kept(i, row)}
+        every = [*self._file_lines(self.unused_path), *rows]
+        kept = {i for i, row in every if self._is_kept(i, row)}
         stale = {i for i, _ in rows} - kept
         gone = sum(i not in self._sources for i in stale)
         if stale and not kept:
@@ -393,7 +398,8 @@ class RowOutput:
         if stale:
             logger.info(
                 f"{self.path}: {len(kept):,} lines are kept, {len(stale) - gone:,} are computed "
-                f"again because what they were made from changed, {gone:,} have an id that is gone"
+                f"again because what they were made from changed, {gone:,} have an id that is "
+                f"gone; lines that are not used stay in {self.unused_path.name}"
             )
         unknown = sum(
             "source" not in row and self._sources[i] is not None for i, row in rows if i in kept
@@ -403,7 +409,10 @@ class RowOutput:
                 f"{self.path}: {unknown:,} lines have no `source`, so it is unknown what they were "
                 "made from; they are kept"
             )
-        joined = [[i for i, _ in self._file_lines(p)] for p in (self.path, self.rejected_path)]
+        joined = [
+            [i if self._is_kept(i, row) else None for i, row in self._file_lines(path)]
+            for path in (self.path, self.rejected_path)
+        ]
         done = [kept, {i for i, row in rejected if self._is_kept(i, row)} - kept]
         self._is_joined = self.path.exists() and joined == [
             [i for i in self.ids if i in part] for part in done
@@ -417,9 +426,8 @@ class RowOutput:
         source = self._sources[row_id]
         return source is None or row.get("source", source) == source
 
-    def _read(self, joined: Path, part: str) -> dict[RowId, Row]:
-        """The rows that are kept, by id."""
-        return {i: row for i, row in self._lines(joined, part) if self._is_kept(i, row)}
+    def _kept(self, lines: Iterable[tuple[RowId, Row]]) -> dict[RowId, Row]:
+        return {i: row for i, row in lines if self._is_kept(i, row)}
 
     def _lines(self, joined: Path, part: str) -> list[tuple[RowId, Row]]:
         """(id, row) of the joined file and all parts."""
@@ -450,10 +458,15 @@ class RowOutput:
     def _join_if_complete(self) -> None:
         with locked(self.path):
             if self.parts.exists():
-                rows = self._read(self.path, "rank")
-                rejected = self._read(self.rejected_path, "rejected")
+                every = [*self._file_lines(self.unused_path), *self._lines(self.path, "rank")]
+                rows = self._kept(every)
+                rejected = self._kept(self._lines(self.rejected_path, "rejected"))
                 rejected = {i: row for i, row in rejected.items() if i not in rows}
                 if all(i in rows or i in rejected for i in self.wanted):
+                    unused = {encode(row): None for i, row in every if not self._is_kept(i, row)}
+                    if unused or self.unused_path.exists():  # before they leave X.jsonl
+                        with atomic_file(self.unused_path) as file:
+                            file.writelines(unused)
                     self._join(rows, rejected)
 
     def _join(self, rows: dict[RowId, Row], rejected: dict[RowId, Row]) -> None:
