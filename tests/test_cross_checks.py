@@ -44,6 +44,13 @@ WRONG = [
     (read_stage_4, "items.jsonl", ITEMS[:2], NO_ITEM.format("c")),
     (read_stage_4, "users.jsonl", [USER | {"negatives": []}], "'u' has no negatives, .*; make"),
     (read_stage_4, PREFERENCES, [], "user 'u' has no line in .*; finish stage 3 with"),
+    *(
+        (read_stage_4, PREFERENCES, [LIKES[0] | {"blocks": blocks}], "line 1: .* other items than")
+        for blocks in (
+            [{"items": ["c"], "preference": "p"}],
+            [*BLOCKS, BLOCKS[0] | {"items": ["b"]}],
+        )
+    ),
     (read_stage_4, PREFERENCES, LIKES * 2, REPEATED.format(2, "user_id 'u'")),
 ]
 
