@@ -148,7 +148,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     job = Job.of(options, file_digests(*paths), ("threads", "device"), stage=SECTION)
     folder = options.system_dir / (options.variant or "retriever")
     outputs = [folder / name for name in ("candidates.jsonl", "scores.jsonl", "metrics.json")]
-    with WholeOutput(job, outputs) as output:
+    with WholeOutput(job, outputs, takes_long=True) as output:
         if output.is_needed:
             from mllmrec.sequential.baseline_run import peak_gb
             from mllmrec.sequential.sequences import SequenceData

@@ -27,7 +27,7 @@ from mllmrec.data.data_split import SplitOptions
 from mllmrec.data.interactions import Array, InteractionLog
 from mllmrec.data.loader import run_loader
 from mllmrec.data.raw_files import csv_table, only_file, open_raw
-from mllmrec.data.raw_log import read_log
+from mllmrec.data.raw_log import read_log, require_dates
 from mllmrec.stage.options import NAME, option, parse_options, print_options
 from mllmrec.stage.schema import Row
 
@@ -101,6 +101,7 @@ def read_pages(path: Path, item_ids: Array) -> tuple[pd.DataFrame, list[Row]]:
 def load(ratings: Path, pages: Path) -> tuple[InteractionLog, pd.DataFrame, list[Row]]:
     """(log, catalogue, rejected rows); every rating is an interaction."""
     log, rejected = read_log(csv_table(ratings, ("user", "item", "timestamp"), names=RATINGS))
+    require_dates(log, ratings)
     catalogue, bad_pages = read_pages(pages, log.item_ids)
     return log, catalogue, rejected + bad_pages
 

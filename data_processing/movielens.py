@@ -22,7 +22,7 @@ from mllmrec.data.data_split import SplitOptions
 from mllmrec.data.interactions import InteractionLog
 from mllmrec.data.loader import run_loader
 from mllmrec.data.raw_files import check_raw_file, csv_table
-from mllmrec.data.raw_log import read_log, read_titles
+from mllmrec.data.raw_log import read_log, read_titles, require_dates
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import require
 from mllmrec.stage.options import parse_options, print_options
@@ -42,6 +42,7 @@ def load(ratings: Path, movies: Path) -> tuple[InteractionLog, pd.DataFrame, lis
     columns = ("userId", "movieId", "timestamp")
     table = csv_table(ratings, columns)
     log, rejected = read_log(table, catalogue.index, f"is not in {movies.name}")
+    require_dates(log, ratings)
     return log, catalogue.assign(image=None), bad_movies + rejected
 
 

@@ -43,7 +43,7 @@ SECTION = "data"
 SPLITS = {"train": "train", "val": "validation", "test": "test"}  # ending of the file -> split
 COLUMNS = ("user", "items", "negatives")
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("mllmrec")  # a script has no name of its own
 
 
 @dataclass

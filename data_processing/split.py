@@ -34,7 +34,7 @@ from mllmrec.stage.schema import Row
 SECTION = "data"
 FILES = ("interactions.csv", "catalogue.jsonl")
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("mllmrec")  # a script has no name of its own
 
 
 def load(pairs: Path, items: Path) -> tuple[InteractionLog, pd.DataFrame, list[Row]]:

@@ -33,8 +33,8 @@ def amazon(tmp_path):
     """Three users with five items of seven; one item has no title, one page is code."""
     raw = tmp_path / "raw"
     raw.mkdir()
-    lines = [f"U{u},A{(u + n) % 6},{n}.0,{1000 + n}" for u in range(3) for n in range(5)]
-    (raw / "ratings_Beauty.csv").write_text("\n".join([*lines, "U0,NOPAGE,5.0,999"]) + "\n")
+    lines = [f"U{u},A{(u + n) % 6},{n}.0,{1400001000 + n}" for u in range(3) for n in range(5)]
+    (raw / "ratings_Beauty.csv").write_text("\n".join([*lines, "U0,NOPAGE,5.0,1400000999"]) + "\n")
     pages = [
         {"asin": f"A{n}", "title": f"It's &amp; item {n}\ud83d", "imUrl": f"http://x.org/{n}.jpg"}
         for n in range(6)
@@ -83,7 +83,7 @@ def test_movielens_counts_every_rating_and_rejects_what_it_cannot_use(tmp_path):
     movies = ["1,Toy Story (1995),Fun", '2,"Matrix, The (1999)",Action', "3,C,x", "4,D,x", "5,E,x"]
     movies += ["5,twice,x", "6, ,x"]
     (raw / "movies.csv").write_text("\n".join(["movieId,title,genres", *movies]) + "\n")
-    ratings = [f"{u},{m},0.5,{100 + m}" for u in (1, 2) for m in (4, 2, 3, 1)]
+    ratings = [f"{u},{m},0.5,{1400000100 + m}" for u in (1, 2) for m in (4, 2, 3, 1)]
     ratings += ["1,99,5.0,50", "2,5,4.0,x"]
     (raw / "ratings.csv").write_text("\n".join(["userId,movieId,rating,timestamp", *ratings]))
     users, items, rejected = prepare("movielens", tmp_path, negatives=0, train_negatives=0)
@@ -95,6 +95,10 @@ def test_movielens_counts_every_rating_and_rejects_what_it_cannot_use(tmp_path):
     assert "the item has a title already" in reasons
     assert "the title is empty" in reasons
     assert any("timestamp" in reason for reason in reasons)
+    swapped = "\n".join(["userId,movieId,timestamp,rating", *ratings])
+    (raw / "ratings.csv").write_text(swapped)
+    with pytest.raises(InputError, match=r"ratings.csv: no time is after 1985"):
+        prepare("movielens", tmp_path, negatives=0, train_negatives=0)
 
 
 def test_movielens_without_its_files_or_with_images_is_refused(tmp_path):

@@ -20,7 +20,7 @@ from toy_jobs import (
 
 from mllmrec.stage import provenance
 from mllmrec.stage.errors import InputError
-from mllmrec.stage.jsonl import read_rows, write_json
+from mllmrec.stage.jsonl import read_rows, write_json, write_rows
 from mllmrec.stage.output import RowOutput, WholeOutput
 from mllmrec.stage.provenance import file_digest
 from mllmrec.stage.record import read_record, read_state
@@ -152,6 +152,28 @@ def test_what_another_stage_wrote_is_not_replaced(tmp_path, kind, owner):
         else:
             with WholeOutput(job, [path]):
                 pass
+
+
+def test_scores_of_a_training_are_replaced_only_when_asked(tmp_path):
+    path = tmp_path / "gru" / "scores.jsonl"
+    for tone, overwrite in (("low", False), ("low", False), ("high", True)):
+        job = toy_job(tone=tone, overwrite=overwrite)
+        with WholeOutput(job, [path], takes_long=True) as output:
+            if output.is_needed:
+                output.begin()
+                write_rows(path, [])
+                output.finish({})
+    with (
+        pytest.raises(InputError, match=r"tone was high, is low\); choose another --variant"),
+        WholeOutput(toy_job(tone="low"), [path], takes_long=True),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("name", ["adapter", "checkpoints", "merged", "export"])
+def test_scores_do_not_go_where_another_stage_writes(tmp_path, name):
+    with pytest.raises(InputError, match=f"{name} is for another stage; choose another --variant"):
+        RowOutput(tmp_path / name / "scores.jsonl", "item_id", IDS, toy_job())
 
 
 # Lines that know what they were made from

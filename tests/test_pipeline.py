@@ -16,6 +16,7 @@ from fork_server import HEAVY, LIGHT, ForkServer
 from PIL import Image
 
 from mllmrec.ranking.checkpoints import last_complete_checkpoint, seal_checkpoint
+from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import read_by_id, read_rows, write_rows
 from mllmrec.stage.schema import SCHEMAS
 from mllmrec.stage.scripts import load_script
@@ -132,6 +133,39 @@ def test_a_preference_does_not_depend_on_the_target(small_run, tmp_path):
     assert differ, "preferences of users with the item in their history"
     assert all(changed in users[user_id]["history"] for user_id in differ)
     assert not any(users[user_id]["target"] == changed for user_id in differ)
+
+
+@pytest.mark.parametrize(
+    ("stage", "option"),
+    [
+        (1, "--fusion_prompt"),
+        (2, "--first_prompt"),
+        (2, "--next_prompt"),
+        (2, "--block_line"),
+        (3, "--recommend_prompt"),
+    ],
+)
+def test_a_template_is_checked_before_a_model_is_loaded(small_run, monkeypatch, stage, option):
+    monkeypatch.setattr("mllmrec.generation.engine.load_engine", None)
+    before = {path: path.read_bytes() for path in small_run.system.glob("*.json*")}
+    with pytest.raises(InputError, match="unknown place 'foo'"):
+        small_run.run(STAGES[stage], option, "{foo}", "--overwrite", "true")
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_without_the_raw_log_no_list_is_drawn_anew(small_run, tmp_path, capsys):
+    for name in ("users.jsonl", "items.jsonl"):
+        shutil.copy(small_run.folder / name, tmp_path)
+    small_run.run("MLLM-MSR/baselines/popularity.py", *folders(tmp_path))
+    assert [path.name for path in (tmp_path / "baselines").iterdir()] == ["popularity"]
+    assert "no list is drawn anew: " in capsys.readouterr().err
+
+
+def test_rejecting_all_rows_overwrites_nothing(small_run):
+    before = {path: path.read_bytes() for path in small_run.system.glob("user_pref*.json*")}
+    with pytest.raises(InputError, match=r"none of the 30 rows could be made, the first: .*titles"):
+        small_run.run(STAGES[2], "--max_prompt_tokens", "5", "--overwrite", "true")
+    assert {path: path.read_bytes() for path in before} == before
 
 
 def test_started_again_nothing_is_computed(small_run, capsys):

@@ -7,9 +7,11 @@ import yaml
 from conftest import write_unchecked
 from PIL import Image
 
+from mllmrec.data.summaries import read_summaries
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import read_rows
-from mllmrec.stage.record import read_record
+from mllmrec.stage.record import Job, read_record
+from mllmrec.stage.scripts import load_script
 
 STAGES = (
     "data_processing/split.py",
@@ -141,6 +143,35 @@ def test_only_lines_whose_inputs_changed_are_computed_again(run, tmp_path, small
     fresh = Run(tmp_path / "fresh", small_run)
     fresh.run(*options)
     assert run.outputs() == fresh.outputs()
+
+
+def test_summaries_of_other_covers_are_refused(run):
+    another_cover(run)
+    run.write()
+    message = (
+        r"image_summaries.jsonl, line \d+ .*made from another image or title than .*items.jsonl"
+    )
+    for stage in STAGES[2:4]:
+        with pytest.raises(InputError, match=message):
+            run.run(stages=[stage])
+
+
+def test_a_fused_summary_is_made_from_the_title_too(tmp_path):
+    stage = load_script(STAGES[1])
+    items = [{"item_id": "i", "title": title, "image": None} for title in ("old", "new")]
+    write_unchecked(tmp_path / "items.jsonl", items[:1])
+    found = {}
+    for kind in ("fused", "image"):
+        options = stage.Options(data_dir=str(tmp_path), summary=kind)
+        job = Job.of(options, {})
+        found[kind] = [stage.summary_sources({"i": item}, {}, job, options)["i"] for item in items]
+        path, line = tmp_path / "image_summaries.jsonl", {"item_id": "i", "summary": "s"}
+        write_unchecked(path, [line | {"source": found[kind][0]}])
+        assert read_summaries(path, {"i": items[0]}, tmp_path / "items.jsonl", "i") == {"i": "s"}
+        if kind == "fused":
+            with pytest.raises(InputError, match="another image or title"):
+                read_summaries(path, {"i": items[1]}, tmp_path / "items.jsonl", "i")
+    assert found["fused"][0] != found["fused"][1] and found["image"][0] == found["image"][1]
 
 
 TRAIN = "MLLM-MSR/train/train_llava_sft.py"

@@ -56,6 +56,29 @@ def test_a_title_with_a_script_is_shown_not_run(copy_of_run):
     assert "<img src=x" not in page
 
 
+def test_metrics_are_of_the_users_in_users_jsonl(copy_of_run):
+    folder, run = copy_of_run
+    users = read_rows(folder / "users.jsonl")
+    tested = next(user for user in users if user["split"] == "test")
+    tested["user_id"] = "another"
+    write_rows(folder / "users.jsonl", users)
+    (folder / "users.run.json").unlink()
+    with pytest.raises(
+        InputError, match=r"users.jsonl has user 'another', and .*scores.jsonl has no"
+    ):
+        run("compute_metrics", "--overwrite", "true")
+
+
+def test_metrics_outside_of_0_and_1_are_refused(copy_of_run):
+    folder, run = copy_of_run
+    metrics = json.loads((folder / "metrics.json").read_text())
+    metrics["sft"]["auc"] = 90.48
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    (folder / "metrics.run.json").unlink()
+    with pytest.raises(InputError, match=r"metrics.json: sft has no 'auc' from 0 to 1"):
+        run("report")
+
+
 def test_a_second_system_is_in_the_metrics_and_in_the_report(copy_of_run):
     """Scores of {output_dir}/other_system/other_variant, here the negated ones of `sft`."""
     folder, run = copy_of_run

@@ -200,6 +200,9 @@ def test_a_baseline_writes_scores_of_the_test_users(name, small_run, tmp_path):
     before = path.stat().st_mtime_ns
     small_run.run(f"MLLM-MSR/baselines/{name}.py", *words)
     assert path.stat().st_mtime_ns == before, "it is up to date"
+    words = [*words[:2], "--epochs", "1", "--control", "other_histories"]
+    small_run.run(f"MLLM-MSR/baselines/{name}.py", *words)
+    assert (tmp_path / f"baselines/{name}_other_histories/scores.jsonl").exists()
 
 
 def test_titles_of_a_history_stand_where_the_preference_would(small_run, tmp_path):

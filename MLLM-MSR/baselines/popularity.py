@@ -32,7 +32,7 @@ from mllmrec.stage.options import NAME, CommonOptions, option, parse_options, pr
 from mllmrec.stage.output import WholeOutput
 from mllmrec.stage.record import Job, file_digests
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("mllmrec")  # a script has no name of its own
 
 SECTION = "popularity"
 # variant -> how the negatives of its lists are drawn, "" for those of users.jsonl.

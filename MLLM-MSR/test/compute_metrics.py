@@ -23,6 +23,7 @@ from typing import Any
 
 from pydantic.dataclasses import dataclass
 
+from mllmrec.data.candidates import candidates, read_users, users_of_split
 from mllmrec.evaluation.metrics import aggregate, evaluate
 from mllmrec.evaluation.result_tables import (
     check_same_lists,
@@ -37,6 +38,7 @@ from mllmrec.stage.jsonl import read_rows, write_json
 from mllmrec.stage.options import CommonOptions, option, parse_options, print_next, print_options
 from mllmrec.stage.output import WholeOutput
 from mllmrec.stage.record import Digests, Job, named_digests
+from mllmrec.stage.schema import Row
 
 SECTION = "metrics"
 
@@ -65,6 +67,9 @@ def measure(files: Files, digests: Digests, options: Options) -> dict[str, Any]:
                 lists[path] = list_digests(rows)
             metrics = evaluate(rows, path, options.resamples, options.seed, own == "retrieved")
             runs.setdefault(name, {})[digests[f"{folder}/{name}"]] = metrics
+        users_path = Path(options.data_dir) / "users.jsonl"
+        if not options.runs and users_path.exists():
+            lists[users_path] = list_digests(test_candidates(users_path))
         check_same_lists(lists)
     if len(files) == 1:
         return {name: metrics for name, found in runs.items() for metrics in found.values()}
@@ -77,6 +82,15 @@ def measure(files: Files, digests: Digests, options: Options) -> dict[str, Any]:
                 f"{lengths[-1]} in another; average runs with the same number of negatives"
             )
     return {name: aggregate(list(found.values())) for name, found in runs.items()}
+
+
+def test_candidates(users_path: Path) -> list[Row]:
+    """user_id, item_id and label of the candidates of all test users."""
+    return [
+        {"user_id": user["user_id"], "item_id": item_id, "label": label}
+        for user in users_of_split(read_users(users_path), "test")
+        for item_id, label in candidates(user)
+    ]
 
 
 def check_same_data_set(items: Mapping[str, set[str]]) -> None:

@@ -13,7 +13,6 @@ only: its scores become others, and what a trial question says of it is printed.
 
 from mllmrec.stage.main import run_main
 
-import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -23,7 +22,7 @@ from pydantic.dataclasses import dataclass
 from mllmrec.models.model_options import ALLOW_OTHER, ModelOptions
 from mllmrec.ranking.training_options import RankerOptions
 from mllmrec.stage.errors import InputError
-from mllmrec.stage.options import option, parse_options, print_options
+from mllmrec.stage.options import option, parse_options, print_next, print_options
 from mllmrec.stage.output import WholeOutput, new_folder
 from mllmrec.stage.record import Job, file_digests, read_record
 
@@ -80,12 +79,17 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"{merged} is there and is no merged model of this script, so it would be lost; move "
             "it away or name another --merged"
         )
-    from mllmrec.models.adapters import adapter_base, check_adapter, check_use, trained_with
+    from mllmrec.models.adapters import adapter_base, check_adapter, trained_with
     from mllmrec.models.model_card import write_model_card
 
     name = options.model or adapter_base(adapter)
     check_adapter(adapter, name)
-    check_use(adapter, options, ("prompt_format", *options.allow_other))  # it needs no prompts
+    stored = trained_with(adapter).get("quantization", "none")
+    if stored != "none" and "quantization" not in options.allow_other:
+        raise InputError(
+            f"{adapter} was trained with --quantization {stored}: merged into a model that is not, "
+            "it has other scores; if that is wanted, pass --allow_other quantization"
+        )
     ignore = ("adapter", "merged", "model", "allow_other")
     job = Job.of(options, file_digests(adapter, name), ignore, stage=SECTION)
     record, used = read_record(adapter) or {}, trained_with(adapter) | {"quantization": "none"}
@@ -104,15 +108,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             "the adapter was trained on a quantised model: scores differ after the merge, logits "
             f"of a trial question by up to {change:.3f}"
         )
-    words = f"--model {merged} --adapter none --variant sft_merged"
+    print(f"wrote {merged}")
+    words = ["--model", str(merged), "--adapter", "none", "--variant", "sft_merged"]
     default = asdict(RankerOptions())
     for option_name, value in used.items():
         if value != default[option_name]:
-            words += f" --{option_name} {shlex.quote(str(value))}"
-    print(
-        f"wrote {merged}; score it with: python MLLM-MSR/test/test_with_llava_sft.py "
-        f"--config {options.config} {words}"
-    )
+            words += [f"--{option_name}", str(value)]
+    print_next("MLLM-MSR/test/test_with_llava_sft.py", options.config, options.words, words)
 
 
 if __name__ == "__main__":

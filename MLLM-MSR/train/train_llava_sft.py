@@ -103,6 +103,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"{train_path} is empty; make it again with scripts/04_datasets.sh "
             "and see train.rejected.jsonl"
         )
+    for split, path, own in (
+        ("train", train_path, rows),
+        ("validation", validation_path, validation),
+    ):
+        check_rows_source(own, path, split, options)
     inputs = file_digests(train_path, validation_path, options.model)
     job = Job.of(options, inputs, TRAINING_SPEED_OPTIONS, stage=SECTION, limit=options.limit)
     adapter, checkpoints = options.system_dir / "adapter", options.system_dir / "checkpoints"
@@ -110,12 +115,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if output.is_needed:
             rows = rows[: options.limit or None]
             validation = first_users(validation, options.validation_users)
-            for split, path, own in (
-                ("train", train_path, rows),
-                ("validation", validation_path, validation),
-            ):
-                check_row_images(own, path, options)
-                check_rows_source(own, path, split, options)
+            check_row_images(rows, train_path, options)
+            check_row_images(validation, validation_path, options)
             if validation:  # lists that cannot be ranked are refused before the model is loaded
                 CandidateLists.of([{**row, "score": 0.0} for row in validation], validation_path)
             fine_tune(rows, validation, output, options)

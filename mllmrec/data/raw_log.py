@@ -6,6 +6,7 @@ Times are numbers of one unit, seconds or smaller, with at most six digits after
 
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import duckdb
@@ -116,6 +117,14 @@ def read_log(
     require_rows(len(columns["user"]), table, rejected)
     codes = (columns["user"], columns["item"], columns["time"])
     return InteractionLog(users["id"], items["id"], *codes, users["first_row"]), rejected
+
+
+def require_dates(log: InteractionLog, path: Path) -> None:
+    """Raise InputError for times of a published log that are no time since 1970, as ratings are."""
+    if log.time.max() < SECONDS:
+        raise InputError(
+            f"{path}: no time is after 1985; check that its columns are those of the published file"
+        )
 
 
 def _time_in_one_unit(database: duckdb.DuckDBPyConnection, table: RawTable) -> str:

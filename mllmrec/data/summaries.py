@@ -35,7 +35,8 @@ def read_summaries(
         item_id: (image, [*image, items[item_id]["title"]])
         for item_id, image in summary_inputs(used, items_path).items()
     }
-    fault = f"made from another image or title than {items_path} names; run stage 2 again"
+    fault = f"made from another image or title than {items_path} names; run stage 2 again, or name "
+    fault += "the summaries of this data set"
     check_lines_source(rows, inputs, path, fault)
     check_lines_source(rejected, inputs, rejected_path(path), fault)
     return {item_id: row["summary"] for item_id, row in rows.items()} | dict.fromkeys(rejected, "")

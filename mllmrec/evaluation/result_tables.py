@@ -49,8 +49,9 @@ def read_metrics(path: PathLike) -> dict[str, dict[str, Any]]:
         raise InputError(f"{path}: {problem(error)}; {remedy}") from None
     for variant, row in metrics.items():
         for name in (*SHOWN, "users"):
-            if not isinstance(row.get(name), int | float):
-                raise InputError(f"{path}: {variant} has no number {name!r}; {remedy}")
+            value = row.get(name)
+            if not isinstance(value, int | float) or (name != "users" and not 0 <= value <= 1):
+                raise InputError(f"{path}: {variant} has no {name!r} from 0 to 1; {remedy}")
     return metrics
 
 

@@ -39,7 +39,7 @@ class Prompt:
 NO_PROMPT = Prompt("", 0)  # of a dialogue that has not begun
 Dialogue = Generator[Prompt, str, Any]
 Result = tuple[Any, Any, str | None]
-REASONING = re.compile(r"</?think(ing)?>", re.IGNORECASE)
+REASONING = re.compile(r"[<\[]/?think(ing)?[>\]]", re.IGNORECASE)
 
 
 class RejectedError(Exception):

@@ -9,6 +9,7 @@ from mllmrec.generation.engine import load_engine, run_dialogues
 from mllmrec.generation.preferences import PreferenceOptions, UserHistory
 from mllmrec.generation.prompt_writer import PromptWriter
 from mllmrec.generation.text_quality import measure_texts, report_quality, warn_of_long_texts
+from mllmrec.stage.errors import InputError
 from mllmrec.stage.output import RowId, RowOutput
 from mllmrec.stage.progress import progress_bar
 
@@ -40,4 +41,6 @@ def run_preferences(
     progress = progress_bar(texts, "preferences", "block")
     results = run_dialogues(engine, dialogues, progress)
     output.write_results(results, "preferences", "user", progress)
+    if output.is_complete and not output.n_rows:
+        raise InputError(f"no user has a preference; {output.rejected_path} says why")
     report_quality(output)

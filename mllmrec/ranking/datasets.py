@@ -212,6 +212,9 @@ def write_splits(splits: Sequence[str], options: DatasetOptions, with_answer: bo
     sources = Sources(paths, options)
     inputs = file_digests(*paths) | {"images": short_digest(list(sources.digests.values()))}
     job = Job.of(options, inputs, INPUT_OPTIONS, stage=SECTION, limit=options.limit)
+    reasons = [sources.preference(user)[1] for user in sources.users]
+    if all(reasons):
+        raise InputError(f"{paths[2]}: no user has a preference, the first: {reasons[0]}")
     for split in splits:
         path = options.system_dir / f"{split}.jsonl"
         with WholeOutput(job, [path], [rejected_path(path)]) as output:

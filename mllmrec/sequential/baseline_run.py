@@ -45,7 +45,7 @@ def run_baseline(name: str, new_model: NewModel, options: Any) -> None:
     job = Job.of(options, file_digests(*inputs), ignore=("threads",), stage=name)
     default = name if options.control == "none" else f"{name}_{options.control}"
     path = options.system_dir / (options.variant or default) / "scores.jsonl"
-    with WholeOutput(job, [path]) as output:
+    with WholeOutput(job, [path], takes_long=True) as output:
         if not output.is_needed:
             return
         if options.threads:

@@ -218,11 +218,12 @@ def print_options(options: CommonOptions, title: str) -> None:
     logger.info(f"{title} (config {options.config}{'; ' if listed else ''}{listed})")
 
 
-def print_next(script: str, config: str, words: Sequence[str]) -> None:
+def print_next(script: str, config: str, words: Sequence[str], more: Sequence[str] = ()) -> None:
     """Say on stderr which script follows, once for a stage.
 
-    words: of this script's command line; the next one needs some of them, too. In a part of a stage
-    (scripts/common.sh) and in all processes but the first nothing is said.
+    words: of this script's command line; the next one needs some of them, too; more: further words
+    for it. In a part of a stage (scripts/common.sh) and in all processes but the first nothing is
+    said.
     """
     if os.environ.get(PART) or os.environ.get("RANK", "0") != "0":
         return
@@ -236,6 +237,7 @@ def print_next(script: str, config: str, words: Sequence[str]) -> None:
         own = Path(sys.prefix).resolve() == (ROOT / ".venv").resolve()
         command = [".venv/bin/python" if own else "python", script, "--config", config]
     command += [w for name, value in given.items() if value for w in (f"--{name}", value)]
+    command += more
     logger.info(f"next: {shlex.join(command)}")
 
 

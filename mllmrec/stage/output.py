@@ -84,7 +84,8 @@ class WholeOutput:
     job: a change since the output was written is reason to write it again; optional: further files,
     not always written; checkpoints: folder that an interrupted run resumes from. With it the output
     takes long, so a change is refused with an InputError unless `overwrite` is set, and of several
-    processes the first one holds the lock; without it, each waits for the others.
+    processes the first one holds the lock; without it, each waits for the others. takes_long: a
+    change is refused without checkpoints, too.
     """
 
     def __init__(
@@ -93,10 +94,11 @@ class WholeOutput:
         outputs: Sequence[PathLike],
         optional: Sequence[PathLike] = (),
         checkpoints: Path | None = None,
+        takes_long: bool = False,
     ) -> None:
         self.job, self.outputs = job, [Path(path) for path in outputs]
         self.optional, self.checkpoints = [Path(path) for path in optional], checkpoints
-        self.path = self.outputs[0]
+        self.path, self.takes_long = self.outputs[0], takes_long
         self.is_needed = True
         self.started = time.monotonic()
         if checkpoints is not None and job.options.overwrite:
@@ -129,7 +131,14 @@ class WholeOutput:
 
     def _is_of_job(self) -> bool:
         record = read_record(self.path)
-        if record is None or self.job.options.overwrite or self.job.difference(record):
+        if record is None or self.job.options.overwrite:
+            return False
+        if difference := self.job.difference(record):
+            if self.takes_long:
+                raise InputError(
+                    f"{self.path} was made with other {difference}; choose another --variant, or "
+                    "replace it with --overwrite true"
+                )
             return False
         if not all(path.exists() for path in self.outputs):
             return False
@@ -251,6 +260,7 @@ class RowOutput:
             for path in (self.path, self.rejected_path, record_path(self.path)):
                 remove_leftovers(path)
             self._files: dict[Path, BinaryIO] = {}
+            self._reasons: list[bytes] = []  # of rejected rows, until there is another one
             if not overwrite:
                 self._begin()
         self.rows_written = self.rows_rejected = 0
@@ -277,6 +287,7 @@ class RowOutput:
                 delete((record, self.rejected_path, self.unused_path, self.path, self.parts))
                 self._lock = self._rank_lock()
                 self._begin()
+            self._write_reasons()
 
     def write(self, row: Row) -> None:
         """Append one finished row; from here on it survives the death of this process."""
@@ -292,12 +303,16 @@ class RowOutput:
         """Append one rejected row with its reason."""
         names, values = self.key, cast(Any, row_id)
         pairs = [(names, values)] if isinstance(names, str) else zip(names, values, strict=True)
-        self._overwrite_once()
-        with naming(self.rejected_path):
-            file = self._files[self.rejected_path]
-            file.write(encode(dict(pairs) | {"reason": reason} | self._source(row_id)))
-            file.flush()
+        self._reasons.append(encode(dict(pairs) | {"reason": reason} | self._source(row_id)))
+        if self._files:
+            self._write_reasons()
         self.rows_rejected += 1
+
+    def _write_reasons(self) -> None:
+        with naming(self.rejected_path):
+            self._files[self.rejected_path].writelines(self._reasons)
+            self._files[self.rejected_path].flush()
+        self._reasons.clear()
 
     def _source(self, row_id: RowId) -> Row:
         source = self._sources[row_id]
@@ -342,7 +357,8 @@ class RowOutput:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if kind is None and not self.left:
+        nothing = bool(self._reasons) and self.rows_rejected == len(self.wanted)
+        if kind is None and not nothing and (not self.left or self._reasons):
             self._overwrite_once()  # there was no row to write
         for path, file in self._files.items():
             with naming(path):
@@ -351,6 +367,13 @@ class RowOutput:
                 file.close()
         self._lock.release()
         self.seconds = time.monotonic() - self.started
+        if not self._files and not (self.parts / STATE).exists():
+            remove_folder(self.parts)  # nothing was overwritten
+        if kind is None and self._reasons:
+            raise InputError(
+                f"none of the {len(self.wanted):,} rows could be made, the first: "
+                f"{json.loads(self._reasons[0])['reason']}; {self.path} is as it was"
+            )
         if kind is None:
             self._join_if_complete()
 
