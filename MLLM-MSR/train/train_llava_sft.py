@@ -107,6 +107,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         ("train", train_path, rows),
         ("validation", validation_path, validation),
     ):
+        check_row_images(own, path, options)
         check_rows_source(own, path, split, options)
     inputs = file_digests(train_path, validation_path, options.model)
     job = Job.of(options, inputs, TRAINING_SPEED_OPTIONS, stage=SECTION, limit=options.limit)
@@ -115,8 +116,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         if output.is_needed:
             rows = rows[: options.limit or None]
             validation = first_users(validation, options.validation_users)
-            check_row_images(rows, train_path, options)
-            check_row_images(validation, validation_path, options)
             if validation:  # lists that cannot be ranked are refused before the model is loaded
                 CandidateLists.of([{**row, "score": 0.0} for row in validation], validation_path)
             fine_tune(rows, validation, output, options)
