@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic.dataclasses import dataclass
 
-from mllmrec.data.images import check_item_images, padded_sizes
+from mllmrec.data.images import check_item_images, item_images, padded_sizes
 from mllmrec.data.summaries import summary_inputs
 from mllmrec.models.model_options import GENERATION_SPEED_OPTIONS, GenerationStageOptions
 from mllmrec.prompts import mllm_msr
@@ -138,8 +138,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_template(options.fusion_prompt, options.domain, ["item_id"], *texts)
     sizes: Sizes = {}
     if options.pad_images:  # of all items, whichever are left to do
-        paths = [items_path.parent / i["image"] if i["image"] else None for i in items.values()]
-        sizes = dict(zip(items, padded_sizes(paths, options.pad_images), strict=True))
+        paths = item_images(items, items_path)
+        padded = padded_sizes(list(paths.values()), options.pad_images)
+        sizes = dict(zip(paths, padded, strict=True))
     job = Job.of(options, file_digests(options.model), SPEED_OPTIONS, stage=SECTION)
     sources = summary_sources(items, sizes, job, options)
     output = RowOutput(path, "item_id", sources, job, options.retry_rejected, SHORTENED)

@@ -84,7 +84,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     name = options.model or adapter_base(adapter)
     check_adapter(adapter, name)
-    stored = trained_with(adapter).get("quantization", "none")
+    used = trained_with(adapter)
+    stored = used.get("quantization", "none")
     if stored != "none" and "quantization" not in options.allow_other:
         raise InputError(
             f"{adapter} was trained with --quantization {stored}: merged into a model that is not, "
@@ -92,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     ignore = ("adapter", "merged", "model", "allow_other")
     job = Job.of(options, file_digests(adapter, name), ignore, stage=SECTION)
-    record, used = read_record(adapter) or {}, trained_with(adapter) | {"quantization": "none"}
+    record, used = read_record(adapter) or {}, used | {"quantization": "none"}
     with WholeOutput(job, [merged]) as output:
         if not output.is_needed:
             return

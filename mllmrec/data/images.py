@@ -114,6 +114,14 @@ def pad_to_largest(images: Sequence[Image.Image | None]) -> list[Image.Image | N
     return [pad_black(image, size) if image else None for image in images]
 
 
+def item_images(
+    items: Mapping[str, Row], items_path: str | os.PathLike[str]
+) -> dict[str, Path | None]:
+    """Item id -> path of its image, None without one. items: lines of the file `items_path`."""
+    folder = Path(items_path).parent
+    return {i: folder / item["image"] if item["image"] else None for i, item in items.items()}
+
+
 def image_digests(paths: Iterable[Path | None]) -> dict[Path | None, str | None]:
     """path -> digest of the file's bytes; None without a file that can be read."""
     different = list(dict.fromkeys(paths))

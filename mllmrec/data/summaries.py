@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from mllmrec.data.images import image_digests
+from mllmrec.data.images import image_digests, item_images
 from mllmrec.stage.jsonl import PathLike, read_by_id, read_rejected, rejected_path
 from mllmrec.stage.provenance import check_lines_source
 from mllmrec.stage.schema import Row
@@ -15,8 +15,7 @@ def summary_inputs(items: Mapping[str, Row], items_path: PathLike) -> dict[str, 
 
     items: lines of items.jsonl by id; items_path: of that file.
     """
-    folder = Path(items_path).parent
-    paths = {i: folder / item["image"] if item["image"] else None for i, item in items.items()}
+    paths = item_images(items, items_path)
     digests = image_digests(paths.values())
     return {item_id: [digests[path]] for item_id, path in paths.items()}
 

@@ -93,10 +93,12 @@ def check_same_lists(digests: Mapping[Path, Mapping[str, int]]) -> None:
 
     digests: scores.jsonl -> its `list_digests`. A variant may have fewer users, as a pilot has.
     """
-    largest = max(digests, key=lambda path: len(digests[path]), default=None)
+    if not digests:
+        return
+    largest = max(digests, key=lambda path: len(digests[path]))
     for path, own in digests.items():
         for user, digest in own.items():
-            if largest is not None and digests[largest].get(user) != digest:
+            if digests[largest].get(user) != digest:
                 has = "no such user" if user not in digests[largest] else "other candidates for it"
                 raise InputError(
                     f"{path} has user {user!r}, and {largest} has {has}, so that they cannot stand "

@@ -11,7 +11,6 @@ from mllmrec.data.candidates import is_leave_one_out, read_users_and_items, user
 from mllmrec.data.summaries import read_summaries
 from mllmrec.models.model_options import GENERATION_SPEED_OPTIONS, GenerationStageOptions
 from mllmrec.prompts import mllm_msr as prompts
-from mllmrec.prompts.mllm_msr import block_text
 from mllmrec.prompts.templates import check_template
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.options import option
@@ -111,7 +110,7 @@ def open_preferences(
     """
     first = next(iter(histories.values()), None)
     key: str | tuple[str, ...] = "user_id"
-    block_text([("", "")], options.domain, template=options.block_line, item_ids=[""])
+    prompts.block_text([("", "")], options.domain, template=options.block_line, item_ids=[""])
     check_template(options.first_prompt, options.domain, ["user_id"], "block")
     if first is not None and "split" in first.ids:
         key = ("user_id", "split")

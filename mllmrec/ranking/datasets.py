@@ -18,7 +18,13 @@ from mllmrec.data.candidates import (
     user_key,
     users_of_split,
 )
-from mllmrec.data.images import ImageError, check_item_images, image_digests, open_image
+from mllmrec.data.images import (
+    ImageError,
+    check_item_images,
+    image_digests,
+    item_images,
+    open_image,
+)
 from mllmrec.data.summaries import read_summaries
 from mllmrec.prompts import mllm_msr as prompts
 from mllmrec.prompts.templates import check_template
@@ -87,11 +93,9 @@ class Sources:
         self._check_preferences(users_path, options.summaries)
         self.paths: dict[str, Path | None] = {}  # of the candidates' images
         if options.with_images:
-            used = {item for user in self.users for item, _ in candidates(user)}
-            for item_id, item in self.items.items():
-                if item_id in used:
-                    folder = self.items_path.parent
-                    self.paths[item_id] = folder / item["image"] if item["image"] else None
+            listed = {item for user in self.users for item, _ in candidates(user)}
+            used = {item_id: item for item_id, item in self.items.items() if item_id in listed}
+            self.paths = item_images(used, self.items_path)
         self.digests = image_digests(self.paths.values())
         self._image_problems: dict[Path | None, str | None] = {}
 

@@ -33,7 +33,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, cast
@@ -54,6 +54,7 @@ from mllmrec.stage.jsonl import (
     write_rows,
 )
 from mllmrec.stage.progress import Progress, progress_bar
+from mllmrec.stage.provenance import describing_records
 from mllmrec.stage.record import (
     Job,
     check_described,
@@ -408,9 +409,10 @@ class RowOutput:
 
     def _done(self, retry_rejected: bool) -> set[RowId]:
         """Ids whose lines are there and are kept; counts and says which are not kept."""
-        rows, rejected = self._lines(self.path, "rank"), self._lines(self.rejected_path, "rejected")
-        every = [*self._file_lines(self.unused_path), *rows]
-        kept = {i for i, row in every if self._is_kept(i, row)}
+        paths = (self.path, self.rejected_path)
+        joined = [list(self._file_lines(path)) for path in paths]
+        rows, rejected = joined[0] + self._parts("rank"), joined[1] + self._parts("rejected")
+        kept = set(self._kept([*self._file_lines(self.unused_path), *rows]))
         stale = {i for i, _ in rows} - kept
         gone = sum(i not in self._sources for i in stale)
         if stale and not kept:
@@ -432,14 +434,12 @@ class RowOutput:
                 f"{self.path}: {unknown:,} lines have no `source`, so it is unknown what they were "
                 "made from; they are kept"
             )
-        joined = [
-            [i if self._is_kept(i, row) else None for i, row in self._file_lines(path)]
-            for path in (self.path, self.rejected_path)
-        ]
-        done = [kept, {i for i, row in rejected if self._is_kept(i, row)} - kept]
-        self._is_joined = self.path.exists() and joined == [
-            [i for i in self.ids if i in part] for part in done
-        ]
+        done = [kept, set(self._kept(rejected)) - kept]
+        self._is_joined = self.path.exists() and all(
+            [i if self._is_kept(i, row) else None for i, row in lines]
+            == [i for i in self.ids if i in part]
+            for lines, part in zip(joined, done, strict=True)
+        )
         return kept if retry_rejected else kept | done[1]
 
     def _is_kept(self, row_id: RowId, row: Row) -> bool:
@@ -452,9 +452,9 @@ class RowOutput:
     def _kept(self, lines: Iterable[tuple[RowId, Row]]) -> dict[RowId, Row]:
         return {i: row for i, row in lines if self._is_kept(i, row)}
 
-    def _lines(self, joined: Path, part: str) -> list[tuple[RowId, Row]]:
-        """(id, row) of the joined file and all parts."""
-        paths = [joined, *sorted(self.parts.glob(f"{part}-*.jsonl"))]
+    def _parts(self, name: str) -> list[tuple[RowId, Row]]:
+        """(id, row) of all parts."""
+        paths = sorted(self.parts.glob(f"{name}-*.jsonl"))
         return [line for path in paths for line in self._file_lines(path)]
 
     def _file_lines(self, path: Path) -> Iterator[tuple[RowId, Row]]:
@@ -481,12 +481,14 @@ class RowOutput:
     def _join_if_complete(self) -> None:
         with locked(self.path):
             if self.parts.exists():
-                every = [*self._file_lines(self.unused_path), *self._lines(self.path, "rank")]
+                earlier = [*self._file_lines(self.unused_path), *self._file_lines(self.path)]
+                every = earlier + self._parts("rank")
                 rows = self._kept(every)
-                rejected = self._kept(self._lines(self.rejected_path, "rejected"))
-                rejected = {i: row for i, row in rejected.items() if i not in rows}
+                reasons = [*self._file_lines(self.rejected_path), *self._parts("rejected")]
+                rejected = {i: row for i, row in self._kept(reasons).items() if i not in rows}
                 if all(i in rows or i in rejected for i in self.wanted):
-                    unused = {encode(row): None for i, row in every if not self._is_kept(i, row)}
+                    left = (encode(row) for i, row in every if not self._is_kept(i, row))
+                    unused = dict.fromkeys(left)
                     if unused or self.unused_path.exists():  # before they leave X.jsonl
                         with atomic_file(self.unused_path) as file:
                             file.writelines(unused)
@@ -550,18 +552,17 @@ def refuse_output_of_another_stage(outputs: Sequence[Path], job: Job) -> None:
         folder = output.parent
         if folder.name in RESERVED and output.name == "scores.jsonl":
             raise InputError(f"{folder} is for another stage; choose another --variant")
-        inside = [folder / "run.json", folder / STATE]  # of an adapter, a model, checkpoints
-        own = [record_path(output)] if record_path(output).parent == output else []
-        for path in (*inside, *own, *folder.glob("*.run.json")):
-            with suppress(OSError, ValueError, AttributeError):
-                record = json.loads(path.read_bytes())
-                is_about = path in own or output.name in record.get("outputs", {})
-                is_other = is_about and record.get("stage", job.stage) != job.stage
-                if path in inside or is_other:
-                    raise InputError(
-                        f"{output} would replace what another stage wrote ({path}); choose another "
-                        "--variant, --system or --output_dir"
-                    )
+        # The folder may be an output itself: an adapter, a model, checkpoints.
+        others = [path for path in (folder / "run.json", folder / STATE) if path.exists()]
+        records = dict(describing_records(output))
+        if record_path(output).parent == output:  # a folder
+            records[record_path(output)] = read_record(output) or {}
+        others += [p for p, found in records.items() if found.get("stage", job.stage) != job.stage]
+        if others:
+            raise InputError(
+                f"{output} would replace what another stage wrote ({others[0]}); choose another "
+                "--variant, --system or --output_dir"
+            )
 
 
 def report_up_to_date(output: PathLike) -> None:

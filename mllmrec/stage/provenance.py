@@ -6,10 +6,12 @@ stage that reads the line knows its inputs, not its settings, and compares the l
 """
 
 import hashlib
+import itertools
 import json
 import logging
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -48,24 +50,28 @@ def short_digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:HALF]
 
 
-def check_unedited(path: Path) -> None:
-    """Raise InputError if a run record beside a file describes another content.
+def describing_records(path: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """(path, content) of the run records beside a file that describe it, its own one first.
 
-    The record may be that of a file that was written together with this one.
+    The others are those of files that were written together with it. A damaged one is passed over:
+    the stage that owns it refuses it.
     """
     own = path.with_suffix(".run.json")
-    for record in sorted(path.parent.glob("*.run.json"), key=lambda found: found != own):
-        try:
-            digest = json.loads(record.read_bytes())["outputs"].get(path.name)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            continue  # the stage that owns it refuses it
-        if digest is not None:
-            if digest != file_digest(path):
-                raise InputError(
-                    f"{path} was changed after it was written: {record} describes another file; "
-                    "restore it, or run its stage again with --overwrite true"
-                )
-            return
+    for found in sorted(path.parent.glob("*.run.json"), key=lambda found: found != own):
+        with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+            record = json.loads(found.read_bytes())
+            if record["outputs"].get(path.name) is not None:
+                yield found, record
+
+
+def check_unedited(path: Path) -> None:
+    """Raise InputError if a run record beside a file describes another content."""
+    for found, record in itertools.islice(describing_records(path), 1):
+        if record["outputs"][path.name] != file_digest(path):
+            raise InputError(
+                f"{path} was changed after it was written: {found} describes another file; "
+                "restore it, or run its stage again with --overwrite true"
+            )
 
 
 def check_lines_source(
