@@ -130,6 +130,7 @@ def metrics(tmp_path, capsys):
 
     def run(*runs, options=()):
         words = ["--config", str(ROOT / "configs/sample.yaml"), "--output_dir", str(tmp_path)]
+        words += ["--data_dir", str(tmp_path)]  # not the quickstart's, which may be there
         words += [*options, *(["--runs", *map(str, runs)] if runs else [])]
         load_script("MLLM-MSR/test/compute_metrics.py").main(words)
         return json.loads((tmp_path / "metrics.json").read_text()), capsys.readouterr().out
