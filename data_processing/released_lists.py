@@ -19,7 +19,6 @@ the negatives. Users with the target or a negative in their history, as shipped,
 
 from mllmrec.stage.main import run_main
 
-import json
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -36,6 +35,7 @@ from mllmrec.data.loader import run_loader
 from mllmrec.data.raw_files import check_raw_file, csv_table
 from mllmrec.data.raw_log import require_rows, require_unique
 from mllmrec.stage.errors import InputError
+from mllmrec.stage.jsonl import encode
 from mllmrec.stage.options import option, parse_options, print_options
 from mllmrec.stage.schema import Row
 
@@ -71,9 +71,9 @@ class Lists:
     items: pd.DataFrame
     statistics: dict[str, Any]
 
-    def encoded_lines(self) -> Iterator[str]:
-        """As text."""
-        return (json.dumps(line, ensure_ascii=False) + "\n" for line in self.lines)
+    def encoded_lines(self) -> Iterator[bytes]:
+        """As in the file."""
+        return map(encode, self.lines)
 
 
 def read_lists(path: Path, split: str, own_ids: dict[str, str]) -> tuple[list[Row], list[Row]]:

@@ -185,7 +185,7 @@ def test_both_parts_of_the_second_system_on_a_small_sample(tmp_path, capfd):
     run("process_item", config)
     run("process_item_blip2", config)
     words = ("--dataset_code", "sample")
-    run("train_retriever", config, *words, "--epochs", "5")
+    run("train_retriever", config, *words, "--epochs", "20", "--retrieved", "20")
     ranker = (*words, "--epochs", "1", "--logging_steps", "1")
     run("train_ranker", config, *ranker)
     captions = {row["item_id"]: row["summary"] for row in read_rows(out / "image_summaries.jsonl")}

@@ -14,6 +14,7 @@ from mllmrec.evaluation.report_page import stage_rows
 from mllmrec.evaluation.result_tables import difference_rows, metric_rows, score_files
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import read_rows, write_rows
+from mllmrec.stage.provenance import file_digest
 from mllmrec.stage.scripts import load_script
 
 
@@ -110,17 +111,17 @@ def test_two_systems_with_a_variant_of_one_name_are_rejected(copy_of_run):
             run(stage, "--overwrite", "true")
 
 
-def scores_of(folder, n_users=4, negatives=3, prefix="i", **seeds):
+def scores_of(folder, n_users=4, negatives=3, prefix="i", target=0, **seeds):
     """A run in `folder`: scores of each variant, drawn with its seed. prefix: of item ids."""
     for variant, seed in seeds.items():
         drawn = np.random.default_rng(seed).random((n_users, 1 + negatives)).tolist()
         rows = [
-            {"user_id": f"u{u}", "item_id": f"{prefix}{i}", "label": int(i == 0), "score": score}
+            {"user_id": f"u{u}", "item_id": f"{prefix}{i}", "label": int(i == target)}
+            | {"score": score, "logits": None}
             for u, line in enumerate(drawn)
             for i, score in enumerate(line)
         ]
-        path = folder / "s" / variant / "scores.jsonl"
-        write_rows(path, [{**row, "logits": None} for row in rows])
+        write_rows(folder / "s" / variant / "scores.jsonl", rows)
     return folder
 
 
@@ -162,7 +163,8 @@ def test_one_resample_has_no_interval_in_the_table(tmp_path, metrics):
 RUNS = {
     "link": "--runs names one folder twice",
     "copy": "have no variant with different scores, so there is nothing to average",
-    "other": "have no item in common, so they are of two data sets",
+    "other": "have no item in common, so they are of two data sets; average folds or seeds",
+    "numbered": "have 4 users in common, of whom 0 have the same target, so they are of two",
     "longer": "the lists of sft have 4 candidates in one of the runs and 6 in another",
 }
 
@@ -172,7 +174,8 @@ def test_runs_that_cannot_be_averaged_are_refused(tmp_path, metrics, other):
     a = scores_of(tmp_path / "a", sft=1)
     (tmp_path / "link").symlink_to(a)
     scores_of(tmp_path / "copy", sft=1)
-    scores_of(tmp_path / "other", prefix="x", sft=2)
+    scores_of(tmp_path / "other", n_users=9, prefix="x", sft=2)
+    scores_of(tmp_path / "numbered", target=1, sft=2)
     scores_of(tmp_path / "longer", negatives=5, sft=2)
     with pytest.raises(InputError, match=RUNS[other]):
         metrics(a, tmp_path / other)
@@ -183,11 +186,16 @@ def test_a_table_has_variants_with_the_same_candidates_only(tmp_path, metrics):
     folder = scores_of(tmp_path, n_users=5, sft=1, popularity=2)
     scores_of(folder, n_users=2, pilot=3)
     scores_of(folder, prefix="x", popularity_uniform_negatives=1, drawn=2)
-    record = {"settings": {}, "inputs": {}, "outputs": {}, "rows": {}, "lists": "redrawn"}
+    digest = file_digest(folder / "s/drawn/scores.jsonl")
+    record = {"settings": {}, "inputs": {}, "rows": {}, "lists": "redrawn"}
+    record |= {"outputs": {"scores.jsonl": digest}}
     (folder / "s/drawn/scores.run.json").write_text(json.dumps(record))
     scores_of(folder, negatives=1, random_order=4)
+    (path,) = (scores_of(folder, prefix="y", retriever=1) / "s/retriever").iterdir()
+    record |= {"settings": {"lists": "retrieved"}, "outputs": {path.name: file_digest(path)}}
+    path.with_name("candidates.run.json").write_text(json.dumps(record | {"lists": None}))
     found, printed = metrics()
-    assert len(found) == 6 and "candidates" in printed.split("\n")[0]
+    assert len(found) == 7 and "candidates" in printed.split("\n")[0]
     assert [name for name, _ in difference_rows(score_files(folder))[1]] == ["popularity"]
     for more in ({"negatives": 2}, {"prefix": "x"}, {"n_users": 9, "prefix": "x"}):
         scores_of(folder, **more, other=5)

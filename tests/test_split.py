@@ -478,7 +478,8 @@ def test_redrawn_negatives_are_unseen_and_as_frequent_as_their_kind_says(samplin
 def test_touched_lines_hold_all_that_a_test_user_had(more):
     rows = [(f"u{n}", f"i{(n * k) % 17}", k) for n in range(1, 12) for k in range(1, 9)]
     data, _ = prepared(rows, train_fraction=0.4, **more)
-    lines, touched = list(data.lines()), {r["user_id"]: r["item_ids"] for r in data.touched_lines()}
+    read = [json.loads(line) for part in data.touched_lines() for line in part.splitlines()]
+    lines, touched = list(data.lines()), {row["user_id"]: row["item_ids"] for row in read}
     assert set(touched) == {line["user_id"] for line in lines if line["split"] == "test"} != set()
     core = set(data.item_ids)
     for user, items in touched.items():
@@ -551,6 +552,8 @@ def test_times_that_are_none_are_refused(times, message):
         prepared(rows, **options)
     if not any(times):
         assert len(prepared(rows, ties="hash", **options)[0].target) == 5
+        other = [(f"w{n}", f"i{k}", k + 20) for n in range(5) for k in range(12)]
+        assert prepared(rows + other, **options)[0].statistics["users_with_one_time"] == 5
 
 
 def test_popularity_of_a_split_by_user_counts_histories_and_training_targets():

@@ -300,7 +300,7 @@ def test_days_as_numbers_are_not_seconds(write, times, problem):
         assert problem in error_of(log_of, path)
 
 
-SPELLINGS = [("1", "1.0"), ("1", "01"), ("U1", "u1"), ("e\u0301", "\u00e9")]
+SPELLINGS = [("1", "1.0"), ("1", "01"), ("U1", "u1"), ("e\u0301", "\u00e9"), ("a b", "a\u00a0b")]
 
 
 @pytest.mark.parametrize(("one", "other"), SPELLINGS)

@@ -18,7 +18,7 @@ from mllmrec.data import sample_world as world
 from mllmrec.evaluation.metrics import evaluate
 from mllmrec.models.adapters import check_adapter
 from mllmrec.models.chat import ChatProcessor
-from mllmrec.models.loading import load_multimodal
+from mllmrec.models.loading import load_multimodal, load_text
 from mllmrec.models.lora import add_lora, decoder_layer_class
 from mllmrec.ranking.answers import answer_tokens
 from mllmrec.ranking.batches import Collator, EpochSampler, EpochSettings, pack_into_batches
@@ -317,8 +317,10 @@ def learned(tmp_path_factory):
         row["label"] = label
         row["messages"][1]["content"][0]["text"] = ["No", "Yes"][label]
     write_rows(system / "train.jsonl", rows)
+    (system / "train.run.json").unlink()
     (system / "adapter").rename(system / "adapter_of_true_labels")
-    train.main([*options, "--overwrite", "true"])
+    # As rows from elsewhere: beside their users.jsonl they would be refused.
+    train.main([*options, "--data_dir", str(folder / "elsewhere"), "--overwrite", "true"])
     score([*seen, "--variant", "shuffled"])
     names = ("zero_shot", "sft", "shuffled")
     files = {name: read_rows(system / name / "scores.jsonl") for name in names}
@@ -458,3 +460,5 @@ def test_the_options_of_the_config_reach_the_trainer(tmp_path):
 def test_a_text_model_is_refused_where_images_are_needed():
     with pytest.raises(InputError, match=r"\(llama\) takes no images; name a multimodal --model"):
         load_multimodal(str(TINY / "llama"))
+    with pytest.raises(InputError, match=r"\(llava_next\) takes images; name a text --model"):
+        load_text(str(TINY / "llava"))

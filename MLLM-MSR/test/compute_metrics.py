@@ -58,11 +58,13 @@ def measure(files: Files, digests: Digests, options: Options) -> dict[str, Any]:
     """dict variant -> its metrics, of several runs their means. digests: of "folder/variant"."""
     runs: dict[str, dict[str, dict[str, Any]]] = {}  # variant -> digest of scores -> metrics
     items: dict[str, set[str]] = {folder: set() for folder in files}
+    targets: dict[str, dict[str, str]] = {folder: {} for folder in files}
     for folder, variants in files.items():
         lists = {}
         for name, path in variants.items():
             rows, own = read_rows(path), own_lists(path)
             items[folder] |= {row["item_id"] for row in rows}
+            targets[folder] |= {row["user_id"]: row["item_id"] for row in rows if row["label"]}
             if not own:
                 lists[path] = list_digests(rows)
             metrics = evaluate(rows, path, options.resamples, options.seed, own == "retrieved")
@@ -73,7 +75,7 @@ def measure(files: Files, digests: Digests, options: Options) -> dict[str, Any]:
         check_same_lists(lists)
     if len(files) == 1:
         return {name: metrics for name, found in runs.items() for metrics in found.values()}
-    check_same_data_set(items)
+    check_same_data_set(items, targets)
     for name, found in runs.items():
         lengths = sorted({metrics["candidates"] for metrics in found.values()})
         if len(lengths) > 1:
@@ -93,13 +95,24 @@ def test_candidates(users_path: Path) -> list[Row]:
     ]
 
 
-def check_same_data_set(items: Mapping[str, set[str]]) -> None:
-    """Raise InputError for two runs without a common item. items: of each run's candidates."""
+def check_same_data_set(
+    items: Mapping[str, set[str]], targets: Mapping[str, Mapping[str, str]]
+) -> None:
+    """Raise InputError for two runs of two data sets, which may number users and items alike.
+
+    items: of each run's candidates; targets: of each run, user -> target. Most common users must
+    have the same target: `--ties hash` may change that of a few between seeds.
+    """
     for a, b in combinations(items, 2):
-        if items[a].isdisjoint(items[b]):
+        reason = "no item in common" if items[a].isdisjoint(items[b]) else ""
+        common = targets[a].keys() & targets[b].keys()
+        same = sum(targets[a][user] == targets[b][user] for user in common)
+        if not reason and same < len(common) / 2:
+            reason = f"{len(common):,} users in common, of whom {same:,} have the same target"
+        if reason:
             raise InputError(
-                f"--runs: {a} and {b} have no item in common, so they are of two data sets; "
-                "average folds or seeds of one"
+                f"--runs: {a} and {b} have {reason}, so they are of two data sets; average folds "
+                "or seeds of one"
             )
 
 

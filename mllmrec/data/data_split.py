@@ -25,8 +25,10 @@ from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 from pydantic.dataclasses import dataclass as options_dataclass
 
+from mllmrec.data.columns import LINES, encoded, encoded_lists, json_lines
 from mllmrec.data.interactions import (
     Array,
     InteractionLog,
@@ -136,37 +138,40 @@ class PreparedData:
 
     def lines(self) -> Iterator[Row]:
         """The lines of users.jsonl as dicts."""
-        return map(json.loads, self.encoded_lines())
+        for part in self.encoded_lines():
+            yield from map(json.loads, part.splitlines())
 
-    def encoded_lines(self) -> Iterator[str]:
+    def encoded_lines(self) -> Iterator[bytes]:
         """The lines of users.jsonl: users in id order, or in that of the released split."""
-        # Ids are encoded once and lines are made of strings: there may be millions of them.
-        encode = json.JSONEncoder(ensure_ascii=False).encode
-        users = map(encode, self.user_ids[self.line_user])
-        items = np.array([encode(item_id) for item_id in self.item_ids], dtype=object)
-        history, targets = items[self.history].tolist(), items[self.target].tolist()
-        is_drawn = self.negatives >= 0
-        negatives, drawn_ends = items[self.negatives[is_drawn]].tolist(), is_drawn.sum(1).cumsum()
-        folds = np.where(self.fold >= 0, self.fold.astype(str), "null").tolist()
-        ends = (self.ends.tolist(), drawn_ends.tolist())
-        start = drawn = 0
-        for user, target, split, fold, end, drawn_end in zip(
-            users, targets, self.split.tolist(), folds, *ends, strict=True
-        ):
-            yield (
-                f'{{"user_id": {user}, "history": [{", ".join(history[start:end])}], "target": '
-                f'{target}, "negatives": [{", ".join(negatives[drawn:drawn_end])}], "split": '
-                f'"{split}", "fold": {fold}}}\n'
+        # Ids are encoded once: there may be millions of lines.
+        users, items = encoded(self.user_ids), encoded(self.item_ids)
+        is_drawn, ends = self.negatives >= 0, np.append(0, self.ends)
+        folds = np.where(self.fold >= 0, self.fold.astype("S"), b"null")
+        for start in range(0, len(self.target), LINES):
+            part = slice(start, start + LINES)
+            first, *own_ends = ends[start : start + LINES + 1]
+            drawn = is_drawn[part]
+            yield from json_lines(
+                user_id=users.take(self.line_user[part]),
+                history=encoded_lists(
+                    items.take(self.history[first : own_ends[-1]]), np.array(own_ends) - first
+                ),
+                target=items.take(self.target[part]),
+                negatives=encoded_lists(
+                    items.take(self.negatives[part][drawn]), drawn.sum(1).cumsum()
+                ),
+                split=encoded(self.split[part]),
+                fold=pa.array(folds[part], pa.binary()),
             )
-            start, drawn = end, drawn_end
 
-    def touched_lines(self) -> Iterator[Row]:
+    def touched_lines(self) -> Iterator[bytes]:
         """The lines of touched.jsonl: of each test user, all items of the core in the raw log."""
-        n_items = len(self.item_ids)
-        for user in np.unique(self.line_user[self.split == "test"]).tolist():
-            first, last = np.searchsorted(self.touched, [user * n_items, (user + 1) * n_items])
-            items = self.item_ids[self.touched[first:last] % n_items]
-            yield {"user_id": self.user_ids[user], "item_ids": items.tolist()}
+        users = np.unique(self.line_user[self.split == "test"])
+        user, item = np.divmod(self.touched, len(self.item_ids))  # sorted by user
+        is_listed = np.isin(user, users)
+        ends = np.bincount(user[is_listed], minlength=len(self.user_ids))[users].cumsum()
+        listed = encoded_lists(encoded(self.item_ids).take(item[is_listed]), ends)
+        return json_lines(user_id=encoded(self.user_ids[users]), item_ids=listed)
 
 
 def check_options(options: SplitOptions) -> None:
@@ -225,7 +230,8 @@ def prepare(log: InteractionLog, catalogue: pd.DataFrame, options: SplitOptions)
     ends = np.cumsum(np.bincount(user, minlength=len(user_ids)))
     starts = np.append(0, ends[:-1])
     tied = np.append(False, (times[1:] == times[:-1]) & (user[1:] == user[:-1]))
-    _check_times(times, tied, (user_ids, times[starts] == times[ends - 1]), options)
+    one_time = times[starts] == times[ends - 1]
+    _check_times(times, tied, (user_ids, one_time), options)
     first = log.first_row[users]
     if options.ties == "hash":
         hashes, first = hashed_pairs(user_ids, item_ids, (user, sequences), options.seed)
@@ -240,6 +246,7 @@ def prepare(log: InteractionLog, catalogue: pd.DataFrame, options: SplitOptions)
     spans = (starts[line_user[chosen]], last[chosen])
     history, history_ends, target = _histories(sequences, spans, popularity, options)
     statistics["written_users"] = {name: int((split[chosen] == name).sum()) for name in SPLITS}
+    statistics["users_with_one_time"] = int(one_time.sum())
     statistics["tied_interactions"], targets = int(tied.sum()), tied[last[split == "test"]]
     statistics["tied_test_targets"], statistics["test_targets"] = int(targets.sum()), len(targets)
     data = PreparedData(

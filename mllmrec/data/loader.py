@@ -9,18 +9,17 @@ from typing import Any
 
 import pandas as pd
 
+from mllmrec.data.columns import encoded, json_lines, write_lines
 from mllmrec.data.data_split import DataOptions, PreparedData, SplitOptions, prepare
 from mllmrec.data.images import check_image_paths
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import (
-    atomic_file,
     read_by_id,
     read_rejected,
     rejected_path,
     relative_path,
     write_json,
     write_rejected,
-    write_rows,
 )
 from mllmrec.stage.options import print_next
 from mllmrec.stage.output import WholeOutput
@@ -88,7 +87,7 @@ def _write_urls(urls: pd.Series, failed: set[str], path: Path) -> None:
     )
     kept = {item_id: row["url"] for item_id, row in earlier.items() if item_id in failed}
     merged = kept | dict(zip(urls.index.tolist(), urls.tolist(), strict=True))
-    write_rows(path, ({"item_id": item_id, "url": url} for item_id, url in merged.items()))
+    write_lines(path, json_lines(item_id=encoded(merged), url=encoded(merged.values())))
 
 
 def data_outputs(options: DataOptions) -> list[Path]:
@@ -117,12 +116,11 @@ def write_data_set(data: Any, rejected: Sequence[Row], options: DataOptions) -> 
             )
     statistics["rejected_rows"] = len(rejected)
     _write_items(data.items, paths[1], options)
-    with atomic_file(paths[0]) as file:
-        file.writelines(map(str.encode, data.encoded_lines()))
+    write_lines(paths[0], data.encoded_lines())
     write_json(paths[2], statistics)
     touched = Path(options.data_dir) / "touched.jsonl"
     if isinstance(data, PreparedData):
-        write_rows(touched, data.touched_lines())
+        write_lines(touched, data.touched_lines())
     else:  # lists without a log: one of another data set must not stay beside them
         touched.unlink(missing_ok=True)
     write_rejected(rejected_rows_path(options), rejected)
@@ -145,8 +143,8 @@ def _write_items(items: pd.DataFrame, path: Path, options: DataOptions) -> None:
     except InputError as reason:  # here the images of the raw files are those that were named
         check_image_paths(given, path, options.data_dir, [options.raw_dir])
         logger.info(f"note: {reason}")
-    columns = zip(items.index.tolist(), items["title"].tolist(), names, strict=True)
-    write_rows(path, ({"item_id": i, "title": title, "image": name} for i, title, name in columns))
+    columns = {"item_id": items.index, "title": items["title"], "image": names}
+    write_lines(path, json_lines(**{name: encoded(values) for name, values in columns.items()}))
 
 
 def report(statistics: dict[str, Any], options: DataOptions) -> None:
@@ -167,6 +165,8 @@ def report(statistics: dict[str, Any], options: DataOptions) -> None:
             f"{statistics['tied_test_targets']:,} of {statistics['test_targets']:,} test targets, "
             f"have the time of the user's interaction before; they are {order} (--ties)"
         )
+    if users := statistics.get("users_with_one_time"):
+        logger.warning(f"{users:,} users have one time for all their items, so no known order")
     written = statistics["written_users"].items()
     print(", ".join(f"{count:,} {name}" for name, count in written) + " users written")
     if count := statistics["rejected_rows"]:

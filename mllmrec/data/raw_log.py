@@ -69,11 +69,12 @@ DAYS = """(whole BETWEEN 19900101 AND 20691231 AND whole // 100 % 100 BETWEEN 1 
 REVERSED_DAYS = """(whole % 10000 BETWEEN 1990 AND 2069 AND whole // 10000 % 100 BETWEEN 1 AND 31
     AND whole // 1000000 BETWEEN 1 AND 31)"""
 SECONDS = 5 * 10**8  # of 1985; days as numbers are smaller
-# Groups of ids that differ in case, in leading zeros, in `.0` or in how accents are composed.
+# Groups of ids that differ in case, blanks, leading zeros, `.0` or in how accents are composed.
 SPELLINGS = """
 SELECT count(*), min(one), arg_min(other, one) FROM (
     SELECT min(id) AS one, max(id) AS other FROM {column}s WHERE reason IS NULL
-    GROUP BY regexp_replace(lower(nfc_normalize(id)), '^0*([0-9]+)([.]0+)?$', '\\1')
+    GROUP BY regexp_replace(regexp_replace(lower(nfc_normalize(id)), '[\\s\\p{{Z}}]+', ' ', 'g'),
+        '^0*([0-9]+)([.]0+)?$', '\\1')
     HAVING one != other)
 """
 

@@ -12,7 +12,7 @@ from mllmrec.evaluation.metrics import SHOWN
 from mllmrec.evaluation.paired import Scored, paired_differences
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import PathLike, read_json, read_rows
-from mllmrec.stage.record import read_record
+from mllmrec.stage.provenance import describing_records
 from mllmrec.stage.schema import Row, problem
 
 DIFFERENCES = (
@@ -26,7 +26,7 @@ GROUPS = {
     "bounds": "Rules that know how the sample's users choose; no recommender can know more.",
     "published": "Reported elsewhere, each on its own candidates.",
 }
-# Variants with lists of their own, where no run record says so (key `lists`).
+# Variants with lists of their own, where no run record says so (key or setting `lists`).
 OWN_LISTS = [f"popularity_{how}_negatives" for how in ("uniform", "weighted")]
 OWN_LISTS += ["retriever_order", "random_order"]
 FIRST = ("zero_shot", "sft")  # these rows lead a table, the others follow by name
@@ -76,8 +76,11 @@ def score_files(output_dir: PathLike) -> dict[str, Path]:
 
 def own_lists(scores: Path) -> str:
     """How a variant's lists differ from the table's (redrawn, retrieved); "" if they do not."""
-    lists = (read_record(scores) or {}).get("lists", "")
-    return str(lists) or ("redrawn" if scores.parent.name in OWN_LISTS else "")
+    for _, record in describing_records(scores):
+        lists = record.get("lists") or record["settings"].get("lists")
+        if lists in ("redrawn", "retrieved"):
+            return str(lists)
+    return "redrawn" if scores.parent.name in OWN_LISTS else ""
 
 
 def list_digests(rows: Iterable[Row]) -> dict[str, int]:

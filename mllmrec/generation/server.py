@@ -168,7 +168,10 @@ class ServerEngine:
                 names = [str(model.get("id")) for model in listed[:5] if isinstance(model, dict)]
                 remedy = f"name one of its models ({', '.join(names)}) with --served_model"
             elif isinstance(error, NoAnswerError):
-                raise InputError(f"{url} is no chat server ({error}); correct --base_url") from None
+                raise InputError(
+                    f"{url} does not answer as OpenAI's chat protocol says ({error}); correct "
+                    "--base_url, or start another server"
+                ) from None
             model = self.request["model"]
             raise InputError(f"no {model!r} answers at {url} ({_line(error)}); {remedy}") from None
         page = await self._page(url.rstrip("/").removesuffix("/v1") + "/version")  # as vLLM has it

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from tokenizers.processors import TemplateProcessing
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -125,6 +126,11 @@ def load_multimodal(name: str, options: ModelOptions | None = None) -> tuple[Any
 def load_text(name: str, options: ModelOptions | None = None) -> tuple[Any, Any]:
     """(model, tokenizer) of a text model, in evaluation mode on this process's device."""
     config, options = read_config(name), options or ModelOptions()
+    if takes_images(config) and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise InputError(
+            f"the model {name} ({config.model_type}) takes images; name a text --model such as "
+            "meta-llama/Meta-Llama-3-8B-Instruct"
+        )
     model = _load_model(AutoModelForCausalLM, name, config, options)
     return model, _load_processor(AutoTokenizer, name, config, options)
 

@@ -172,7 +172,7 @@ class RowReader:
                     raise InputError(
                         f"{path}, line {number}, {row_name(row)}: the model's processor refuses "
                         f"the image {name} of {size[0]} x {size[1]} pixels ({one_line(error)}); "
-                        f"replace it and {MAKE_AGAIN}"
+                        "replace it and run stages 2 to 4 again"
                     ) from None
                 accepted.add(size)
 
