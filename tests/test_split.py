@@ -10,6 +10,7 @@ from conftest import REAL, ROOT, skip_without_real_data
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mllmrec.data import columns
 from mllmrec.data.candidates import (
     item_popularity,
     popularity_scores,
@@ -22,7 +23,7 @@ from mllmrec.data.interactions import InteractionLog, k_core, sample_negatives, 
 from mllmrec.data.loader import write_data_set
 from mllmrec.data.raw_log import NO_TIME
 from mllmrec.stage.errors import InputError
-from mllmrec.stage.jsonl import read_rows, write_rows
+from mllmrec.stage.jsonl import encode, read_rows, write_rows
 from mllmrec.stage.options import parse_options
 from mllmrec.stage.scripts import load_script
 
@@ -484,6 +485,17 @@ def test_touched_lines_hold_all_that_a_test_user_had(more):
     core = set(data.item_ids)
     for user, items in touched.items():
         assert sorted(items) == sorted(core & {item for u, item, _ in rows if u == user})
+
+
+def test_columns_become_the_lines_that_json_writes(monkeypatch):
+    monkeypatch.setattr(columns, "LINES", 3)
+    texts = ["a", "b\n\u2028é", 'q"', None, "\\x", "\x01\x7f", "", "ü\t"]
+    lists = [texts[:2], [], texts[2:3], *[[]] * 4, texts[3:]]
+    encoded = columns.encoded(texts)
+    ends = np.cumsum([len(own) for own in lists])
+    lines = columns.json_lines(x=encoded, y=columns.encoded_lists(encoded, ends))
+    rows = [{"x": text, "y": own} for text, own in zip(texts, lists, strict=True)]
+    assert b"".join(lines) == b"".join(map(encode, rows))
 
 
 def test_touched_lines_of_other_users_are_refused(tmp_path):

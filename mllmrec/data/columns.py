@@ -6,6 +6,7 @@ A column is an Arrow array of bytes, each value as it stands in the file.
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -15,12 +16,18 @@ from mllmrec.evaluation.metrics import Array
 from mllmrec.stage.jsonl import atomic_file
 
 LINES = 100_000  # that are text at a time
+ESCAPED = r'["\\\x00-\x1f]'  # what JSON writes in another way
 
 
-def encoded(values: Iterable[str | None]) -> pa.Array:
-    """Texts as JSON; None becomes null, half of a surrogate pair a question mark."""
+def encoded(values: Any) -> pa.Array:
+    """Texts, an array or list of them, as JSON; None becomes null."""
+    texts = pa.array(values, pa.string())
+    special = pc.fill_null(pc.match_substring_regex(texts, ESCAPED), False)
+    quoted = pc.binary_join_element_wise('"', texts, '"', "")
     encode = json.JSONEncoder(ensure_ascii=False).encode
-    return pa.array([encode(value).encode("utf-8", "replace") for value in values], pa.binary())
+    others = pa.array([encode(text) for text in texts.filter(special).to_pylist()], pa.string())
+    quoted = pc.fill_null(pc.replace_with_mask(quoted, special, others), "null")
+    return quoted.cast(pa.binary())
 
 
 def encoded_lists(values: pa.Array, ends: Array) -> pa.Array:

@@ -87,7 +87,7 @@ def _write_urls(urls: pd.Series, failed: set[str], path: Path) -> None:
     )
     kept = {item_id: row["url"] for item_id, row in earlier.items() if item_id in failed}
     merged = kept | dict(zip(urls.index.tolist(), urls.tolist(), strict=True))
-    write_lines(path, json_lines(item_id=encoded(merged), url=encoded(merged.values())))
+    write_lines(path, json_lines(item_id=encoded(list(merged)), url=encoded(list(merged.values()))))
 
 
 def data_outputs(options: DataOptions) -> list[Path]:
@@ -135,8 +135,8 @@ def write_data_set(data: Any, rejected: Sequence[Row], options: DataOptions) -> 
 def _write_items(items: pd.DataFrame, path: Path, options: DataOptions) -> None:
     """Write items.jsonl. Raises InputError for an image outside the folders that are allowed."""
     start = cache(lambda folder: relative_path(os.path.join(folder, "x"), path)[:-1])
-    parts = [os.path.split(image) if isinstance(image, str) else None for image in items["image"]]
-    names = [start(part[0]) + part[1] if part else None for part in parts]
+    parts = [image.rpartition("/") if isinstance(image, str) else None for image in items["image"]]
+    names = [start(part[0]) + part[2] if part else None for part in parts]
     given = [name for name in names if name]
     try:
         check_image_paths(given, path, options.data_dir, options.image_roots)
