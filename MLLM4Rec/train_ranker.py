@@ -6,7 +6,9 @@ In:  {data_dir}/users.jsonl, items.jsonl
      {output_dir}/{system}/retriever/candidates.jsonl      from train_retriever.py
      {output_dir}/{system}/image_summaries.jsonl           captions; without it, titles only
 Out, all in {output_dir}/{system}/:
-     train.jsonl, validation.jsonl, test.jsonl   questions; retrieved users only, but in training
+     train_users.jsonl, item_texts.jsonl         user_id, item_ids; item_id, text: what training
+                                                 rows are made of
+     validation.jsonl, test.jsonl                questions, about retrieved users only
      adapter/, training_log.jsonl, checkpoints/  as stage 5 of MLLM-MSR writes them
      ranked/scores.jsonl                         retrieved users: softmax over the letters' logits
      {variant}/scores.jsonl                      all users: the others keep the retriever's list
@@ -16,8 +18,10 @@ Out, all in {output_dir}/{system}/:
 
     python MLLM4Rec/train_ranker.py --dataset_code ml-100k --llm_base_model meta-llama/Llama-2-7b-hf
 
-Trained on the target among 19 random negatives, tested on the retriever's 20. The best epoch is
-that with the highest NDCG@10 on the validation users whose target was retrieved. `--lists users`
+Trained on each item that a user had, among 19 random negatives (`--train_rows prefixes`, as the
+released code; README, MLLM4Rec), tested on the retriever's 20. What is kept has the highest NDCG@10
+on the validation users whose target was retrieved, after each epoch or every `--validation_steps`
+steps. `--lists users`
 needs no retriever: validation and test users have the candidates of users.jsonl, which MLLM-MSR
 ranks, too (the table `systems`). `--limit N`: the first N users of each split, and no {variant}/,
 which is of all. A GPU for Llama-2-7B; not run yet at that size.
@@ -50,34 +54,40 @@ SECTION = "ranker"
 
 
 def write_questions(options: ListOptions) -> None:
-    """1. Users, items, captions and candidates -> train.jsonl, validation.jsonl and test.jsonl.
+    """1. What is asked: users and item texts of the training, questions of validation and test.
 
-    A training row asks for the target among random negatives, a test row for the target among what
-    was retrieved; candidates are lettered in a random order.
+    A training row asks for the target among random negatives and is made when it is needed
+    (`PrefixRows`), a test row for the target among what was retrieved.
     """
     folder, paths = options.system_dir, options.input_paths()
-    outputs = [folder / f"{split}.jsonl" for split in ("train", "validation", "test")]
+    names = ("train_users", "item_texts", "validation", "test")
+    outputs = [folder / f"{name}.jsonl" for name in names]
     others = set(asdict(options)) - set(ROW_OPTIONS)
     job = Job.of(options, file_digests(*paths.values()), others, stage=SECTION)
     with WholeOutput(job, outputs) as output:
         if not output.is_needed:
             return
+        from mllmrec.models.loading import load_processor
         from mllmrec.ranking import lists
+        from mllmrec.ranking.reader import chat_processor
 
         users, items = read_users_and_items(paths["users"], paths["items"], ("history", "target"))
-        form = lists.list_format(paths, options)
-        rng = np.random.default_rng([options.seed, 5])
-        rows = lists.training_rows(users_of_split(users, "train"), form, options.candidates, rng)
-        if options.control == "shuffled_labels":
-            rows = lists.shuffle_labels(rows, form.letters, rng)
-        output.begin()
-        write_rows(outputs[0], rows)
-        counts = {"train": len(rows)}
+        chat = chat_processor(load_processor(options.model, options), options)
+        tokens = options.text_tokens
+        texts = lists.item_texts(paths["items"], paths.get("captions"), chat.tokenizer, tokens)
+        form = lists.list_format(texts, chat, options)
         if options.lists == "users":
             lines = [lists.own_candidates(user) for user in users]
         else:
             lines = lists.read_candidates(paths["candidates"], users, items)
-        for split, path in zip(("validation", "test"), outputs[1:], strict=True):
+        is_shuffled = options.candidate_order == "shuffled" or options.lists == "users"
+        rng = np.random.default_rng([options.seed, 5]) if is_shuffled else None
+        training = lists.training_users(users)
+        output.begin()
+        write_rows(outputs[0], training)
+        write_rows(outputs[1], ({"item_id": i, "text": text} for i, text in texts.items()))
+        counts = {"train_users": len(training)}
+        for split, path in zip(names[2:], outputs[2:], strict=True):
             own = [line for line in lines if line["split"] == split]
             asked = users_of_split(users, split)
             rows = lists.list_rows(own, asked, form, rng, with_answer=split == "validation")
@@ -90,47 +100,48 @@ def write_questions(options: ListOptions) -> None:
 
 
 def fine_tune(options: ListOptions) -> None:
-    """2. LoRA learns the letter of the target: train.jsonl, validation.jsonl -> adapter/.
+    """2. LoRA learns the letter of the target: training users, validation lists -> adapter/.
 
-    The loss is on the letter; the epoch with the highest NDCG@10 on the validation lists is kept.
+    The loss is on the letter; what has the highest NDCG@10 on the validation lists is kept.
     """
     folder = options.system_dir
-    train_path, validation_path = folder / "train.jsonl", folder / "validation.jsonl"
-    rows, validation = read_rows(train_path), read_rows(validation_path)
-    if not rows:
-        raise InputError(f"{train_path} is empty: there are no training users; make them again")
-    inputs = file_digests(train_path, validation_path, options.model)
+    paths = [folder / f"{name}.jsonl" for name in ("train_users", "item_texts", "validation")]
+    users, validation = read_rows(paths[0]), read_rows(paths[2])
+    texts = {row["item_id"]: row["text"] for row in read_rows(paths[1])}
+    if not users:
+        raise InputError(f"{paths[0]} is empty: there are no training users; make them again")
+    inputs = file_digests(*paths, options.model)
     ignore = (*TRAINING_SPEED_OPTIONS, *SCORE_OPTIONS)
     job = Job.of(options, inputs, ignore, stage=SECTION, limit=options.limit)
     outputs = [folder / "adapter"]
     with WholeOutput(job, outputs, training_files(options), folder / "checkpoints") as output:
         if not output.is_needed:
             return
-        rows = first_users(rows, options.limit)
+        users = first_users(users, options.limit)
         validation = first_users(first_users(validation, options.limit), options.validation_users)
-        sizes = check_training_rows(rows, train_path, LETTER_ANSWERS)
-        check_training_rows(validation, validation_path, LETTER_ANSWERS)
+        check_training_rows(validation, paths[2], LETTER_ANSWERS)
         from transformers import set_seed
 
         from mllmrec.models.compat import empty_device_cache
         from mllmrec.ranking.answers import answer_set
         from mllmrec.ranking.batches import Collator, EpochSampler, EpochSettings
+        from mllmrec.ranking.lists import PrefixRows, list_format
         from mllmrec.ranking.reader import RowReader
         from mllmrec.ranking.trainer import RankingTrainer, load_with_lora, save_adapter
 
         set_seed(options.seed)
         model, chat = load_with_lora(options)
+        rows = PrefixRows(users, list_format(texts, chat, options), options)
         answers = answer_set("letters", options)
         reader = RowReader(chat, folder, options.max_text_tokens, answers=answers)
-        rows, rejected, shortened = reader.fitting_rows(rows, train_path)
-        validation, more, _ = reader.fitting_rows(validation, validation_path)
-        counts = {"in": len(rows), "shortened": shortened, "validation_rows": len(validation)}
-        lengths = reader.lengths(rows, sizes) if options.group_by == "length" else None
+        validation, rejected, _ = reader.fitting_rows(validation, paths[2])
+        counts = {"in": len(rows), "users": len(users), "validation_rows": len(validation)}
+        lengths = rows.lengths() if options.group_by == "length" else None
         sampler = EpochSampler(rows, lengths, EpochSettings.of(options))
-        collator = Collator(reader, options.loss, share_prefix=options.group_by == "item")
+        collator = Collator(reader, options.loss)
         trainer = RankingTrainer(model, sampler, collator, validation, options, "ndcg@10")
         trainer.train_or_resume(output)
-        save_adapter(trainer, chat, output, counts, rejected | more)
+        save_adapter(trainer, chat, output, counts, rejected)
         # The trainer's objects refer to each other, and scoring loads a model again.
         del model, trainer
         empty_device_cache(collect_garbage=True)
@@ -193,6 +204,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.llm_base_model:
         options.model, options.llm_base_model = options.llm_base_model, ""
     check_training_options(options)
+    if options.group_by == "item":
+        raise InputError("--group_by item shares nothing here: each row has a history of its own")
     write_questions(options)
     fine_tune(options)
     ranked_path = score(options)

@@ -3,26 +3,29 @@
 import gc
 import json
 import weakref
+from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import yaml
-from conftest import ROOT, TINY
+from conftest import REAL, ROOT, TINY, skip_without_real_data
 
 from mllmrec.evaluation.metrics import evaluate
 from mllmrec.models.chat import ChatProcessor
 from mllmrec.models.loading import load_processor, load_text
 from mllmrec.ranking import reader, trainer
+from mllmrec.ranking.batches import EpochSampler, EpochSettings
 from mllmrec.ranking.list_options import ListOptions
 from mllmrec.ranking.lists import (
     ListFormat,
+    PrefixRows,
     cut_to_tokens,
     item_texts,
     list_rows,
-    shuffle_labels,
-    training_rows,
+    training_users,
 )
 from mllmrec.ranking.rows import LETTER_ANSWERS, check_training_rows, question_text
 from mllmrec.stage.errors import InputError
@@ -72,14 +75,86 @@ def test_a_question_that_is_too_long_loses_the_oldest_items_and_is_counted():
     assert "title 9" in nothing.question(history, ["i9"]), "the candidates stay"
 
 
+def train_rows(users, form=FORM, **options):
+    return PrefixRows(training_users(users), form, ListOptions(**options))
+
+
+def test_every_item_from_the_second_on_is_a_target_after_those_before_it():
+    users = [user_line(), {**user_line(), "user_id": "v", "history": ["i7"]}]
+    rows = train_rows(users)
+    assert len(rows) == 5 + 1 and rows.lengths() == [1, 2, 3, 3, 3, 1]
+    had = [f"i{n}" for n in (0, 1, 2, 3, 4, 9)]
+    for place, row in enumerate(map(rows.__getitem__, range(5)), start=1):
+        assert row["user_id"] == "u" and row["item_ids"][row["label"]] == had[place]
+        assert set(row["item_ids"]).isdisjoint({*had} - {had[place]}), "nothing else it had"
+        shown = [f"{n}. {TEXTS[item]}" for n, item in enumerate(had[:place][-3:], start=1)]
+        assert "\n".join(shown) + "\n" in question_text(row)
+        assert check_training_rows([row], "x", LETTER_ANSWERS) == {}
+    last = train_rows(users, train_rows="last")
+    assert len(last) == 2
+    assert [last[n]["item_ids"][last[n]["label"]] for n in (0, 1)] == ["i9", "i9"]
+
+
+def test_each_epoch_has_other_negatives_and_places_decided_by_the_seed():
+    rows, again = (train_rows([user_line()] * 40, train_rows="last") for _ in range(2))
+    epochs = []
+    for epoch in (0, 1):
+        rows.epoch = again.epoch = epoch
+        epochs.append([rows[n] for n in range(40)])
+        assert epochs[-1] == [again[n] for n in reversed(range(40))][::-1]
+    assert not any(a == b for a, b in zip(*epochs, strict=True))
+    assert train_rows([user_line()], seed=1, train_rows="last")[0] != epochs[0][0]
+    drawn = Counter(item for row in epochs[0] + epochs[1] for item in row["item_ids"])
+    assert drawn.pop("i9") == 80 and len(drawn) == 54 and max(drawn.values()) < 60
+    sampler = EpochSampler(rows, None, EpochSettings(8, 1, "none", 0))
+    sampler.set_epoch(1)
+    assert rows.epoch == 1
+
+
+def test_lists_that_cannot_be_drawn_or_asked_are_refused():
+    few = ListFormat({f"i{n}": "x" for n in range(20)}, LETTER_ANSWERS, "")
+    with pytest.raises(InputError, match="has 20 items and a user 6 of them, so that 19 negatives"):
+        train_rows([user_line()], few)
+    long = ListFormat(TEXTS, LETTER_ANSWERS, "", fits=lambda text: len(text) < 250)
+    with pytest.raises(InputError, match="20 items without a history may be longer than 1536"):
+        train_rows([user_line()], long)
+    assert len(train_rows([user_line()], long, candidates=3)) == 5
+
+
 def test_shuffled_labels_are_random_letters_of_the_same_questions():
-    rng = np.random.default_rng(1)
-    rows = training_rows([user_line()] * 200, FORM, 20, rng)
-    shuffled = shuffle_labels(rows, LETTER_ANSWERS, rng)
-    assert [question_text(row) for row in shuffled] == [question_text(row) for row in rows]
-    assert check_training_rows(shuffled[:1], "train.jsonl", LETTER_ANSWERS) == {}
-    same = sum(a["label"] == b["label"] for a, b in zip(rows, shuffled, strict=True))
-    assert 0 < same < 30 and {row["label"] for row in shuffled} == set(range(20))
+    users = [user_line()] * 40
+    rows, shuffled = train_rows(users), train_rows(users, control="shuffled_labels")
+    pairs = [(rows[n], shuffled[n]) for n in range(len(rows))]
+    assert all(question_text(a) == question_text(b) for a, b in pairs)
+    assert check_training_rows([pairs[0][1]], "x", LETTER_ANSWERS) == {}
+    same = sum(a["label"] == b["label"] for a, b in pairs)
+    assert 0 < same < 30 and {b["label"] for _, b in pairs} == set(range(20))
+
+
+@skip_without_real_data
+def test_rows_on_ml_latest_small_are_those_of_the_released_code(tmp_path):
+    """88,444: 90,274 interactions less the first and two held out of each of 610 users."""
+    raw = REAL.parent / "ml-latest-small"
+    words = ["--config", str(ROOT / "configs/mllm4rec/ml-100k.yaml"), "--raw_dir", str(raw)]
+    load_script("data_processing/movielens.py").main([*words, "--data_dir", str(tmp_path)])
+    users, titles = read_rows(tmp_path / "users.jsonl"), read_rows(tmp_path / "items.jsonl")
+    form = ListFormat({row["item_id"]: row["title"] for row in titles}, LETTER_ANSWERS, "")
+    rows = train_rows(users, form)
+    assert len(rows) == 88_444 and len(titles) == 3650
+    log = pd.read_csv(raw / "ratings.csv", dtype={"userId": str, "movieId": str})
+    log = log[log["movieId"].isin(form.texts)].sort_values("timestamp", kind="stable")
+    first = 0
+    for line in rows.users[:20]:
+        own = log[log["userId"] == line["user_id"]]["movieId"].tolist()
+        assert line["item_ids"] == own[:-2], "oldest first, without validation and test target"
+        for place in (1, len(own) // 2, len(own) - 3):
+            row = rows[first + place - 1]
+            assert row["item_ids"][row["label"]] == own[place]
+            assert set(row["item_ids"]).isdisjoint({*own[:-2]} - {own[place]})
+            shown = [form.texts[item] for item in own[max(0, place - 20) : place]]
+            assert question_text(row).count("\n") == 2 + len(shown) + 20
+            assert f"{len(shown)}. {shown[-1]}\n" in question_text(row)
+        first += len(own) - 3
 
 
 def test_the_lists_of_users_jsonl_are_asked_about_without_a_retriever(tmp_path, capfd):
@@ -96,8 +171,13 @@ def test_the_lists_of_users_jsonl_are_asked_about_without_a_retriever(tmp_path, 
     options = parse_options(ListOptions, stage.SECTION, words)
     assert options.dataset_code == "sample", "from the config's name"
     stage.write_questions(options)
+    assert read_rows(out / "mllm4rec/train_users.jsonl") == training_users(users)
+    texts = {row["item_id"]: row["text"] for row in read_rows(out / "mllm4rec/item_texts.jsonl")}
+    assert texts.keys() == TEXTS.keys()
+    assert all(TEXTS[item].startswith(text) for item, text in texts.items()), "four tokens"
+    splits = splits[1:]
     rows = {split: read_rows(out / f"mllm4rec/{split}.jsonl") for split in splits}
-    for split, user in zip(splits, users, strict=True):
+    for split, user in zip(splits, users[1:], strict=True):
         (row,) = rows[split]
         assert set(row["item_ids"]) == {user["target"], *user["negatives"]}
         assert row["item_ids"][row["label"]] == user["target"]
@@ -113,23 +193,7 @@ def test_the_lists_of_users_jsonl_are_asked_about_without_a_retriever(tmp_path, 
     assert "1. title 0\n" in question_text(rows["test"][0])
     assert "title 0\n" not in question_text(short), "the oldest item is left out"
     assert "1. title 1\n" in question_text(short), "and no more than needed"
-    assert "3 shortened" in capfd.readouterr().out
-
-
-def test_the_answer_is_the_letter_of_the_target_wherever_it_stands():
-    rng = np.random.default_rng(0)
-    rows = training_rows([user_line()] * 100, FORM, 20, rng)
-    places = set()
-    for row in rows:
-        letter = row["messages"][1]["content"][0]["text"]
-        assert row["item_ids"][row["label"]] == "i9"
-        assert letter == LETTER_ANSWERS[row["label"]]
-        assert f"{letter}. title 9\n" in question_text(row)
-        assert len(set(row["item_ids"])) == 20
-        places.add(row["label"])
-    assert places == set(range(20)), "any place"
-    with pytest.raises(InputError, match=r"'u' has 3 negatives.*--train_negatives 19"):
-        training_rows([user_line(negatives=3)], FORM, 20, rng)
+    assert "2 shortened" in capfd.readouterr().out
 
 
 def test_only_retrieved_users_are_asked_and_the_rank_is_not_told():
@@ -146,6 +210,8 @@ def test_only_retrieved_users_are_asked_and_the_rank_is_not_told():
     assert all(row["item_ids"][row["label"]] == "i9" for row in rows)
     assert all(len(row["messages"]) == 1 for row in rows), "no answer in the test"
     assert len({row["label"] for row in rows}) > 10
+    (kept,) = list_rows(lines, users, FORM, None, False)
+    assert (kept["item_ids"], kept["label"]) == (found, 0), "the retriever's order"
     asked = list_rows(lines, users, FORM, np.random.default_rng(0), True)
     assert [row["user_id"] for row in asked] == ["u"]
     assert len(asked[0]["messages"]) == 2
@@ -308,6 +374,6 @@ def test_one_model_is_in_memory_at_a_time(small_run, tmp_path, monkeypatch):
     scores = read_rows(tmp_path / "mllm4rec/ranked/scores.jsonl")
     found = evaluate(scores, resamples=1)
     assert (found["users"], found["candidates"]) == (8, 21), "--limit counts users"
-    assert read_record(tmp_path / "mllm4rec/adapter")["rows"]["in"] == 8
+    assert read_record(tmp_path / "mllm4rec/adapter")["rows"]["users"] == 8
     with pytest.raises(InputError, match=r"other settings \(limit was 8, is 0\); choose another"):
         load_script("MLLM4Rec/train_ranker.py").main([*words[:-1], "0"])

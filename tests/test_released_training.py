@@ -82,7 +82,9 @@ def llava():
 
 def test_bare_answers_are_the_tokens_called_like_them(llava):
     _, chat = llava
-    rendered, bare = answer_tokens(chat), answer_tokens(chat, AnswerSet(("No", "Yes"), bare=True))
+    rendered, bare = (
+        answer_tokens(chat, AnswerSet(("No", "Yes"), token)) for token in ("rendered", "bare")
+    )
     assert rendered.first_ids == [ids[0] for ids in rendered.ids]
     assert bare.first_ids == chat.tokenizer.convert_tokens_to_ids(["No", "Yes"])
     assert set(bare.first_ids).isdisjoint(rendered.first_ids)
@@ -91,7 +93,7 @@ def test_bare_answers_are_the_tokens_called_like_them(llava):
 
 def test_a_vocabulary_without_bare_answers_is_refused():
     chat = ChatProcessor(load_text(str(TINY / "llama"))[1])
-    missing = AnswerSet(("No", "Perhaps so"), bare=True)
+    missing = AnswerSet(("No", "Perhaps so"), token="bare")
     with pytest.raises(InputError, match=r"no token 'Perhaps so'; use --answer_token rendered"):
         answer_tokens(chat, missing)
 

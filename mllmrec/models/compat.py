@@ -165,13 +165,15 @@ def one_device_per_process(arguments: TrainingArguments) -> TrainingArguments:
 
 
 def stopped_after(checkpoint: str | Path) -> int | None:
-    """Number of epochs after which the run of this checkpoint was to stop, None if it was not.
+    """Number of whole epochs after which the run of this checkpoint stopped, None: it did not.
+
+    In the middle of an epoch that one is not begun again: `Trainer` resumes behind the whole ones.
 
     Reads `stateful_callbacks` of trainer_state.json; checked with transformers 5.17 and 5.23.
     """
     state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
     stops = state.stateful_callbacks["TrainerControl"]["args"]["should_training_stop"]
-    return round(state.epoch) if stops and state.epoch is not None else None
+    return int(state.epoch + 1e-6) if stops and state.epoch is not None else None
 
 
 def length_grouped_order(

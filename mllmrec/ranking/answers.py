@@ -6,6 +6,7 @@ answer per candidate (letters A to Z), so their label is the place of the target
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 from mllmrec.models.chat import ChatProcessor
 from mllmrec.models.padding import common_prefix_length
@@ -19,13 +20,12 @@ from mllmrec.stage.errors import InputError
 class AnswerSet:
     """The answers a model chooses among, in the order of their indices.
 
-    bare: score the tokens that are called like the answers, instead of those that follow a prompt;
-    end_token: an answer is followed by the end token in training. Both are for comparison with the
-    released code.
+    token: which token is scored, see `RankerOptions.answer_token`; end_token: an answer is followed
+    by the end token in training. Both are for comparison with the released code.
     """
 
     answers: tuple[str, ...]
-    bare: bool = False
+    token: Literal["rendered", "bare", "alone"] = "rendered"
     end_token: bool = True
 
     def text(self, label: int) -> str:
@@ -39,8 +39,7 @@ LETTERS = AnswerSet(ANSWERS["letters"])
 
 def answer_set(name: str, options: RankerOptions) -> AnswerSet:
     """yes_no: No and Yes; letters: A to Z; as the options of a stage say."""
-    bare = options.answer_token == "bare"
-    return AnswerSet(ANSWERS[name], bare=bare, end_token=options.end_token)
+    return AnswerSet(ANSWERS[name], options.answer_token, options.end_token)
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,7 @@ class AnswerTokens:
     """What each answer of a set adds to a rendered prompt.
 
     texts: as text, up to the end token; ids: as token ids; first_ids: one id for each, all
-    different, by which answers are scored: the first of `ids`, or the bare ones.
+    different, by which answers are scored: the first of `ids`, or as `answers.token` says.
     """
 
     answers: AnswerSet
@@ -77,7 +76,12 @@ def answer_tokens(chat: ChatProcessor, answers: AnswerSet = YES_NO) -> AnswerTok
             "use another model"
         )
     ids = tuple(tuple(ids[len(before) :]) for ids in whole)
-    first_ids = _bare_ids(chat, answers) if answers.bare else [one[0] for one in ids]
+    first_ids = [one[0] for one in ids]
+    if answers.token == "bare":
+        first_ids = _bare_ids(chat, answers)
+    elif answers.token == "alone":
+        tokenized = chat.tokenizer(list(answers.answers), add_special_tokens=False)
+        first_ids = [one[0] for one in tokenized["input_ids"]]
     tokens = AnswerTokens(answers, texts, ids, first_ids)
     first: dict[int, str] = {}
     for answer, token_id in zip(answers.answers, first_ids, strict=True):

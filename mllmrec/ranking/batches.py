@@ -17,7 +17,7 @@ from mllmrec.data.images import pad_to_largest
 from mllmrec.models.compat import length_grouped_order
 from mllmrec.models.padding import common_prefix_length, pad_rows
 from mllmrec.ranking.reader import RowReader
-from mllmrec.ranking.rows import group_rows, row_name
+from mllmrec.ranking.rows import EpochRows, group_rows, row_name
 from mllmrec.ranking.training_options import FineTuningOptions
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.record import world_size
@@ -221,6 +221,8 @@ class EpochSampler(torch.utils.data.Sampler[int]):
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch that is iterated next."""
         self.epoch = epoch
+        if isinstance(self.rows, EpochRows):
+            self.rows.epoch = epoch
 
     def __len__(self) -> int:
         step = self.settings.step

@@ -12,7 +12,7 @@ from mllmrec.stage.options import DatasetCode, option
 # Options that change no adapter, and those that decide the questions.
 SCORE_OPTIONS = ("ranked", "variant", "reuse_prefix", "retrieved", "summaries")
 ROW_OPTIONS = ["dataset_code", "seed", "model", "captions", "text_tokens", "max_history", "lists"]
-ROW_OPTIONS += ["role", "hybrid", "candidates", "prompt_format", "control", "max_text_tokens"]
+ROW_OPTIONS += ["role", "hybrid", "prompt_format", "max_text_tokens", "candidate_order"]
 
 
 @dataclass
@@ -34,7 +34,19 @@ class ListOptions(FineTuningOptions, DatasetCode):
     hybrid: bool = option(True, "false: without the words of the instruction (ablation)")
     text_tokens: int = option(32, "of a title, and of a caption (published: 32)", ge=1)
     max_history: int = option(20, "last items in the prompt (published: 20)", ge=1)
-    candidates: int = option(20, "of a training row (published: 20)", ge=2, le=26)
+    train_rows: Literal["prefixes", "last"] = option(
+        "prefixes",
+        "targets of training; prefixes: each item of a user from the second on (released code); "
+        "last: the last one",
+    )
+    candidates: int = option(
+        20, "of a training row: the target and random items (published: 20)", ge=2, le=26
+    )
+    candidate_order: Literal["retriever", "shuffled"] = option(
+        "shuffled",
+        "of validation and test lists; retriever: its best first (published), so that letters tell "
+        "its ranks; lists of users.jsonl are always shuffled",
+    )
     control: Literal["none", "shuffled_labels"] = option(
         "none", "shuffled_labels: a random letter is learned, which should rank by chance"
     )

@@ -8,16 +8,16 @@ from typing import Any
 
 import numpy as np
 
-from mllmrec.data.candidates import training_negatives
+from mllmrec.data.candidates import users_of_split
 from mllmrec.data.summaries import read_summaries
 from mllmrec.evaluation.metrics import evaluate
-from mllmrec.models.loading import load_processor
+from mllmrec.models.chat import ChatProcessor
 from mllmrec.prompts import mllm4rec as prompts
 from mllmrec.prompts.templates import assistant_turn, plain_text, user_turn
 from mllmrec.ranking.list_options import ListOptions
 from mllmrec.ranking.questions import list_row
-from mllmrec.ranking.reader import chat_processor
-from mllmrec.ranking.rows import LETTER_ANSWERS
+from mllmrec.ranking.reader import TEMPLATE_TOKENS
+from mllmrec.ranking.rows import LETTER_ANSWERS, EpochRows
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import PathLike, read_by_id, read_rows, write_json, write_rows
 from mllmrec.stage.output import WholeOutput
@@ -75,23 +75,22 @@ class ListFormat:
         return role + template.format(**lists)
 
 
-def list_format(paths: Mapping[str, Path], options: ListOptions) -> ListFormat:
+def list_format(texts: Mapping[str, str], chat: ChatProcessor, options: ListOptions) -> ListFormat:
     """How the options say that questions are worded; their length is counted for the model.
 
-    paths: see `ListOptions.input_paths`. Raises InputError if the data set's role is not known.
+    texts: see `item_texts`. Raises InputError if the data set's role is not known.
     """
     if options.role and not options.dataset_code:
         raise InputError(
             f"the config {options.config} is not called like a data set, so the role is unknown; "
             f"pass --dataset_code {'|'.join(prompts.ROLES)} or --role false"
         )
-    chat = chat_processor(load_processor(options.model, options), options)
-    tokens = options.text_tokens
-    texts = item_texts(paths["items"], paths.get("captions"), chat.tokenizer, tokens)
+    longest = options.max_text_tokens
 
     def fits(question: str) -> bool:
-        longest = options.max_text_tokens
-        return not longest or chat.count(chat.render([user_turn(question)])) <= longest
+        if not longest or len(question.encode()) + TEMPLATE_TOKENS <= longest:
+            return True  # no token is shorter than a byte
+        return chat.count(chat.render([user_turn(question)])) <= longest
 
     role = prompts.ROLES[options.dataset_code] if options.role else ""
     return ListFormat(texts, LETTER_ANSWERS, role, options.hybrid, options.max_history, fits)
@@ -126,31 +125,72 @@ def cut_to_tokens(text: str, tokenizer: Any, max_tokens: int) -> str:
     return text if len(ends) <= max_tokens else text[: ends[max_tokens - 1]].rstrip()
 
 
-def training_rows(
-    users: Iterable[Row], list_format: ListFormat, how_many: int, rng: np.random.Generator
-) -> list[Row]:
-    """Rows with answers: the target among random negatives, at a random place.
+class PrefixRows(EpochRows):
+    """Training rows: an item that a user had is the target, after those before it.
 
-    users: lines of users.jsonl; how_many: candidates of a row, the target included. Raises
-    InputError for a line with fewer negatives.
+    `train_rows: prefixes` makes a row of every item from the second on, as the released code does,
+    `last` of the last one. The other candidates are random items that the user's line lacks, the
+    target stands at a random place: both are drawn again in each epoch, from seed, epoch and row
+    alone. A row is made when it is asked for; written out, those of Beauty would be half a
+    gigabyte.
+
+    users: lines of train_users.jsonl. Raises InputError if the catalogue is too small for the
+    lists, or their texts for the prompt.
     """
-    rows = []
-    for user in users:
-        listed = [user["target"], *training_negatives(user, how_many - 1)]
-        rows.append(_row(user["user_id"], user["history"], listed, 0, list_format, rng))
-    return rows
+
+    def __init__(self, users: Sequence[Row], list_format: ListFormat, options: ListOptions) -> None:
+        super().__init__()
+        self.users, self.list_format, self.options = users, list_format, options
+        self.items = list(list_format.texts)
+        ends = np.array([len(user["item_ids"]) for user in users], dtype=int)
+        starts = ends - 1 if options.train_rows == "last" else np.ones_like(ends)
+        counts = ends - starts
+        self.user = np.repeat(np.arange(len(users)), counts)
+        self.place = np.arange(counts.sum()) - np.repeat(counts.cumsum() - ends, counts)
+        most = max((len(set(user["item_ids"])) for user in users), default=0)
+        if len(self.items) - most < options.candidates - 1:
+            raise InputError(
+                f"the catalogue has {len(self.items)} items and a user {most} of them, so that "
+                f"{options.candidates - 1} negatives cannot be drawn; lower --candidates"
+            )
+        longest = sorted(self.items, key=lambda item: -len(list_format.texts[item]))
+        if not list_format.fits(list_format.question([], longest[: options.candidates])):
+            raise InputError(
+                f"{options.candidates} items without a history may be longer than "
+                f"{options.max_text_tokens} tokens; raise --max_text_tokens, or lower --candidates "
+                "or --text_tokens"
+            )
+
+    def __len__(self) -> int:
+        return len(self.user)
+
+    def __getitem__(self, index: int) -> Row:  # type: ignore[override]
+        rng = np.random.default_rng([self.options.seed, 5, self.epoch, index])
+        user, place = self.users[self.user[index]], int(self.place[index])
+        had, items = set(user["item_ids"]), self.items
+        drawn: dict[str, None] = {}
+        while len(drawn) < self.options.candidates - 1:
+            more = (items[n] for n in rng.integers(len(items), size=self.options.candidates))
+            drawn |= dict.fromkeys(item for item in more if item not in had)
+        listed = [user["item_ids"][place], *list(drawn)[: self.options.candidates - 1]]
+        row = _row(user["user_id"], user["item_ids"][:place], listed, 0, self.list_format, rng)
+        if self.options.control == "shuffled_labels":
+            label = int(rng.integers(len(listed)))
+            answer = assistant_turn(self.list_format.letters[label])
+            row |= {"label": label, "messages": [row["messages"][0], answer]}
+        return row
+
+    def lengths(self) -> list[int]:
+        """How many items each row's history lists, which its tokens grow with."""
+        return np.minimum(self.place, self.list_format.max_history).tolist()
 
 
-def shuffle_labels(
-    rows: Iterable[Row], letters: Sequence[str], rng: np.random.Generator
-) -> list[Row]:
-    """The rows with a random place as their label, and its letter as the answer."""
-    shuffled = []
-    for row in rows:
-        label = int(rng.integers(len(row["item_ids"])))
-        messages = [row["messages"][0], assistant_turn(letters[label])]
-        shuffled.append({**row, "label": label, "messages": messages})
-    return shuffled
+def training_users(users: Iterable[Row]) -> list[Row]:
+    """Lines of train_users.jsonl: the items of each training line of users.jsonl, oldest first."""
+    return [
+        {"user_id": user["user_id"], "item_ids": [*user["history"], user["target"]]}
+        for user in users_of_split(users, "train")
+    ]
 
 
 def own_candidates(user: Row) -> Row:
@@ -187,13 +227,13 @@ def list_rows(
     lists: Iterable[Row],
     users: Iterable[Row],
     list_format: ListFormat,
-    rng: np.random.Generator,
+    rng: np.random.Generator | None,
     with_answer: bool,
 ) -> list[Row]:
-    """Rows about the lists that have their target, in a random order of candidates.
+    """Rows about the lists that have their target.
 
-    lists: lines of candidates.jsonl; users: lines of users.jsonl of the same split. A random order,
-    so that a letter does not tell the retriever's rank.
+    lists: lines of candidates.jsonl; users: lines of users.jsonl of the same split; rng: for a
+    random order of the candidates; None: the retriever's, so that a letter tells its rank.
     """
     rows, by_id = [], {user["user_id"]: user for user in users}
     for line in lists:
@@ -212,10 +252,10 @@ def _row(
     listed: Sequence[str],
     label: int,
     list_format: ListFormat,
-    rng: np.random.Generator,
+    rng: np.random.Generator | None,
 ) -> Row:
-    """One row with its answer, the candidates shuffled. label: place of the target in `listed`."""
-    order = rng.permutation(len(listed)).tolist()
+    """One row with its answer. label: place of the target in `listed`; rng: to shuffle that."""
+    order = list(range(len(listed))) if rng is None else rng.permutation(len(listed)).tolist()
     shuffled = [listed[place] for place in order]
     question = list_format.question(history, shuffled)
     return list_row(user_id, shuffled, question, order.index(label), list_format.letters)

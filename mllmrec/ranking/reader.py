@@ -56,7 +56,7 @@ def _key(row: Row) -> tuple[str, ...]:
     return (row["user_id"], *item_ids(row))
 
 
-class PromptTooLongError(Exception):
+class PromptTooLongError(InputError):
     """A question that does not fit; the message says which one and gives the remedy."""
 
 

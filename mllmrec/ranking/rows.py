@@ -28,6 +28,13 @@ ANSWERS = {"yes_no": YES_NO_ANSWERS, "letters": LETTER_ANSWERS}
 MAKE_AGAIN = "make the file again with scripts/04_datasets.sh"
 
 
+class EpochRows(Sequence[Row]):
+    """Training rows that are made when they are asked for, and are others in each epoch."""
+
+    def __init__(self) -> None:
+        self.epoch = 0
+
+
 def replace_preference(row: Row, preference: str) -> Row:
     """A row with another preference in its question; answers are left out."""
     turn, (start, end) = row["messages"][0], row["preference_span"]

@@ -73,7 +73,8 @@ def load_with_lora(options: FineTuningOptions) -> tuple[Any, ChatProcessor]:
 def training_arguments(
     options: FineTuningOptions, with_validation: bool, best_by: str
 ) -> TrainingArguments:
-    """transformers' TrainingArguments; epochs end with a validation and a checkpoint."""
+    """transformers' TrainingArguments; a validation goes with a checkpoint."""
+    by_steps = with_validation and options.validation_steps > 0
     device = pick_device()
     dtype = pick_dtype(options.dtype, device)
     arguments = TrainingArguments(
@@ -82,7 +83,7 @@ def training_arguments(
         learning_rate=options.learning_rate,
         per_device_train_batch_size=options.batch_size,
         gradient_accumulation_steps=options.accumulation,
-        warmup_steps=options.warmup_ratio,  # below 1 it is a fraction
+        warmup_steps=options.warmup_steps or options.warmup_ratio,  # below 1 it is a fraction
         lr_scheduler_type=options.schedule,
         weight_decay=options.weight_decay,
         max_grad_norm=options.clip,
@@ -92,8 +93,10 @@ def training_arguments(
         use_cpu=device.type == "cpu",
         activation_checkpointing=options.gradient_checkpointing,
         dataloader_num_workers=options.workers,
-        save_strategy="epoch",
-        eval_strategy="epoch" if with_validation else "no",
+        save_strategy="steps" if by_steps else "epoch",
+        save_steps=options.validation_steps if by_steps else 500,
+        eval_strategy="steps" if by_steps else "epoch" if with_validation else "no",
+        eval_steps=options.validation_steps if by_steps else None,
         save_total_limit=options.save_total,
         load_best_model_at_end=with_validation and options.keep == "best",
         metric_for_best_model=best_by if with_validation else None,
@@ -219,7 +222,8 @@ class RankingTrainer(Trainer):
                 output.begin()
             last = last_complete_checkpoint(output.checkpoints, may_delete=is_first)
         if last:  # a run that stopped early goes no further
-            self.args.num_train_epochs = stopped_after(last) or self.args.num_train_epochs
+            stopped = stopped_after(last)
+            self.args.num_train_epochs = self.args.num_train_epochs if stopped is None else stopped
         self.train(resume_from_checkpoint=last)
 
 
@@ -265,6 +269,10 @@ class TrainingEvents(TrainerCallback):
         steps = self.checkpoint_steps
         if steps and state.global_step % steps == 0 and not ends_epoch:
             control.should_save = control.should_log = True
+        if args.eval_strategy == "steps":
+            control.should_evaluate |= state.global_step >= state.max_steps
+            control.should_save |= control.should_evaluate
+            control.should_log |= control.should_evaluate
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Log the rest of the epoch."""
@@ -294,8 +302,10 @@ class TrainingEvents(TrainerCallback):
             for name, value in metrics.items():
                 if name.startswith("eval_"):
                     shown.append(f"{name.removeprefix('eval_')} {value:.4f}")
-            line = f"epoch {state.epoch:.0f} of {args.num_train_epochs:.0f}: {', '.join(shown)}"
-            tqdm.write(line)
+            place = f"epoch {state.epoch:.0f} of {args.num_train_epochs:.0f}"
+            if args.eval_strategy == "steps":
+                place = f"step {state.global_step:,} of {state.max_steps:,}"
+            tqdm.write(f"{place}: {', '.join(shown)}")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Print the last line of the progress."""
@@ -346,7 +356,7 @@ def save_adapter(
         write_model_card(folder, record)
     text = f"wrote {adapter}: {counts['in']:,} rows, best validation {trainer.best_by.upper()} "
     text += f"{state.best_metric or float('nan'):.4f}"
-    if counts["shortened"]:
+    if counts.get("shortened"):
         text += f"; {counts['shortened']:,} rows with a shortened preference"
     if rejected:
         text += f"; {len(rejected):,} users were rejected, each with its reason in {rejected_path}"

@@ -39,10 +39,11 @@ class RankerOptions(ModelOptions):
         "of one row, the image counted as one token (paper: 512, released code: 1024)",
         ge=0,
     )
-    answer_token: Literal["rendered", "bare"] = option(
+    answer_token: Literal["rendered", "bare", "alone"] = option(
         "rendered",
         "what is scored: rendered: the token that follows the prompt, e.g. ▁Yes; bare: the one "
-        "called Yes, which the model may never emit (released code)",
+        "called Yes, which the model may never emit (MLLM-MSR's released code); alone: the first "
+        "token of the answer as a text of its own, ▁A where A was trained (MLLM4Rec's)",
     )
     end_token: bool = option(
         True, "the answer is followed by the end token in training (released code: false)"
@@ -80,6 +81,7 @@ class FineTuningOptions(RankerOptions, LoraOptions):
     warmup_ratio: float = option(
         0.0, "fraction of the steps in which the learning rate rises", ge=0, le=1
     )
+    warmup_steps: int = option(0, "the same as a number of steps; 0 = as the ratio says", ge=0)
     schedule: Literal["linear", "cosine", "constant"] = option(
         "linear", "of the learning rate (released code: constant)"
     )
@@ -90,13 +92,16 @@ class FineTuningOptions(RankerOptions, LoraOptions):
         "answer: on the answer only; sequence: on all text (paper, equation 2, and released code)",
     )
     keep: Literal["best", "last"] = option(
-        "best", "adapter that is kept: best validation AUC, or the last epoch's (released code)"
+        "best", "adapter that is kept: that of the best validation, or the last (released code)"
     )
     patience: int = option(
-        0, "stop after this many epochs without a better validation AUC, 0 = never", ge=0
+        0, "stop after this many validations without a better one, 0 = never", ge=0
+    )
+    validation_steps: int = option(
+        0, "steps between validations, each with a checkpoint; 0 = after each epoch", ge=0
     )
     validation_users: int = option(
-        0, "users whose candidate lists are scored after each epoch, 0 = all", ge=0
+        0, "users whose candidate lists are scored in a validation, 0 = all", ge=0
     )
     score_batch_tokens: int = option(16384, "tokens in a batch of the validation", ge=1)
     workers: int = option(0, "processes that read images ahead of the model", ge=0, le=256)

@@ -99,6 +99,18 @@ class _Score(TypedDict):
 
 
 @with_config(_STRICT)
+class _TrainUser(TypedDict):
+    user_id: Id
+    item_ids: Annotated[list[Id], Field(min_length=2)]
+
+
+@with_config(_STRICT)
+class _ItemText(TypedDict):
+    item_id: Id
+    text: str
+
+
+@with_config(_STRICT)
 class _Candidates(TypedDict):
     user_id: Id
     split: Split
@@ -221,6 +233,8 @@ SCHEMAS = {
     "train.jsonl": _MODEL_ROWS,
     "validation.jsonl": _MODEL_ROWS,
     "test.jsonl": _MODEL_ROWS,
+    "train_users.jsonl": FileSchema.of(_TrainUser, "MLLM4Rec/train_ranker.py"),
+    "item_texts.jsonl": FileSchema.of(_ItemText, "MLLM4Rec/train_ranker.py"),
     "training_log.jsonl": FileSchema.of(_LogRow, "scripts/05_train.sh"),
     "candidates.jsonl": FileSchema.of(
         Annotated[_Candidates, AfterValidator(_check_candidates)], "MLLM4Rec/train_retriever.py"
