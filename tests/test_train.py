@@ -8,6 +8,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.nn import Linear4bit
 from conftest import TINY, saved, small_config
 from peft.utils.other import fsdp_auto_wrap_policy
 from random_models import random_llava, random_qwen_vl
@@ -206,6 +208,28 @@ def test_a_step_of_qlora_trains_the_adapter_only(data, quantization):
     assert loss.isfinite()
     assert changed
     assert all("lora_" in name and "language_model" in name for name in changed)
+
+
+def test_gradients_pass_through_4_bit_weights_on_a_cpu():
+    """Also after a pass without gradients, in which bitsandbytes would repack them."""
+    args = FineTuningOptions(model=str(TINY / "list_llama"), quantization="nf4", lora_dropout=0.0)
+    model = add_lora(load_ranker(args)[0], args).train()
+    ids = torch.arange(5, 45)[None]
+    with torch.inference_mode():
+        model.eval()(input_ids=ids)
+    model.train()(input_ids=ids, labels=ids).loss.backward()
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+    for name, module in list(model.named_modules()):
+        if isinstance(module, Linear4bit):
+            whole = torch.nn.Linear(module.in_features, module.out_features, bias=False)
+            weight = dequantize_4bit(module.weight.data, module.weight.quant_state)
+            whole.weight = torch.nn.Parameter(weight.float(), requires_grad=False)
+            model.set_submodule(name, whole)
+    model.zero_grad()
+    model(input_ids=ids, labels=ids).loss.backward()
+    wanted = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    assert all(torch.allclose(found[name], wanted[name], atol=1e-6) for name in wanted)
+    assert sum(bool(grad.any()) for grad in wanted.values()) == len(wanted) / 2, "B starts at 0"
 
 
 def test_a_single_tile_is_the_whole_image(data, llava, tmp_path):

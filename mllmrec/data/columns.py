@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mllmrec.evaluation.metrics import Array
+from mllmrec.data.interactions import Array
 from mllmrec.stage.jsonl import atomic_file
 
 LINES = 100_000  # that are text at a time

@@ -53,6 +53,18 @@ def has_plain_positions(model: torch.nn.Module) -> bool:
     return not any(hasattr(module, "get_rope_index") for module in model.modules())
 
 
+def keep_4bit_layout(model: torch.nn.Module) -> None:
+    """On a CPU, keep the 4-bit weights of a model in the layout that has gradients.
+
+    bitsandbytes repacks them in the first pass without gradients, and its product of the repacked
+    weights has none: what is trained afterwards learns from wrong ones, with a warning at most.
+    `support_avx512bf16_for_cpu` is undocumented; checked with bitsandbytes 0.50.2.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
 class PreallocatedLayer(DynamicLayer):
     """Keys and values of one layer with room for the tokens to come: nothing is copied per token.
 

@@ -21,7 +21,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from mllmrec.models.compat import processor_without_video
+from mllmrec.models.compat import keep_4bit_layout, processor_without_video
 from mllmrec.models.model_options import ModelOptions
 from mllmrec.stage.errors import InputError, machine_fault
 
@@ -215,6 +215,7 @@ def _load_model(auto_class: Any, name: str, config: Any, options: ModelOptions) 
         raise cannot(f"the model {name} cannot be loaded", error) from None
     finally:
         transformers_logging.set_verbosity(verbosity)
+    keep_4bit_layout(model)
     check_keys(name, keys)
     check_finite(name, model)
     return model.eval()
