@@ -183,14 +183,18 @@ def test_the_items_of_a_micro_batch_train_one_after_the_other_as_in_one_pass(
     assert_same_training(tmp_path / "apart", tmp_path / "together", 1e-5, 1e-5)
 
 
-def test_a_training_that_does_not_get_better_stops_early(small_run, tmp_path):
+@pytest.mark.parametrize("by_steps", [False, True])
+def test_a_training_that_does_not_get_better_stops_early(small_run, tmp_path, by_steps):
     command, system = prepared(small_run, tmp_path / "run"), tmp_path / "run" / "mllm_msr"
     command += ["--epochs", "6", "--learning_rate", "0", "--patience", "2"]
     command += ["--report_to", "tensorboard", "--limit", "16", "--validation_users", "3"]
+    command += ["--accumulation", "1", "--validation_steps", "3"] if by_steps else []
     train(command)
     log = log_of(tmp_path / "run")
     validated = [row for row in log if "eval_auc" in row]
     assert len(validated) == 3, "the first one, and two that were no better"
+    assert not by_steps or [row["step"] for row in validated] == [3, 6, 9]
+    assert not by_steps or validated[-1]["epoch"] == 4.5, "in the middle of an epoch"
     assert all("eval_hr@5" in row for row in validated)
     assert (system / "training_curve.png").read_bytes().startswith(b"\x89PNG")
     assert list((system / "tensorboard").rglob("events.out.tfevents.*"))
@@ -202,6 +206,17 @@ def test_a_training_that_does_not_get_better_stops_early(small_run, tmp_path):
     assert again == [row for row in log if "train_runtime" not in row]
     after = weights(tmp_path / "run")
     assert all(torch.equal(before[name], after[name]) for name in after)
+
+
+def test_validations_by_steps_are_every_so_many_and_at_the_end(small_run, tmp_path, capsys):
+    words = ["--epochs", "1", "--limit", "16", "--batch_size", "2", "--accumulation", "1"]
+    words += ["--validation_users", "2", "--validation_steps", "3", "--warmup_steps", "4"]
+    train(prepared(small_run, tmp_path), *words, "--logging_steps", "1")
+    rows = log_of(tmp_path)
+    assert [row["step"] for row in rows if "eval_auc" in row] == [3, 6, 8]
+    assert "step 3 of 8: loss " in capsys.readouterr().out
+    rates = values(tmp_path, "learning_rate")
+    assert np.argmax(rates) == 4 and rates[0] == 0, "four steps of warm-up"
 
 
 @pytest.mark.parametrize("keep", ["best", "last"])
