@@ -12,9 +12,9 @@ Out: {output_dir}/{system}/retriever/candidates.jsonl       user_id, split, item
     python MLLM4Rec/train_retriever.py --dataset_code ml-100k
     python MLLM4Rec/train_retriever.py --dataset_code ml-100k --retriever sasrec
 
-Learns from the training lines, which end before the validation target. The epoch is chosen by
-Recall@10 on the validation lines. Items of a history are not found again. CPU or GPU;
-ml-latest-small: see docs/results.md.
+Learns from the training lines, which end before the validation target. What is kept is chosen by
+Recall@10 on the validation lines, after each epoch or every `--validation_steps` batches. Items of
+a history are not found again. CPU or GPU; ml-latest-small: see docs/results.md.
 """
 
 from mllmrec.stage.main import run_main
@@ -52,7 +52,13 @@ class Options(SequentialOptions, DatasetCode):
     max_length: int = option(50, "last items that are read (published: 50, ML 200)", ge=1)
     epochs: int = option(500, "most epochs (published: 500)", ge=1)
     patience: int = option(
-        20, "stop after this many epochs without a better Recall@10 (published: 20)", ge=1
+        20, "stop after this many validations without a better Recall@10 (published: 20)", ge=1
+    )
+    dropout_first: bool = option(
+        False, "lrurec: dropout stands before the first norm, not behind it (released code)"
+    )
+    select_with_history: bool = option(
+        False, "in validation, items of the history compete, too (released code)"
     )
     layers: int = option(2, "blocks (published: 2)", ge=1, le=64)
     heads: int = option(2, "attention heads of sasrec", ge=1)
@@ -90,7 +96,7 @@ def train(
 
     def validate() -> dict[str, float]:
         model.eval()
-        return retrieval_metrics(score, validation)
+        return retrieval_metrics(score, validation, options.select_with_history)
 
     found = fit(model, data, validate, options, "recall@10", print_epoch)
     model.eval()

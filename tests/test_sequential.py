@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,14 @@ from mllmrec.sequential.gru4rec_model import GRU4Rec
 from mllmrec.sequential.items import ItemVectors, encode
 from mllmrec.sequential.sasrec_model import SASRec
 from mllmrec.sequential.sequences import SequenceData, padded, windows
-from mllmrec.sequential.training import fit, next_item_loss, score_candidates, validation_metrics
+from mllmrec.sequential.training import (
+    fit,
+    new_optimizer,
+    next_item_loss,
+    score_candidates,
+    start_truncated_normal,
+    validation_metrics,
+)
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import read_by_id, read_rows
 from mllmrec.stage.record import read_record
@@ -152,8 +160,56 @@ def test_the_losses_by_hand():
         bce.append(-math.log(up) - math.log(1 - down))
     for name, expected in (("cross_entropy", cross_entropy), ("bce", bce)):
         generator = torch.Generator().manual_seed(5)
-        loss = next_item_loss(model, inputs, targets, name, generator)
+        options = SimpleNamespace(loss=name, padding_class=False)
+        loss = next_item_loss(model, inputs, targets, options, generator)
         assert loss.item() == pytest.approx(np.mean(expected), rel=1e-5)
+    whole = [-(vectors @ s).log_softmax(0)[item].item() for s, item in wanted]
+    options = SimpleNamespace(loss="cross_entropy", padding_class=True)
+    loss = next_item_loss(model, inputs, targets, options, generator)
+    assert loss.item() == pytest.approx(np.mean(whole), rel=1e-5)
+    assert np.mean(whole) > np.mean(cross_entropy) + 1e-3, "one class more"
+
+
+def test_validations_by_steps_are_every_so_many_batches_and_at_the_end():
+    users = chain_users(100)
+    found, *_ = fitted("gru4rec", users, epochs=3, validation_steps=4, batch_size=8, patience=60)
+    batches = found.log[-1]["step"]
+    assert [line["step"] for line in found.log] == sorted({*range(4, batches + 1, 4), batches})
+    assert batches % 3 == 0 and found.log[-1]["epoch"] == 3
+    stopped, *_ = fitted("gru4rec", users, epochs=99, validation_steps=4, patience=2)
+    assert stopped.log[-1]["step"] == stopped.best["step"] + 8
+
+
+def test_long_lists_and_first_items_as_the_released_code_has_them():
+    data = SequenceData({}, [[5, 6, 7, 8, 9], [1, 2]])
+
+    def targets(**changes):
+        options = options_of("gru4rec", max_length=2, **changes)
+        batches = data.training_batches(options, torch.Generator().manual_seed(0))
+        found = [(row, wanted) for b in batches for row, wanted in zip(*b, strict=True)]
+        return sorted(([*map(int, r)], [*map(int, w)]) for r, w in found)
+
+    assert targets() == [([1, 2], [2, 0]), ([5, 6], [6, 7]), ([7, 8], [8, 9])]
+    assert targets(long_lists="last") == [([1, 2], [2, 0]), ([7, 8], [8, 9])]
+    first = targets(first_item=True, long_lists="last")
+    assert first == [([0, 1], [1, 2]), ([7, 8], [8, 9])], "number 0 stands for no history"
+
+
+def test_weights_start_and_decay_as_the_released_code_has_them():
+    options = options_of("gru4rec", weight_decay=0.1, decay_norms=False)
+    model = torch.nn.ModuleDict({"a": torch.nn.Linear(40, 40), "norm": torch.nn.LayerNorm(4)})
+    kept, spared = (len(g["params"]) for g in new_optimizer(model, options).param_groups)
+    assert (kept, spared) == (1, 3)
+    assert len(new_optimizer(model, options_of("gru4rec")).param_groups) == 1
+    start_truncated_normal(model)
+    weight = model["a"].weight
+    assert weight.abs().max() <= 0.04 and weight.std().item() == pytest.approx(0.0176, rel=0.1)
+    assert torch.equal(model["norm"].weight, torch.ones(4))
+    clipped, plain = (
+        fitted("gru4rec", chain_users(60), epochs=1, clip=clip)[0].model.state_dict()
+        for clip in (1e-3, 0.0)
+    )
+    assert not all(torch.equal(clipped[key], plain[key]) for key in plain)
 
 
 def test_scores_are_log_probabilities_of_all_items():

@@ -111,7 +111,7 @@ class LRURec(nn.Module):
         self.vectors = ItemVectors(n_items, options.width, features, options.item_ids)
         self.bias = nn.Parameter(torch.zeros(n_items + 1))
         self.norm = nn.LayerNorm(options.width)
-        self.dropout = nn.Dropout(options.dropout)
+        self.dropout, self.dropout_first = nn.Dropout(options.dropout), options.dropout_first
         self.blocks = nn.ModuleList(
             LRUBlock(options.width, options.dropout) for _ in range(options.layers)
         )
@@ -123,7 +123,8 @@ class LRURec(nn.Module):
     def forward(self, numbers: torch.Tensor) -> torch.Tensor:
         """numbers: (users, length), 0 = padding -> states (users, length, width + 1)."""
         is_item = numbers != PADDING
-        states = self.dropout(self.norm(self.vectors()[numbers]))
+        first, second = (self.dropout, self.norm)[:: 1 if self.dropout_first else -1]
+        states = second(first(self.vectors()[numbers]))
         for block in self.blocks:
             states = block(states, is_item)
         return functional.pad(states, (0, 1), value=1.0)

@@ -55,27 +55,33 @@ def popularity_scorer(users: Sequence[Row], data: SequenceData) -> Scorer:
 
 
 @torch.inference_mode()
-def catalogue_scores(score: Scorer, ranked: RankedUsers) -> Iterator[tuple[slice, Array]]:
+def catalogue_scores(
+    score: Scorer, ranked: RankedUsers, with_history: bool = False
+) -> Iterator[tuple[slice, Array]]:
     """Yield (users, float32 scores of all items), a batch of users at a time.
 
-    Items of the history and number 0 score -inf: they are not to be found again.
+    Number 0 scores -inf, and items of the history, which are not to be found again, unless
+    `with_history`.
     """
     for start in range(0, len(ranked.users), BATCH):
         part = slice(start, start + BATCH)
         scores = score(ranked.histories[part]).float().cpu().numpy().copy()
         scores[:, 0] = -np.inf
         for row, history in zip(scores, ranked.histories[part], strict=True):
-            row[history] = -np.inf
+            row[[] if with_history else history] = -np.inf
         yield part, scores
 
 
-def retrieval_metrics(score: Scorer, ranked: RankedUsers) -> dict[str, float]:
+def retrieval_metrics(
+    score: Scorer, ranked: RankedUsers, with_history: bool = False
+) -> dict[str, float]:
     """recall@k, mrr@k and ndcg@k over the catalogue, means of the users; nothing without users.
 
-    A target among equal scores counts as a random order of them gives on average.
+    with_history: items of the history compete, too. A target among equal scores counts as a random
+    order of them gives on average.
     """
     found: dict[str, list[Array]] = {}
-    for part, scores in catalogue_scores(score, ranked):
+    for part, scores in catalogue_scores(score, ranked, with_history):
         targets = np.array(ranked.targets[part])[:, None]
         at_target = np.take_along_axis(scores, targets, axis=1)
         np.put_along_axis(scores, targets, -np.inf, axis=1)  # it is in column 0 below

@@ -56,9 +56,14 @@ class SequenceData:
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """(inputs, targets) of one epoch, both (sequences, length): the target is the next item.
 
-        A list of more than `max_length` items becomes several sequences, see `windows`.
+        A list of more than `max_length` items becomes several sequences, see `windows`, or with
+        `long_lists: last` one of its last items. `first_item`: the padding stands for no history.
         """
-        sequences = [part for row in self.training for part in windows(row, options.max_length)]
+        before = [PADDING] if options.first_item else []
+        lists = [windows([*before, *row], options.max_length) for row in self.training]
+        if options.long_lists == "last":
+            lists = [parts[:1] for parts in lists]
+        sequences = [part for parts in lists for part in parts]
         order = torch.randperm(len(sequences), generator=generator).tolist()
         for start in range(0, len(order), options.batch_size):
             rows = padded([sequences[n] for n in order[start : start + options.batch_size]])

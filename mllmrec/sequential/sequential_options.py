@@ -43,8 +43,29 @@ class SequentialOptions(CommonOptions):
     weight_decay: float = option(0.0, "of AdamW", ge=0)
     batch_size: int = option(64, "training sequences in a batch", ge=1)
     epochs: int = option(40, "most epochs", ge=1)
-    patience: int = option(
-        5, "stop after this many epochs without a better validation NDCG@5", ge=1
+    patience: int = option(5, "stop after this many validations without a better NDCG@5", ge=1)
+    validation_steps: int = option(
+        0, "batches between validations; 0 = after each epoch (LRURec's released code: 500)", ge=0
+    )
+    clip: float = option(0.0, "gradient clipping; 0 = none (LRURec's released code: 5)", ge=0)
+    init: Literal["model", "truncated_normal"] = option(
+        "model",
+        "weights at the start; truncated_normal: of deviation .02, but for norms and decays "
+        "(LRURec's released code)",
+    )
+    decay_norms: bool = option(
+        True, "false: weight decay spares biases and norms (LRURec's released code)"
+    )
+    padding_class: bool = option(
+        False, "the softmax of the loss counts the padding as an item (LRURec's released code)"
+    )
+    first_item: bool = option(
+        False, "a user's first item is learned, too, from no history (LRURec's released code)"
+    )
+    long_lists: Literal["windows", "last"] = option(
+        "windows",
+        "training lists of more than max_length items; windows: several sequences; last: the last "
+        "items only (LRURec's released code)",
     )
     device: Literal["auto", "cpu", "cuda"] = option("auto", "auto: the GPU if there is one")
     threads: int = option(0, "CPU threads, 0 = as torch decides", ge=0, le=1024)

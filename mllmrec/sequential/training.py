@@ -8,9 +8,9 @@ from the items up to there; the score of an item is the product of a state and t
 import copy
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional
@@ -27,7 +27,7 @@ Metrics = dict[str, float]
 
 @dataclass
 class Fit:
-    """A trained model at its best epoch, and the validation metrics of every epoch."""
+    """A trained model at its best validation, and the metrics of every validation."""
 
     model: Any
     chosen_by: str
@@ -35,8 +35,8 @@ class Fit:
 
     @property
     def best(self) -> Metrics:
-        """The line of the epoch that was kept: without validation users the last one."""
-        return max(self.log, key=lambda line: line.get(self.chosen_by, line["epoch"]))
+        """The line that was kept: without validation users the last one."""
+        return max(self.log, key=lambda line: line.get(self.chosen_by, line["step"]))
 
 
 def fit(
@@ -47,45 +47,104 @@ def fit(
     chosen_by: str = CHOSEN_BY,
     report: Callable[[Metrics], None] = lambda _: None,
 ) -> Fit:
-    """Train until the validation metric `chosen_by` stops rising; keep the best epoch's weights.
+    """Train until the validation metric `chosen_by` stops rising; keep the weights of the best.
 
     Learns from `data.training` alone, on the model's device. validate: the model's metrics on the
-    validation users; where it has none, the last epoch is kept. report: is called with the line of
-    each epoch.
+    validation users, after each epoch or every `validation_steps` batches; where it has none, the
+    last weights are kept. report: is called with the line of each validation.
     """
     device = model_device(model)
+    if options.init == "truncated_normal":
+        start_truncated_normal(model)
     generator = torch.Generator().manual_seed(options.seed)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay
-    )
-    result, best_weights = Fit(model, chosen_by), None
-    for epoch in range(1, options.epochs + 1):
-        started, losses = time.monotonic(), []
+    optimizer, result, best_weights = new_optimizer(model, options), Fit(model, chosen_by), {}
+    losses: list[torch.Tensor] = []
+    started, waited = time.monotonic(), 0
+    for batch in training_batches(data, options, generator):
         model.train()
-        for inputs, targets in data.training_batches(options, generator):
-            inputs, targets = inputs.to(device), targets.to(device)
-            loss = next_item_loss(model, inputs, targets, options.loss, generator)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.detach())  # .item() here would wait for the GPU at every step
-        line = {"epoch": epoch, "loss": torch.stack(losses).mean().item()}
+        inputs, targets = batch.inputs.to(device), batch.targets.to(device)
+        loss = next_item_loss(model, inputs, targets, options, generator)
+        optimizer.zero_grad()
+        loss.backward()
+        if options.clip:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), options.clip)
+        optimizer.step()
+        losses.append(loss.detach())  # .item() here would wait for the GPU at every step
+        if not batch.is_validated:
+            continue
+        line: Metrics = {"epoch": batch.epoch, "step": batch.step}
+        line["loss"] = torch.stack(losses).mean().item()
         if not math.isfinite(line["loss"]):
             raise InputError(
-                f"the loss of epoch {epoch} is {line['loss']}: the training "
+                f"the loss of epoch {batch.epoch} is {line['loss']}: the training "
                 "diverged; lower --learning_rate"
             )
         line |= validate()
         line["seconds"] = time.monotonic() - started
+        losses, started = [], time.monotonic()
         result.log.append(line)
         report(line)
         if result.best is line:
-            best_weights = copy.deepcopy(model.state_dict())
-        elif chosen_by in line and epoch - result.best["epoch"] >= options.patience:
-            break
-    assert best_weights is not None
+            best_weights, waited = copy.deepcopy(model.state_dict()), 0
+        elif chosen_by in line:
+            waited += 1
+            if waited == options.patience:
+                break
     model.load_state_dict(best_weights)
     return result
+
+
+class Batch(NamedTuple):
+    """inputs, targets: (sequences, length); step: number from 1 on; is_validated: after it."""
+
+    inputs: torch.Tensor
+    targets: torch.Tensor
+    epoch: int
+    step: int
+    is_validated: bool
+
+
+def training_batches(
+    data: SequenceData, options: Any, generator: torch.Generator
+) -> Iterator[Batch]:
+    """The batches of all epochs; the last one is always validated."""
+    step, every = 0, options.validation_steps
+    for epoch in range(1, options.epochs + 1):
+        batches = list(data.training_batches(options, generator))
+        for number, (inputs, targets) in enumerate(batches, start=1):
+            step, ends_epoch = step + 1, number == len(batches)
+            is_validated = (ends_epoch and (not every or epoch == options.epochs)) or (
+                every > 0 and step % every == 0
+            )
+            yield Batch(inputs, targets, epoch, step, is_validated)
+
+
+def new_optimizer(model: Any, options: Any) -> torch.optim.Optimizer:
+    """AdamW; with `decay_norms: false` without weight decay on biases and norms."""
+    named = list(model.named_parameters())
+    spared = [
+        p
+        for name, p in named
+        if not options.decay_norms and (name.endswith("bias") or "norm" in name)
+    ]
+    kept = {id(p) for p in spared}
+    groups: list[dict[str, Any]] = [
+        {"params": [p for _, p in named if id(p) not in kept]},
+        {"params": spared, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=options.learning_rate,
+        weight_decay=options.weight_decay,
+    )
+
+
+@torch.no_grad()
+def start_truncated_normal(model: Any, deviation: float = 0.02) -> None:
+    """Draw all weights but those of norms and of LRURec's decays, within two deviations."""
+    for name, parameter in model.named_parameters():
+        if "norm" not in name and "log_" not in name:
+            torch.nn.init.trunc_normal_(parameter, 0.0, deviation, -2 * deviation, 2 * deviation)
 
 
 def model_device(model: Any) -> torch.device:
@@ -97,18 +156,20 @@ def next_item_loss(
     model: Any,
     inputs: torch.Tensor,
     targets: torch.Tensor,
-    loss: str,
+    options: Any,
     generator: torch.Generator,
 ) -> torch.Tensor:
     """Mean over all positions that have a next item.
 
-    cross_entropy: of the next item among all items. bce: binary cross-entropy of the next item and
-    of one random item, as published for SASRec (a random item may be one that the user had).
+    cross_entropy: of the next item among all items, with `padding_class` also number 0. bce: binary
+    cross-entropy of the next item and of one random item, as published for SASRec (a random item
+    may be one that the user had).
     """
     real = targets != PADDING
     states, wanted, vectors = model(inputs)[real], targets[real], model.items()
-    if loss == "cross_entropy":  # number 0, the padding, is no item
-        return functional.cross_entropy(states @ vectors[1:].T, wanted - 1)
+    if options.loss == "cross_entropy":  # number 0, the padding, is no item
+        first = 0 if options.padding_class else 1
+        return functional.cross_entropy(states @ vectors[first:].T, wanted - first)
     negative = torch.randint(1, len(vectors), wanted.shape, generator=generator).to(wanted.device)
     positive_logits = (states * vectors[wanted]).sum(1)
     negative_logits = (states * vectors[negative]).sum(1)

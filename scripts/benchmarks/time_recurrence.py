@@ -83,7 +83,7 @@ def epoch(
         with mock.patch.object(lrurec, "linear_recurrence", recurrence):
             for inputs, targets in data.training_batches(options, generator):
                 loss = next_item_loss(
-                    model, inputs.to(device), targets.to(device), "cross_entropy", generator
+                    model, inputs.to(device), targets.to(device), options, generator
                 )
                 optimizer.zero_grad()
                 loss.backward()
