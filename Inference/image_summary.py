@@ -61,6 +61,11 @@ class Options(GenerationStageOptions):
         "0 = none",
         ge=0,
     )
+    placeholders: list[str] = option(
+        [],
+        "sha256 of image files that say 'no image', which are not described (MLLM4Rec's released "
+        "code has one for games)",
+    )
     image_prompt: str = option(mllm_msr.IMAGE, "template of the image prompt")
     title_prompt: str = option(mllm_msr.TITLE, "template of the text prompt (fused)")
     fusion_prompt: str = option(mllm_msr.FUSION, "template of the fusion prompt (fused)")
@@ -109,7 +114,7 @@ def write_summaries(
     todo = [items[str(item_id)] for item_id in output.todo]
     turn = user_turn(fill(options.image_prompt, options.domain), images=1)
     is_remote = options.engine == "server"
-    prompts = ImagePrompts(todo, folder, chat, turn, sizes, as_url=is_remote)
+    prompts = ImagePrompts(todo, folder, chat, turn, sizes, is_remote, options.placeholders)
     images = read_ahead(prompts, options.workers, is_remote)
 
     def new_writer(item: Row) -> PromptWriter:

@@ -3,21 +3,26 @@
 In, both in {raw_dir}, as published, gzipped or not:
      ratings_<category>.csv       no header: user, item, rating, seconds
      meta_<category>.json[.gz]    a Python literal in each line: asin, title, imUrl (may be missing)
+                                  or, with `--pages 2018`, an object of the release of 2018: asin,
+                                  title, imageURL (a list, of which the seed draws one)
 Out: users.jsonl, items.jsonl, stats.json: see `split.py`; rules: `mllmrec/data/data_split.py`
      {data_dir}/image_urls.jsonl  item_id, url: what `download_images.py` downloads into images/
 
     python data_processing/amazon_2014.py --config configs/mllm4rec/beauty.yaml
 
-The literals are parsed, never run. An item has an image if its page names one and
+The literals are parsed, never run. MLLM4Rec takes ratings of 2014 with pages of 2018 for
+Video_Games (its released code). An item has an image if its page names one and
 `download_images.py` has not rejected it: run again after the download. CPU, minutes.
 """
 
 from mllmrec.stage.main import run_main
 
 import ast
+import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 from pydantic.dataclasses import dataclass
@@ -42,6 +47,7 @@ class Options(SplitOptions):
     category: str = option(
         "Beauty", "as the files spell it, e.g. Beauty, Toys_and_Games", pattern=NAME
     )
+    pages: Literal["2014", "2018"] = option("2014", "release that the product pages are of")
 
 
 def find_files(raw_dir: str, category: str) -> list[Path]:
@@ -56,23 +62,33 @@ def find_files(raw_dir: str, category: str) -> list[Path]:
     return files
 
 
-def parse_page(line: bytes) -> dict[str, Any]:
-    """One line of meta_<category>.json, a Python literal: a dict of asin, title, imUrl and more.
+def parse_page(line: bytes, release: str = "2014") -> dict[str, Any]:
+    """One line of meta_<category>.json: a dict of asin, title, the image's address and more.
 
     Raises ValueError, with what is wrong, for anything else.
     """
     if len(line) > LONGEST_PAGE:
         raise ValueError(f"the line has more than {LONGEST_PAGE:,} bytes")
+    kind = "Python literal" if release == "2014" else "JSON object"
     try:
-        page = ast.literal_eval(line.decode())
+        text = line.decode()
+        page = ast.literal_eval(text) if release == "2014" else json.loads(text)
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-        raise ValueError("the line is no Python literal") from None
+        raise ValueError(f"the line is no {kind}") from None
     if not isinstance(page, dict) or not isinstance(page.get("asin"), str):
         raise ValueError("the line is no page with an asin")
     return page
 
 
-def read_pages(path: Path, item_ids: Array) -> tuple[pd.DataFrame, list[Row]]:
+def image_url(page: dict[str, Any], options: Options) -> str | None:
+    """The address of a page's image; of several one, which seed and item decide."""
+    urls = [page.get("imUrl")] if options.pages == "2014" else page.get("imageURL")
+    named = [url for url in urls if isinstance(url, str)] if isinstance(urls, list) else []
+    digest = hashlib.sha256(f"{options.seed} {page['asin']}".encode("utf-8", "replace")).digest()
+    return named[int.from_bytes(digest[:8]) % len(named)] if named else None
+
+
+def read_pages(path: Path, item_ids: Array, options: Options) -> tuple[pd.DataFrame, list[Row]]:
     """(catalogue, rejected rows) of the pages of some items, as `amazon_pages.read_pages`."""
     known = set(item_ids)
     rows: list[tuple[str, str, str | None]] = []
@@ -80,7 +96,7 @@ def read_pages(path: Path, item_ids: Array) -> tuple[pd.DataFrame, list[Row]]:
     with open_raw(path) as file:
         for number, line in enumerate(file, start=1):
             try:
-                page = parse_page(line.strip())
+                page = parse_page(line.strip(), options.pages)
             except ValueError as reason:
                 row = line[:SHOWN].decode(errors="replace").strip()
                 if row:
@@ -88,21 +104,21 @@ def read_pages(path: Path, item_ids: Array) -> tuple[pd.DataFrame, list[Row]]:
                     rejected.append(entry)
                 continue
             if page["asin"].strip() in known:
-                title, url = (page.get(key) for key in ("title", "imUrl"))
+                title = page.get("title")
                 # Half of a surrogate pair, which no file can hold, becomes a question mark.
                 text = title.encode("utf-8", "replace").decode() if isinstance(title, str) else ""
-                url = url if isinstance(url, str) else None
-                rows.append((page["asin"].strip(), item_text(text), url))
+                rows.append((page["asin"].strip(), item_text(text), image_url(page, options)))
     pages = pd.DataFrame(rows, columns=["id", "title", "url"])
     catalogue, missing = catalogue_of(pages, item_ids, path)
     return catalogue, rejected + missing
 
 
-def load(ratings: Path, pages: Path) -> tuple[InteractionLog, pd.DataFrame, list[Row]]:
+def load(files: Sequence[Path], options: Options) -> tuple[InteractionLog, pd.DataFrame, list[Row]]:
     """(log, catalogue, rejected rows); every rating is an interaction."""
+    ratings, pages = files
     log, rejected = read_log(csv_table(ratings, ("user", "item", "timestamp"), names=RATINGS))
     require_dates(log, ratings)
-    catalogue, bad_pages = read_pages(pages, log.item_ids)
+    catalogue, bad_pages = read_pages(pages, log.item_ids, options)
     return log, catalogue, rejected + bad_pages
 
 
@@ -110,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parse_options(Options, SECTION, argv, __doc__)
     print_options(options, "stage 1, data: Amazon 2014")
     files = find_files(options.raw_dir, options.category)
-    run_loader(options, files, lambda: load(*files), has_urls=True)
+    run_loader(options, files, lambda: load(files, options), has_urls=True)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,12 @@
 """The loaders of MovieLens and of Amazon's data of 2014."""
 
 import gzip
+import json
+import shutil
 
 import pytest
 import yaml
+from PIL import Image
 
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import read_rows
@@ -65,6 +68,26 @@ def test_amazon_2014_reads_literals_and_runs_none(amazon):
     assert "A3" not in {row["item_id"] for row in urls}
 
 
+def test_pages_of_2018_have_several_images_of_which_the_seed_draws_one(amazon):
+    pages = [
+        {"asin": f"A{n}", "title": f"t{n}", "imageURL": [f"http://x.org/{n}/{k}" for k in range(9)]}
+        for n in range(6)
+    ]
+    pages[2]["imageURL"], pages[3]["imageURL"] = [], "http://x.org/3"
+    with gzip.open(amazon / "raw/meta_Beauty.json.gz", "wt") as file:
+        file.write("\n".join([*map(json.dumps, pages), "{'asin': 'A1'}"]))
+    found = []
+    for seed in (1, 1, 2):
+        *_, rejected = prepare("amazon_2014", amazon, pages="2018", seed=seed)
+        rows = read_rows(amazon / "data/image_urls.jsonl")
+        found.append({row["item_id"]: row["url"] for row in rows})
+        shutil.rmtree(amazon / "data")
+    assert found[0] == found[1] != found[2]
+    assert found[0].keys() == {"A0", "A1", "A4", "A5"}
+    assert all(url.startswith(f"http://x.org/{item[1]}/") for item, url in found[0].items())
+    assert "no JSON object" in {row.get("line"): row["reason"] for row in rejected}[7]
+
+
 @pytest.mark.parametrize("text", ["[" * 100_000, "{'asin': 'A'" + " " * (1 << 20) + "}", "1", "{"])
 def test_a_page_that_is_none_is_refused(text):
     with pytest.raises(ValueError, match=r"the line (is|has)"):
@@ -107,3 +130,51 @@ def test_movielens_without_its_files_or_with_images_is_refused(tmp_path):
         prepare("movielens", tmp_path)
     with pytest.raises(InputError, match="MovieLens has no images; pass --require_image false"):
         prepare("movielens", tmp_path, require_image=True)
+    with pytest.raises(InputError, match="in --image_folder or at --image_urls; name one"):
+        prepare("movielens", tmp_path, image_folder="x", image_urls="y")
+
+
+def test_movielens_takes_posters_from_a_folder_or_addresses(tmp_path):
+    raw, posters = tmp_path / "raw", tmp_path / "posters"
+    raw.mkdir()
+    movies = [f'{m},"Film {m}, The (1999)",x' for m in range(1, 7)]
+    (raw / "movies.csv").write_text("\n".join(["movieId,title,genres", *movies]))
+    ratings = [f"{u},{m},1,{1400000000 + m}" for u in (1, 2) for m in range(1, 7)]
+    (raw / "ratings.csv").write_text("\n".join(["userId,movieId,rating,timestamp", *ratings]))
+    options = {"negatives": 0, "train_negatives": 0, "titles": "natural"}
+    with pytest.raises(InputError, match="posters is no folder; name that of your posters"):
+        prepare("movielens", tmp_path, image_folder=str(posters), **options)
+    posters.mkdir()
+    with pytest.raises(InputError, match="posters names no movie of movies"):
+        prepare("movielens", tmp_path, image_folder=str(posters), **options)
+    for name in ("1.jpg", "3.png", "4.webp", "5.jpeg", "77.jpg"):
+        Image.new("RGB", (4, 6)).save(posters / name)
+    own = {"image_folder": str(posters), "image_roots": [str(posters)]}
+    _, items, _ = prepare("movielens", tmp_path, **own, **options)
+    assert {item["title"] for item in items} >= {"The Film 1 (1999)"}
+    named = {item["item_id"]: item["image"] for item in items}
+    assert [named[m] is None for m in "123456"] == [False, True, False, False, False, True]
+    assert named["3"] == "../posters/3.png"
+    shutil.rmtree(tmp_path / "data")
+    users, items, _ = prepare("movielens", tmp_path, require_image=True, **own, **options)
+    assert {item["item_id"] for item in items} == set("1345") and len(users) == 6
+    shutil.rmtree(tmp_path / "data")
+    urls = "".join(f"{m},http://x.org/{m}.jpg\n" for m in (1, 2, 99))
+    (tmp_path / "urls.csv").write_text("movieId,url\n" + urls)
+    prepare("movielens", tmp_path, image_urls=str(tmp_path / "urls.csv"), **options)
+    wanted = [{"item_id": m, "url": f"http://x.org/{m}.jpg"} for m in "12"]
+    assert read_rows(tmp_path / "data/image_urls.jsonl") == wanted
+
+
+@pytest.mark.parametrize(
+    ("title", "natural"),
+    [
+        ("Matrix, The (1999)", "The Matrix (1999)"),
+        ("Downfall (Untergang, Der) (2004)", "Downfall (2004)"),
+        ("Postman, The (Postino, Il) (1994)", "The Postman (1994)"),
+        ("Honey, I Shrunk the Kids (1989)", "Honey, I Shrunk the Kids (1989)"),
+        ("Babylon 5", "Babylon 5"),
+    ],
+)
+def test_natural_titles_have_their_article_in_front_and_no_other_names(title, natural):
+    assert load_script("data_processing/movielens.py").natural_title(title) == natural

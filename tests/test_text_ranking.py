@@ -28,6 +28,7 @@ from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import read_by_id, read_rows
 from mllmrec.stage.options import CommonOptions
 from mllmrec.stage.output import RowOutput
+from mllmrec.stage.provenance import file_digest
 from mllmrec.stage.record import Job
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -295,6 +296,20 @@ def test_a_blip_2_processor_describes_images_through_a_prompt_format(small_run, 
     assert found[0] == found[1]
     assert len(found[0]) == 6
     assert len({row["summary"] for row in found[0]}) > 1, "the image is attended to"
+
+
+def test_images_are_described_without_a_prompt_and_placeholders_are_not(small_run, tmp_path):
+    """MLLM4Rec's released code: BLIP-2 sees the image alone, and knows the shop's placeholder."""
+    words = ["--model", random_blip2(tmp_path / "model"), "--output_dir", str(tmp_path)]
+    words += ["--prompt_format", "{text}", "--image_prompt", "", "--max_new_tokens", "5"]
+    items = read_rows(small_run.folder / "items.jsonl")[:4]
+    placeholder = file_digest(small_run.folder / items[1]["image"])
+    more = ["--limit", "4", "--system", "m", "--placeholders", placeholder]
+    small_run.run("Inference/image_summary.py", *words, *more)
+    found = {row["item_id"] for row in read_rows(tmp_path / "m/image_summaries.jsonl")}
+    (rejected,) = read_rows(tmp_path / "m/image_summaries.rejected.jsonl")
+    assert found == {items[n]["item_id"] for n in (0, 2, 3)}
+    assert rejected["item_id"] == items[1]["item_id"] and "placeholder" in rejected["reason"]
 
 
 def random_blip2(folder):
