@@ -28,6 +28,7 @@ from mllmrec.prompts.templates import check_template, fill, user_turn
 from mllmrec.stage.jsonl import read_by_id
 from mllmrec.stage.options import option, parse_options, print_next, print_options
 from mllmrec.stage.output import SHORTENED, RowOutput
+from mllmrec.stage.provenance import file_digest
 from mllmrec.stage.record import Job, file_digests
 from mllmrec.stage.schema import Row
 
@@ -114,15 +115,20 @@ def write_summaries(
     todo = [items[str(item_id)] for item_id in output.todo]
     turn = user_turn(fill(options.image_prompt, options.domain), images=1)
     is_remote = options.engine == "server"
-    prompts = ImagePrompts(todo, folder, chat, turn, sizes, is_remote, options.placeholders)
+    prompts = ImagePrompts(todo, folder, chat, turn, sizes, as_url=is_remote)
     images = read_ahead(prompts, options.workers, is_remote)
 
     def new_writer(item: Row) -> PromptWriter:
         ids = {"item_id": item["item_id"]}
         return PromptWriter(chat, max_prompt_tokens, options.domain, ids)
 
+    def checked(image: "EncodedImage", item: Row) -> "EncodedImage":
+        if image.prompt and file_digest(folder / item["image"]) in options.placeholders:
+            return image._replace(prompt=None, reason="image: one of --placeholders")
+        return image
+
     dialogues = (
-        (item["item_id"], summarise(item, image, new_writer(item), options))
+        (item["item_id"], summarise(item, checked(image, item), new_writer(item), options))
         for item, image in zip(todo, images, strict=True)
     )
     template = options.image_prompt if options.summary == "image" else options.fusion_prompt

@@ -15,9 +15,11 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 from mllmrec.stage.errors import InputError
+from mllmrec.stage.jsonl import read_rows
 from mllmrec.stage.options import PART, ROOT, config_of_dataset, load_config, print_next
 
 
@@ -27,7 +29,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     done = subprocess.run(command, env=os.environ | {"PYTHON": sys.executable, PART: "true"})
     if done.returncode:
         raise InputError("the data were not prepared, see above")
-    follows = "02_captions" if "image_summary" in load_config(Path(config)) else "03_retriever"
+    folder = load_config(Path(config)).get("common", {}).get("data_dir", "")
+    folder = next((b for a, b in pairwise(words) if a == "--data_dir"), folder)
+    has_images = any(row["image"] for row in read_rows(Path(folder, "items.jsonl")))
+    follows = "02_captions" if has_images else "03_retriever"
     print_next(f"scripts/mllm4rec/{follows}.sh", config, words)
 
 

@@ -90,6 +90,90 @@ def test_the_released_config_has_the_values_of_the_facts(section, monkeypatch):
     assert found == FACTS[section]
 
 
+RETRIEVER, RANKER = "MLLM4Rec/train_retriever.py", "MLLM4Rec/train_ranker.py"
+# MLLM4Rec's paper (P4) and released code (C4): stage -> option -> (paper, released code).
+MLLM4REC = {
+    "Inference/image_summary.py": {
+        "model": ("Salesforce/blip2-opt-2.7b",) * 2,
+        "image_prompt": ("",) * 2,
+        "dtype": ("auto", "float16"),
+        "max_new_tokens": (32, 20),
+    },
+    RETRIEVER: {
+        "retriever": ("lrurec",) * 2,
+        "retrieved": (20, 20),
+        "learning_rate": (1e-3, 1e-3),
+        "epochs": (500, 500),
+        "patience": (20, 20),
+        "weight_decay": (0.01, 0.01),
+        "clip": (0.0, 5.0),
+        "init": ("model", "truncated_normal"),
+        "decay_norms": (True, False),
+        "padding_class": (False, True),
+        "first_item": (False, True),
+        "long_lists": ("windows", "last"),
+        "dropout_first": (False, True),
+        "select_with_history": (False, True),
+    },
+    RANKER: {
+        "model": ("meta-llama/Llama-2-7b-hf",) * 2,
+        "quantization": ("nf4", "nf4"),
+        "train_rows": ("prefixes", "prefixes"),
+        "candidates": (20, 20),
+        "candidate_order": ("retriever", "retriever"),
+        "max_history": (20, 25),
+        "text_tokens": (32, 32),
+        "max_text_tokens": (1536, 1536),
+        "lora_r": (8, 8),
+        "lora_alpha": (32, 32),
+        "lora_dropout": (0.05, 0.05),
+        "lora_layers": (["q_proj", "v_proj"],) * 2,
+        "learning_rate": (1e-4, 1e-4),
+        "epochs": (1, 100),
+        "validation_steps": (100, 1),
+        "patience": (0, 10),
+        "warmup_steps": (0, 100),
+        "answer_token": ("rendered", "alone"),
+        "end_token": (True, True),
+    },
+}
+# Of one data set: (micro-batch of the ranker, length and batch of the retriever).
+OF_DATASET = {
+    "beauty": ((6, 6), (50, 50), (64, 64)),
+    "toys": ((2, 2), (50, 50), (64, 64)),
+    "games": ((2, 2), (50, 50), (64, 64)),
+    "ml-100k": ((3, 2), (200, 200), (16, 16)),  # the paper's length is 50
+}
+
+
+@pytest.mark.parametrize("column", [0, 1])
+@pytest.mark.parametrize("code", OF_DATASET)
+def test_mllm4rec_has_the_values_of_its_paper_and_of_its_released_code(code, column, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    config = ["--config", f"configs/mllm4rec/{code}{'_released' * column}.yaml"]
+    batch, length, retriever_batch = OF_DATASET[code]
+    own = {RANKER: {"batch_size": batch}}
+    own[RETRIEVER] = {"max_length": length, "batch_size": retriever_batch}
+    if code != "ml-100k" or column:
+        own[RETRIEVER]["validation_steps"] = (500, 500)
+    for path, facts in MLLM4REC.items():
+        stage = load_script(path)
+        options = parse_options(options_class(stage), stage.SECTION, config)
+        facts = {name: values[column] for name, values in (facts | own.get(path, {})).items()}
+        assert {name: getattr(options, name) for name in facts} == facts
+        if path in (RANKER, RETRIEVER):
+            assert options.dataset_code == code, "which chooses the role"
+    loader = "movielens" if code == "ml-100k" else "amazon_2014"
+    stage = load_script(f"data_processing/{loader}.py")
+    options = parse_options(stage.Options, "data", config)
+    assert (options.user_core, options.item_core, options.split_by) == (5, 5, "leave_one_out")
+    assert options.require_image == (code == "games")
+    if code == "ml-100k":
+        assert options.titles == ("published", "natural")[column]
+    else:
+        assert options.pages == ("2018" if code == "games" else "2014")
+
+
 def test_the_released_prompts_have_the_released_places_in_the_released_order(monkeypatch):
     monkeypatch.chdir(ROOT)
     config = ["--config", "configs/microlens_released.yaml"]

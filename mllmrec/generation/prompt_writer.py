@@ -13,7 +13,6 @@ from mllmrec.generation.preferences import HistoryItem
 from mllmrec.models.chat import ChatProcessor, shorten_to_fit
 from mllmrec.prompts.mllm_msr import BLOCK_LINE, block_text
 from mllmrec.prompts.templates import Turn, fill, user_turn
-from mllmrec.stage.provenance import file_digest
 from mllmrec.stage.schema import Row
 
 
@@ -30,8 +29,7 @@ class ImagePrompts:
 
     items: rows of items.jsonl; folder: what image paths are relative to; turn: the turn that asks
     about an image; sizes: item_id -> size to which its image is padded with black, for those it
-    holds; as_url: images as data: URLs for a server, not as arrays for a model in this process;
-    placeholders: sha256 of files that say that there is no image.
+    holds; as_url: images as data: URLs for a server, not as arrays for a model in this process.
     """
 
     def __init__(
@@ -42,10 +40,9 @@ class ImagePrompts:
         turn: Turn,
         sizes: Mapping[str, tuple[int, int] | None] | None = None,
         as_url: bool = False,
-        placeholders: Sequence[str] = (),
     ) -> None:
         self.items, self.folder, self.chat, self.turn = list(items), folder, chat, turn
-        self.sizes, self.as_url, self.placeholders = dict(sizes or {}), as_url, set(placeholders)
+        self.sizes, self.as_url = dict(sizes or {}), as_url
         self.text = chat.render([turn])
 
     def __len__(self) -> int:
@@ -57,8 +54,6 @@ class ImagePrompts:
             return EncodedImage(item_id, None, "image: the item has none")
         try:
             image = pad_black(open_image(self.folder / name), self.sizes.get(item_id))
-            if self.placeholders and file_digest(self.folder / name) in self.placeholders:
-                return EncodedImage(item_id, None, "image: it is a placeholder (--placeholders)")
             return EncodedImage(item_id, self._prompt(image), None)
         # ValueError: some processors refuse the narrowest images
         except (ImageError, ValueError) as error:
