@@ -161,6 +161,13 @@ def test_full_text_and_image_size_on_request(tmp_path):
     assert urls == {"A": "http://x/a_l.jpg", "B": "http://x/b.jpg", "D": "http://x/d_h.jpg"}
 
 
+def test_titles_with_descriptions_as_the_released_code_has_them(tmp_path):
+    data = load(raw(tmp_path, ".jsonl"), "--item_text", "described")
+    titles = {row["item_id"]: row["title"] for row in read_rows(data / "items.jsonl")}
+    assert titles["A"] == "Cup. keeps warm"
+    assert not titles["B"].endswith("."), "without a description, the title alone"
+
+
 def test_rejected_rows_are_kept_with_their_reason(tmp_path):
     folder = raw(tmp_path, ".csv")
     with open(folder / "Toys.csv", "a") as file:

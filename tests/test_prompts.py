@@ -112,10 +112,10 @@ def test_a_block_lists_items_in_order_with_or_without_summaries():
 
 
 def test_a_line_of_a_block_may_be_worded_and_may_name_the_item():
-    items = [("First", "Red."), ("Second {item_id}", "")]
+    items = [("First.", "Red."), ("Second {item_id}", "")]
     line = "Item {item_id} ({number}): '{title}' {summary}"
     text = block_text(items, "video", template=line, item_ids=["i1", "<image>"])
-    assert text == "Item i1 (1): 'First' Red.\nItem < image> (2): 'Second {item_id}' not known."
+    assert text == "Item i1 (1): 'First.' Red.\nItem < image> (2): 'Second {item_id}' not known."
     assert block_text(items, "video", item_ids=["i1", "i2"]) == block_text(items, "video")
     with pytest.raises(InputError, match="unknown place 'subtitle'"):
         block_text(items, "video", template="{subtitle}")

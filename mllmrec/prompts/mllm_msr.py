@@ -62,7 +62,7 @@ def block_text(
     for number, (title, summary) in enumerate(items, start=1):
         places = {
             "number": str(number),
-            "title": plain(title).rstrip("."),
+            "title": plain(title).rstrip("." if "{title}." in template else ""),
             "image_word": DOMAINS[domain]["image"].capitalize(),
             "summary": plain(summary) if summary else "not known.",
         }

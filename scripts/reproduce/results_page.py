@@ -109,6 +109,21 @@ def published(data_set: str, system: str, source: str) -> str:
     return " / ".join(f"{value:.2f}" for value in found)
 
 
+def published_lists() -> str:
+    """Recall@10 / NDCG@10, x100, of all systems of MLLM4Rec/published.yaml, as a table."""
+    content = yaml.safe_load((ROOT / "MLLM4Rec/published.yaml").read_text(encoding="utf-8"))
+    places = [content["columns"].index(name) for name in ("recall@10", "ndcg@10")]
+    lines = [["system", "source", *content["datasets"]]]
+    for found in content["rows"]:
+        cells = []
+        for data_set in content["datasets"]:
+            values = found.get(data_set, [])
+            pair = values if len(values) < 3 else [values[place] for place in places]
+            cells.append(" / ".join(f"{100 * value:.2f}" for value in pair) or "-")
+        lines.append([found["system"], found["source"], *cells])
+    return "\n".join(markdown_table(lines))
+
+
 def by_validation(name: str) -> list[dict[str, Any]]:
     """The settings of results/NAME.json that were tried, those best in validation first."""
     report = result(name)
@@ -136,7 +151,7 @@ def render() -> str:
     environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True)
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     functions: list[Callable[..., Any]] = [result, row, table, statistics, figures, per_seed, gap]
-    functions += [difference_over_seeds, cost, published, chosen, choice]
+    functions += [difference_over_seeds, cost, published, published_lists, chosen, choice]
     return template.render({function.__name__: function for function in functions})
 
 
