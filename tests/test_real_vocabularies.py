@@ -26,7 +26,7 @@ from mllmrec.generation.prompt_writer import PromptWriter
 from mllmrec.models.chat import ChatProcessor
 from mllmrec.prompts import mllm_msr as prompts
 from mllmrec.prompts.templates import fill, user_turn
-from mllmrec.ranking.answers import LETTERS, YES_NO, answer_tokens
+from mllmrec.ranking.answers import LETTERS, YES_NO, AnswerSet, answer_tokens
 from mllmrec.ranking.batches import Collator
 from mllmrec.ranking.questions import Candidate, QuestionFormat, candidate_row
 from mllmrec.ranking.reader import RowReader
@@ -139,6 +139,16 @@ def test_answers_are_the_tokens_that_follow_the_prompt(chats):
     bare = chats["mistral"].tokenizer.convert_tokens_to_ids(["No", "Yes"])
     assert not {1770, 5592} & set(bare), "the words without a blank are other tokens"
     assert answer_tokens(chats["llama3"]).first_ids == [2822, 9642]
+
+
+def test_letters_are_read_as_trained_or_as_released(chats):
+    """MLLM4Rec's released code trains A and reads ▁A, with the pieces that Llama 2 has, too."""
+    chat = ChatProcessor(chats["mistral"].tokenizer, prompt_format="{text}\n")
+    for token, blank in (("rendered", ""), ("bare", ""), ("alone", "▁")):
+        tokens = answer_tokens(chat, AnswerSet(LETTERS.answers, token))
+        names = chat.tokenizer.convert_ids_to_tokens(tokens.first_ids)
+        assert names == [blank + letter for letter in LETTERS.answers]
+        assert chat.tokenizer.convert_ids_to_tokens(tokens.ids[0]) == ["A", "</s>"]
 
 
 def test_a_training_text_has_one_bos_one_end_and_the_scoring_prompt(chat):

@@ -145,6 +145,7 @@ MLLM4REC = {
         "patience": (0, 10),
         "warmup_steps": (0, 100),
         "answer_token": ("rendered", "alone"),
+        "prompt_format": ("{text}", "{text}\n"),
         "end_token": (True, True),
     },
 }

@@ -47,7 +47,7 @@ class ChatProcessor:
     single_tile: LLaVA-NeXT gets the image once, as a whole, and not also cut into tiles: 577 tokens
     instead of up to 2,900. prompt_format: for models without a chat template, a string with the
     place {text} and, for models whose prompt holds an image token, {image}; an answer follows after
-    a blank.
+    a blank, or where the string ends with white space behind that.
     """
 
     def __init__(self, processor: Any, single_tile: bool = False, prompt_format: str = "") -> None:
@@ -91,7 +91,8 @@ class ChatProcessor:
         places = {"{image}": str(image), "{text}": turn_text(user)}
         # One substitution for both places, so that data that holds "{image}" stays text.
         prompt = re.sub(r"\{image\}|\{text\}", lambda match: places[match[0]], self.prompt_format)
-        return prompt + "".join(f" {turn_text(a)}{self.tokenizer.eos_token}" for a in answers)
+        blank = "" if prompt[-1:].isspace() else " "
+        return prompt + "".join(f"{blank}{turn_text(a)}{self.tokenizer.eos_token}" for a in answers)
 
     @cached_property
     def control_tokens(self) -> dict[str, int]:
