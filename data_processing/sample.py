@@ -14,7 +14,7 @@ CPU; about 3 seconds. No downloaded data: the catalogue, titles and covers are m
 
 from mllmrec.stage.main import run_main
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -83,24 +83,30 @@ def as_log(drawn: World, cover_paths: Sequence[Path]) -> tuple[InteractionLog, p
     return InteractionLog.from_ids(user, item_ids[chosen], np.arange(len(chosen))), catalogue
 
 
-def rule_scores(lines: Sequence[Row], drawn: World) -> dict[str, list[Row]]:
-    """dict rule -> lines of scores.jsonl for the test users. lines: of users.jsonl."""
+def rule_scores(
+    lists: Iterable[tuple[Row, Sequence[tuple[str, int]]]], drawn: World, rules: Sequence[str]
+) -> dict[str, list[Row]]:
+    """dict rule -> lines of scores.jsonl.
+
+    lists: (line of users.jsonl, its candidates and labels); rules: of those that are named here.
+    """
     items, _, users = drawn
-    rows: dict[str, list[Row]] = {rule: [] for rule in RULES}
-    for line in users_of_split(lines, "test"):
+    rows: dict[str, list[Row]] = {rule: [] for rule in rules}
+    for line, listed in lists:
         history = [items[int(item_id[1:])] for item_id in line["history"]]
-        listed = candidates(line)
         offered = [items[int(item_id[1:])] for item_id, _ in listed]
         _, favourites = users[int(line["user_id"][1:])]
         scored = {
             "ceiling": world.fits(offered, favourites),
             "title_only": world.counted_scores(history, offered, ("topic",), decay=0.8),
+            "caption_only": world.counted_scores(history, offered, ("colour", "shape"), decay=0.8),
+            "counted": world.counted_scores(history, offered, decay=0.8),
             "no_recency": world.fits(offered, most_frequent(history)),
         }
-        for rule, scores in scored.items():
+        for rule in rules:
             rows[rule] += [
                 score_row(line["user_id"], item_id, label, float(score))
-                for (item_id, label), score in zip(listed, scores, strict=True)
+                for (item_id, label), score in zip(listed, scored[rule], strict=True)
             ]
     return rows
 
@@ -117,7 +123,8 @@ def most_frequent(history: Sequence[world.Item]) -> world.Values:
 def write_rules(drawn: World, options: Options) -> None:
     """Write the rules' scores and print their metrics beside popularity's."""
     lines = read_users(Path(options.data_dir) / "users.jsonl")
-    rules = rule_scores(lines, drawn)
+    lists = ((line, candidates(line)) for line in users_of_split(lines, "test"))
+    rules = rule_scores(lists, drawn, RULES)
     for rule, path in rule_outputs(options).items():
         write_rows(path, rules[rule])
     print(f"\n{'rule':12} AUC   HR@5  (test users; what can be known without a model)")

@@ -52,6 +52,10 @@ def test_every_step_of_a_row_is_a_stage_that_takes_its_options(row):
     if not row.steps:  # stage 1 writes its scores
         assert row.scores.startswith("bounds/")
         return
+    if row.steps[-1].startswith("scripts/reproduce/list_rules.py"):
+        rules = stage_of("scripts/reproduce/list_rules.py").RULES
+        assert row.scores in {f"list_rules/{rule}" for rule in rules}
+        return
     last = step_options(row.steps[-1])
     if row.steps[-1].startswith("MLLM4Rec/train_ranker.py"):
         folders = {last.ranked, last.variant, "retriever_order", "random_order", "retriever"}
