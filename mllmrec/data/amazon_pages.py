@@ -66,7 +66,8 @@ def read_pages(
         table.create(database, f"{query} FROM {table.scan} WHERE id IN (FROM wanted)")
         pages = run(database, "SELECT * FROM raw ORDER BY rowid").df()
     end = "." if options.item_text == "described" else ""
-    pages["title"] = [item_text(*row, end=end) for row in zip(*map(pages.get, texts), strict=True)]
+    columns = (pages[text].tolist() for text in texts)
+    pages["title"] = [item_text(*row, end=end) for row in zip(*columns, strict=True)]
     return catalogue_of(pages, item_ids, path)
 
 

@@ -159,19 +159,28 @@ def check_image_paths(
     names: paths relative to the file. Links are resolved: a data set of others must not make a
     stage open, or a report show, any file of this machine.
     """
-    parent = os.path.dirname(of_file)
+    parent = os.path.dirname(of_file) or "."
     allowed = tuple(os.path.join(os.path.realpath(root), "") for root in (data_dir, *roots))
-    resolved = cache(os.path.realpath)  # thousands of images lie in one folder
+    resolved, links = cache(os.path.realpath), cache(_links)  # thousands lie in one folder
     for name in dict.fromkeys(names):
-        path = os.path.join(parent, name)
-        is_link = os.path.islink(path)
-        place = os.path.realpath(path) if is_link else resolved(path.rpartition("/")[0]) + "/"
+        path = name if name.startswith("/") else f"{parent}/{name}"
+        folder, _, file = path.rpartition("/")
+        place = os.path.realpath(path) if file in links(folder) else resolved(folder) + "/"
         if not place.startswith(allowed):
             raise InputError(
                 f"{of_file}: the image {name} lies in {place.rstrip('/')}, outside {data_dir} and "
                 f"--image_roots ({' '.join(roots) or 'none'}); if that is right, name its folder "
                 "with --image_roots, also in the later stages"
             )
+
+
+def _links(folder: str) -> set[str]:
+    """Names of the links in a folder, which may be missing."""
+    try:
+        with os.scandir(folder or ".") as entries:
+            return {entry.name for entry in entries if entry.is_symlink()}
+    except OSError:
+        return set()
 
 
 def check_item_images(

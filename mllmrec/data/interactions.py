@@ -102,12 +102,15 @@ def sample_negatives(
     else:
         ends = np.cumsum(weights, dtype=np.float64)
         drawn = np.searchsorted(ends, rng.random(size) * ends[-1], side="right")
-    good = ~_is_in(users[:, None] * n_items + drawn, touched) & ~_repeats_in_row(drawn)
-    good &= good.cumsum(1) <= how_many
-    negatives = np.full((len(users), how_many), -1, dtype=np.int64)
-    full = good.sum(1) == how_many
-    negatives[full] = drawn[full][good[full]].reshape(-1, how_many)
-    for row in np.flatnonzero(~full):  # rare, unless the catalogue is tiny: go through all items
+    negatives, rows = np.full((len(users), how_many), -1, dtype=np.int64), np.arange(len(users))
+    for width in (how_many + 2, size[1]):  # for most users the first ones suffice
+        part = drawn[rows, :width]
+        good = ~_is_in(users[rows, None] * n_items + part, touched) & ~_repeats_in_row(part)
+        good &= good.cumsum(1) <= how_many
+        full = good.sum(1) == how_many
+        negatives[rows[full]] = part[full][good[full]].reshape(-1, how_many)
+        rows = rows[~full]
+    for row in rows:  # rare, unless the catalogue is tiny: go through all items
         order = rng.permutation(n_items) if weights is None else _weighted_order(weights, rng)
         free = order[~_is_in(users[row] * n_items + order, touched)]
         if len(free) >= how_many:

@@ -135,7 +135,10 @@ def write_data_set(data: Any, rejected: Sequence[Row], options: DataOptions) -> 
 def _write_items(items: pd.DataFrame, path: Path, options: DataOptions) -> None:
     """Write items.jsonl. Raises InputError for an image outside the folders that are allowed."""
     start = cache(lambda folder: relative_path(os.path.join(folder, "x"), path)[:-1])
-    parts = [image.rpartition("/") if isinstance(image, str) else None for image in items["image"]]
+    parts = [
+        image.rpartition("/") if isinstance(image, str) else None
+        for image in items["image"].tolist()
+    ]
     names = [start(part[0]) + part[2] if part else None for part in parts]
     given = [name for name in names if name]
     try:

@@ -44,11 +44,12 @@ IDS = """
 CREATE TABLE {column}s AS
 SELECT *, dense_rank() OVER (ORDER BY reason IS NOT NULL, length(id), id)::INTEGER - 1 AS code
 FROM (SELECT *, CASE WHEN id = '' THEN 'the {name} is empty'
-        WHEN regexp_matches(id, '\\p{{Cc}}') THEN 'the {name} has a line break or control character'
+        WHEN NOT is_plain AND regexp_matches(id, '\\p{{Cc}}')
+        THEN 'the {name} has a line break or control character'
         {more} END AS reason
     FROM (SELECT {column} AS raw_id, min(rowid) AS first_row,
-            CASE WHEN regexp_full_match(raw_id, '[!-~]*') THEN raw_id
-            ELSE trim(raw_id, $blanks) END AS id
+            regexp_full_match(raw_id, '[!-~]*') AS is_plain,
+            CASE WHEN is_plain THEN raw_id ELSE trim(raw_id, $blanks) END AS id
         FROM raw GROUP BY raw_id))
 """
 UNKNOWN = "WHEN id NOT IN (SELECT id FROM known) THEN concat('the item ', id, ' ', $unknown)"
@@ -70,6 +71,7 @@ REVERSED_DAYS = """(whole % 10000 BETWEEN 1990 AND 2069 AND whole // 10000 % 100
     AND whole // 1000000 BETWEEN 1 AND 31)"""
 SECONDS = 5 * 10**8  # of 1985; days as numbers are smaller
 # Groups of ids that differ in case, blanks, leading zeros, `.0` or in how accents are composed.
+ALIKE = "SELECT bool_and(regexp_full_match(id, '[A-Z1-9][A-Z0-9]*')) FROM {column}s"  # cannot
 SPELLINGS = """
 SELECT count(*), min(one), arg_min(other, one) FROM (
     SELECT min(id) AS one, max(id) AS other FROM {column}s WHERE reason IS NULL
@@ -170,6 +172,8 @@ def _warn_of_spellings(
     database: duckdb.DuckDBPyConnection, table: RawTable, column: str, kind: str
 ) -> None:
     """Warn of ids that are probably one: each of their spellings counts as an id of its own."""
+    if run(database, ALIKE.format(column=column)).fetchall()[0][0]:
+        return
     number, one, other = run(database, SPELLINGS.format(column=column)).fetchall()[0]
     if number:
         logger.warning(
