@@ -116,6 +116,8 @@ ROWS = {
     "image_summaries.jsonl": {"item_id": "i", "summary": "s"},
     "user_preferences.jsonl": PREFERENCE,
     **dict.fromkeys(("train.jsonl", "validation.jsonl", "test.jsonl"), ROW),
+    "train_users.jsonl": {"user_id": "u", "item_ids": ["a", "b"]},
+    "item_texts.jsonl": {"item_id": "a", "text": "A: a red star"},
     "training_log.jsonl": {"step": 1, "loss": 0.5, "eval_auc": 0.5},
     "candidates.jsonl": LIST,
     "touched.jsonl": {"user_id": "u", "item_ids": ["a"]},

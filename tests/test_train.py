@@ -3,7 +3,6 @@
 import json
 import random
 import shutil
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +13,7 @@ from conftest import TINY, saved, small_config
 from peft.utils.other import fsdp_auto_wrap_policy
 from random_models import random_llava, random_qwen_vl
 from safetensors.torch import load_file
-from transformers import AutoConfig, TrainerControl, TrainerState
+from transformers import AutoConfig, TrainerControl, TrainerState, TrainingArguments
 
 from mllmrec.data import sample_world as world
 from mllmrec.evaluation.metrics import evaluate
@@ -446,7 +445,7 @@ def test_with_several_gpus_in_sight_a_process_uses_one(tmp_path, monkeypatch):
 
 
 def test_no_checkpoint_is_saved_between_an_epochs_last_step_and_its_validation():
-    saves, logs, two_epochs = [], [], SimpleNamespace(num_train_epochs=2.0)
+    saves, logs, two_epochs = [], [], TrainingArguments("x", num_train_epochs=2)
     events = TrainingEvents(None, FineTuningOptions(checkpoint_steps=5))
     for step in range(1, 21):
         control, state = TrainerControl(), TrainerState(global_step=step, max_steps=20)
