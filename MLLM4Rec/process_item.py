@@ -30,8 +30,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     if done.returncode:
         raise InputError("the data were not prepared, see above")
     folder = load_config(Path(config)).get("common", {}).get("data_dir", "")
-    folder = next((b for a, b in pairwise(words) if a == "--data_dir"), folder)
-    has_images = any(row["image"] for row in read_rows(Path(folder, "items.jsonl")))
+    for word, following in pairwise([*words, ""]):
+        if word.split("=")[0] == "--data_dir":
+            folder = word.partition("=")[2] or following
+    items = Path(folder, "items.jsonl")
+    has_images = items.exists() and any(row["image"] for row in read_rows(items))
     follows = "02_captions" if has_images else "03_retriever"
     print_next(f"scripts/mllm4rec/{follows}.sh", config, words)
 

@@ -33,13 +33,14 @@ from mllmrec.data.raw_log import read_log, read_titles, require_dates, require_u
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import require
 from mllmrec.stage.options import option, parse_options, print_options
+from mllmrec.stage.provenance import short_digest
 from mllmrec.stage.schema import Row
 
 SECTION = "data"
 FILES = ("ratings.csv", "movies.csv")
 YEAR = re.compile(r"\s*\(\d{4}[^)]*\)\s*$")
 BRACKETS = re.compile(r"\s*\([^)]*\)")
-ARTICLE = re.compile(r"(.+), (The|A|An|Der|Die|Das|Le|La|Les|L'|Il|El|Los|Las|Un|Une|Det|Den)")
+ARTICLE = re.compile(r"(.+), (The|A|An)")
 MAKER = (
     "you: unpack ml-latest-small.zip of https://grouplens.org/datasets/movielens/ there, or name "
     "another --raw_dir. Nothing else"
@@ -63,7 +64,8 @@ def natural_title(title: str) -> str:
     "Downfall (Untergang, Der) (2004)" -> "Downfall (2004)".
     """
     year = YEAR.search(title)
-    name = BRACKETS.sub("", title[: year.start()] if year else title).strip()
+    whole = title[: year.start()] if year else title
+    name = BRACKETS.sub("", whole).strip() or whole
     if article := ARTICLE.fullmatch(name):
         name = f"{article[2]} {article[1]}"
     return f"{name} {year[0].strip()}" if year else name
@@ -91,8 +93,6 @@ def images_of(catalogue: pd.DataFrame, options: Options) -> dict[str, list[str |
         found = dict(table.frame().itertuples(index=False))
     else:
         column, source = "image", options.image_folder
-        if source and not Path(source).is_dir():
-            raise InputError(f"--image_folder {source} is no folder; name that of your posters")
         found = image_index(source or None)
     values = [found.get(movie) for movie in catalogue.index]
     if source and not any(values):
@@ -110,10 +110,21 @@ def main(argv: Sequence[str] | None = None) -> None:
             "MovieLens has no images; pass --require_image false, or name your posters with "
             "--image_folder"
         )
+    if options.image_folder and not Path(options.image_folder).is_dir():
+        raise InputError(
+            f"--image_folder {options.image_folder} is no folder; name that of your posters"
+        )
     files = [check_raw_file(require(Path(options.raw_dir) / n, maker=MAKER)) for n in FILES]
     more = [check_raw_file(Path(options.image_urls))] if options.image_urls else []
     has_urls = bool(options.image_urls)
-    run_loader(options, [*files, *more], lambda: load(files, options), has_urls=has_urls)
+    posters = sorted(image_index(options.image_folder).values()) if options.image_folder else []
+    run_loader(
+        options,
+        [*files, *more],
+        lambda: load(files, options),
+        has_urls=has_urls,
+        posters=short_digest(posters),
+    )
 
 
 if __name__ == "__main__":

@@ -155,6 +155,10 @@ def test_movielens_takes_posters_from_a_folder_or_addresses(tmp_path):
     named = {item["item_id"]: item["image"] for item in items}
     assert [named[m] is None for m in "123456"] == [False, True, False, False, False, True]
     assert named["3"] == "../posters/3.png"
+    Image.new("RGB", (4, 6)).save(posters / "2.jpg")
+    _, items, _ = prepare("movielens", tmp_path, **own, **options)
+    assert {i["item_id"]: i["image"] for i in items}["2"] == "../posters/2.jpg", "a new poster"
+    (posters / "2.jpg").unlink()
     shutil.rmtree(tmp_path / "data")
     users, items, _ = prepare("movielens", tmp_path, require_image=True, **own, **options)
     assert {item["item_id"] for item in items} == set("1345") and len(users) == 6
@@ -174,6 +178,8 @@ def test_movielens_takes_posters_from_a_folder_or_addresses(tmp_path):
         ("Postman, The (Postino, Il) (1994)", "The Postman (1994)"),
         ("Honey, I Shrunk the Kids (1989)", "Honey, I Shrunk the Kids (1989)"),
         ("Babylon 5", "Babylon 5"),
+        ("Saga, El (1999)", "Saga, El (1999)"),
+        ("(Untitled) (2009)", "(Untitled) (2009)"),
     ],
 )
 def test_natural_titles_have_their_article_in_front_and_no_other_names(title, natural):

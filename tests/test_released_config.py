@@ -173,6 +173,8 @@ def test_mllm4rec_has_the_values_of_its_paper_and_of_its_released_code(code, col
         options = parse_options(options_class(stage), stage.SECTION, config)
         facts = {name: values[column] for name, values in (facts | own.get(path, {})).items()}
         assert {name: getattr(options, name) for name in facts} == facts
+        if path == RANKER:
+            assert (options.accumulation == 1) == bool(column)
         if path in (RANKER, RETRIEVER):
             assert options.dataset_code == code, "which chooses the role"
     loader = "movielens" if code == "ml-100k" else "amazon_2014"

@@ -54,7 +54,7 @@ def test_every_step_of_a_row_is_a_stage_that_takes_its_options(row):
         return
     if row.steps[-1].startswith("scripts/reproduce/list_rules.py"):
         rules = stage_of("scripts/reproduce/list_rules.py").RULES
-        assert row.scores in {f"list_rules/{rule}" for rule in rules}
+        assert row.scores in {f"list_rules/retrieved_{rule}" for rule in rules}
         return
     last = step_options(row.steps[-1])
     if row.steps[-1].startswith("MLLM4Rec/train_ranker.py"):

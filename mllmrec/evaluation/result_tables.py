@@ -28,7 +28,8 @@ GROUPS = {
 }
 # Variants with lists of their own, where no run record says so (key or setting `lists`).
 OWN_LISTS = [f"popularity_{how}_negatives" for how in ("uniform", "weighted")]
-OWN_LISTS += ["retriever_order", "random_order"]
+OWN_LISTS += ["retriever_order", "random_order", "retrieved_title_only", "retrieved_caption_only"]
+OWN_LISTS += ["retrieved_counted", "retrieved_ceiling"]
 FIRST = ("zero_shot", "sft")  # these rows lead a table, the others follow by name
 Metrics = Mapping[str, Mapping[str, Any]]
 MetricRow = tuple[str, str, Sequence[str]]  # (system, source, cells)

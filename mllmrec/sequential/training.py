@@ -123,9 +123,7 @@ def new_optimizer(model: Any, options: Any) -> torch.optim.Optimizer:
     """AdamW; with `decay_norms: false` without weight decay on biases and norms."""
     named = list(model.named_parameters())
     spared = [
-        p
-        for name, p in named
-        if not options.decay_norms and (name.endswith("bias") or "norm" in name)
+        p for name, p in named if not options.decay_norms and ("bias" in name or "norm" in name)
     ]
     kept = {id(p) for p in spared}
     groups: list[dict[str, Any]] = [

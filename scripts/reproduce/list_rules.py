@@ -1,7 +1,7 @@
 """Rules that know the sample's attributes rank the retrieved lists: what a ranker could reach.
 
 In:  {data_dir}/users.jsonl, {output_dir}/mllm4rec/retriever/candidates.jsonl
-Out: {output_dir}/list_rules/{rule}/scores.jsonl, of the test users whose target was retrieved:
+Out: {output_dir}/list_rules/retrieved_{rule}/scores.jsonl, of test users with their target:
      title_only    counts the topics of the history, recent ones more: what titles say
      caption_only  likewise colours and shapes: what captions say
      counted       all three
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     labelled = ((user, [(i, int(i == user["target"])) for i in listed]) for user, listed in lists)
     drawn = SAMPLE.build_world(options)
     for rule, rows in SAMPLE.rule_scores(labelled, drawn, RULES).items():
-        write_rows(folder / "list_rules" / rule / "scores.jsonl", rows)
+        write_rows(folder / "list_rules" / f"retrieved_{rule}" / "scores.jsonl", rows)
 
 
 if __name__ == "__main__":
