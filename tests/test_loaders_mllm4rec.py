@@ -137,7 +137,7 @@ def test_movielens_without_its_files_or_with_images_is_refused(tmp_path):
 def test_movielens_takes_posters_from_a_folder_or_addresses(tmp_path):
     raw, posters = tmp_path / "raw", tmp_path / "posters"
     raw.mkdir()
-    movies = [f'{m},"Film {m}, The (1999)",x' for m in range(1, 7)]
+    movies = [f'{m},"Movie {m}, The (1999)",x' for m in range(1, 7)]
     (raw / "movies.csv").write_text("\n".join(["movieId,title,genres", *movies]))
     ratings = [f"{u},{m},1,{1400000000 + m}" for u in (1, 2) for m in range(1, 7)]
     (raw / "ratings.csv").write_text("\n".join(["userId,movieId,rating,timestamp", *ratings]))
@@ -151,7 +151,7 @@ def test_movielens_takes_posters_from_a_folder_or_addresses(tmp_path):
         Image.new("RGB", (4, 6)).save(posters / name)
     own = {"image_folder": str(posters), "image_roots": [str(posters)]}
     _, items, _ = prepare("movielens", tmp_path, **own, **options)
-    assert {item["title"] for item in items} >= {"The Film 1 (1999)"}
+    assert {item["title"] for item in items} >= {"The Movie 1 (1999)"}
     named = {item["item_id"]: item["image"] for item in items}
     assert [named[m] is None for m in "123456"] == [False, True, False, False, False, True]
     assert named["3"] == "../posters/3.png"

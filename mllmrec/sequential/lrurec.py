@@ -123,8 +123,11 @@ class LRURec(nn.Module):
     def forward(self, numbers: torch.Tensor) -> torch.Tensor:
         """numbers: (users, length), 0 = padding -> states (users, length, width + 1)."""
         is_item = numbers != PADDING
-        first, second = (self.dropout, self.norm)[:: 1 if self.dropout_first else -1]
-        states = second(first(self.vectors()[numbers]))
+        vectors = self.vectors()[numbers]
+        if self.dropout_first:
+            states = self.norm(self.dropout(vectors))
+        else:
+            states = self.dropout(self.norm(vectors))
         for block in self.blocks:
             states = block(states, is_item)
         return functional.pad(states, (0, 1), value=1.0)

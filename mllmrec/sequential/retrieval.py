@@ -67,8 +67,9 @@ def catalogue_scores(
         part = slice(start, start + BATCH)
         scores = score(ranked.histories[part]).float().cpu().numpy().copy()
         scores[:, 0] = -np.inf
-        for row, history in zip(scores, ranked.histories[part], strict=True):
-            row[[] if with_history else history] = -np.inf
+        if not with_history:
+            for row, history in zip(scores, ranked.histories[part], strict=True):
+                row[history] = -np.inf
         yield part, scores
 
 

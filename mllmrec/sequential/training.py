@@ -121,15 +121,12 @@ def training_batches(
 
 def new_optimizer(model: Any, options: Any) -> torch.optim.Optimizer:
     """AdamW; with `decay_norms: false` without weight decay on biases and norms."""
-    named = list(model.named_parameters())
-    spared = [
-        p for name, p in named if not options.decay_norms and ("bias" in name or "norm" in name)
-    ]
-    kept = {id(p) for p in spared}
-    groups: list[dict[str, Any]] = [
-        {"params": [p for _, p in named if id(p) not in kept]},
-        {"params": spared, "weight_decay": 0.0},
-    ]
+    decayed: list[Any] = []
+    spared: list[Any] = []
+    for name, parameter in model.named_parameters():
+        is_spared = not options.decay_norms and ("bias" in name or "norm" in name)
+        (spared if is_spared else decayed).append(parameter)
+    groups: list[dict[str, Any]] = [{"params": decayed}, {"params": spared, "weight_decay": 0.0}]
     return torch.optim.AdamW(
         [group for group in groups if group["params"]],
         lr=options.learning_rate,
