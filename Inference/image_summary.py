@@ -14,6 +14,7 @@ weights take 15 GB in bfloat16; 200 images in 23 s on an H200 (docs/benchmarks.m
 
 from mllmrec.stage.main import run_main
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -25,6 +26,7 @@ from mllmrec.data.summaries import summary_inputs
 from mllmrec.models.model_options import GENERATION_SPEED_OPTIONS, GenerationStageOptions
 from mllmrec.prompts import mllm_msr
 from mllmrec.prompts.templates import check_template, fill, user_turn
+from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import read_by_id
 from mllmrec.stage.options import option, parse_options, print_next, print_options
 from mllmrec.stage.output import SHORTENED, RowOutput
@@ -139,6 +141,10 @@ def write_summaries(
 
 def main(argv: Sequence[str] | None = None) -> None:
     options = parse_options(Options, SECTION, argv, __doc__)
+    if odd := [text for text in options.placeholders if not re.fullmatch("[0-9a-f]{64}", text)]:
+        raise InputError(
+            f"--placeholders {odd[0]} is no sha256 digest, 64 of 0-9a-f; `sha256sum FILE` prints it"
+        )
     print_options(options, "stage 2, image summaries")
     items_path = Path(options.data_dir) / "items.jsonl"
     items = read_by_id(items_path, "item_id")

@@ -77,7 +77,7 @@ def write_questions(options: ListOptions) -> None:
         texts = lists.item_texts(paths["items"], paths.get("captions"), chat.tokenizer, tokens)
         form = lists.list_format(texts, chat, options)
         if options.lists == "users":
-            lines = [lists.own_candidates(user) for user in users]
+            lines = [lists.own_candidates(user, items) for user in users]
         else:
             lines = lists.read_candidates(paths["candidates"], users, items)
         is_shuffled = options.candidate_order == "shuffled" or options.lists == "users"

@@ -39,6 +39,10 @@ from mllmrec.stage.schema import Row
 SECTION = "data"
 RATINGS = ("user", "item", "rating", "timestamp")  # columns, in file order
 LONGEST_PAGE = 1 << 20  # bytes
+ADDRESSES = {
+    "2014": "https://jmcauley.ucsd.edu/data/amazon/",
+    "2018": "https://nijianmo.github.io/amazon/",
+}
 SHOWN = 100  # bytes of a rejected line
 
 
@@ -50,13 +54,14 @@ class Options(SplitOptions):
     pages: Literal["2014", "2018"] = option("2014", "release that the product pages are of")
 
 
-def find_files(raw_dir: str, category: str) -> list[Path]:
-    """[ratings file, pages file] of one category in `raw_dir`."""
+def find_files(raw_dir: str, category: str, pages: str = "2014") -> list[Path]:
+    """[ratings file, pages file] of one category in `raw_dir`; pages: release of the second."""
     files = []
-    for stem in (f"ratings_{category}.csv", f"meta_{category}.json"):
+    stems = {f"ratings_{category}.csv": "2014", f"meta_{category}.json": pages}
+    for stem, release in stems.items():
         missing = (
-            f"{raw_dir} has no {stem} or {stem}.gz; get it from "
-            "https://jmcauley.ucsd.edu/data/amazon/ (2014), or name another --raw_dir"
+            f"{raw_dir} has no {stem} or {stem}.gz; get it from {ADDRESSES[release]} ({release}), "
+            "or name another --raw_dir"
         )
         files.append(only_file(Path(raw_dir), (stem, f"{stem}.gz"), missing))
     return files
@@ -125,7 +130,7 @@ def load(files: Sequence[Path], options: Options) -> tuple[InteractionLog, pd.Da
 def main(argv: Sequence[str] | None = None) -> None:
     options = parse_options(Options, SECTION, argv, __doc__)
     print_options(options, "stage 1, data: Amazon 2014")
-    files = find_files(options.raw_dir, options.category)
+    files = find_files(options.raw_dir, options.category, options.pages)
     run_loader(options, files, lambda: load(files, options), has_urls=True)
 
 

@@ -90,7 +90,10 @@ def images_of(catalogue: pd.DataFrame, options: Options) -> dict[str, list[str |
         table = csv_table(Path(options.image_urls), ("movieId", "url"))
         require_unique(table, "movieId")
         column, source = "url", options.image_urls
-        found = dict(table.frame().itertuples(index=False))
+        pairs = table.frame().itertuples(index=False)
+        found = {movie.strip(): url.strip() for movie, url in pairs if url.strip()}
+        if unknown := len(found.keys() - set(catalogue.index)):
+            print(f"{source}: {unknown:,} of {len(found):,} movies are not in movies.csv")
     else:
         column, source = "image", options.image_folder
         found = image_index(source or None)

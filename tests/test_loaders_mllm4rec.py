@@ -134,7 +134,7 @@ def test_movielens_without_its_files_or_with_images_is_refused(tmp_path):
         prepare("movielens", tmp_path, image_folder="x", image_urls="y")
 
 
-def test_movielens_takes_posters_from_a_folder_or_addresses(tmp_path):
+def test_movielens_takes_posters_from_a_folder_or_addresses(tmp_path, capsys):
     raw, posters = tmp_path / "raw", tmp_path / "posters"
     raw.mkdir()
     movies = [f'{m},"Movie {m}, The (1999)",x' for m in range(1, 7)]
@@ -163,11 +163,12 @@ def test_movielens_takes_posters_from_a_folder_or_addresses(tmp_path):
     users, items, _ = prepare("movielens", tmp_path, require_image=True, **own, **options)
     assert {item["item_id"] for item in items} == set("1345") and len(users) == 6
     shutil.rmtree(tmp_path / "data")
-    urls = "".join(f"{m},http://x.org/{m}.jpg\n" for m in (1, 2, 99))
+    urls = "".join(f" {m} , http://x.org/{m}.jpg\n" for m in (1, 2, 99)) + "3, \n"
     (tmp_path / "urls.csv").write_text("movieId,url\n" + urls)
     prepare("movielens", tmp_path, image_urls=str(tmp_path / "urls.csv"), **options)
     wanted = [{"item_id": m, "url": f"http://x.org/{m}.jpg"} for m in "12"]
     assert read_rows(tmp_path / "data/image_urls.jsonl") == wanted
+    assert "urls.csv: 1 of 3 movies are not in movies.csv" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import pickle
 import weakref
 from collections import Counter
 from types import SimpleNamespace
@@ -24,7 +25,9 @@ from mllmrec.ranking.lists import (
     PrefixRows,
     cut_to_tokens,
     item_texts,
+    list_format,
     list_rows,
+    own_candidates,
     training_users,
 )
 from mllmrec.ranking.rows import LETTER_ANSWERS, check_training_rows, question_text
@@ -47,6 +50,16 @@ def user_line(split="train", negatives=19):
         "split": split,
         "fold": None,
     }
+
+
+def test_rows_go_to_workers_of_any_kind_and_unknown_negatives_are_named():
+    options = ListOptions(data_dir="d", output_dir="o", dataset_code="sample", max_history=3)
+    _, tokenizer = load_text(str(TINY / "list_llama"))
+    form = list_format(TEXTS, ChatProcessor(tokenizer), options)
+    rows = PrefixRows(training_users([user_line()]), form, options)
+    assert pickle.loads(pickle.dumps(rows))[2] == rows[2], "spawned workers receive a copy"
+    with pytest.raises(InputError, match="user 'u': the negative 'i20' is not in items"):
+        own_candidates(user_line(), {"i9"})
 
 
 def test_a_question_has_the_role_the_latest_items_and_a_letter_for_each_candidate():

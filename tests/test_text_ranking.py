@@ -304,7 +304,10 @@ def test_images_are_described_without_a_prompt_and_placeholders_are_not(small_ru
     words += ["--prompt_format", "{text}", "--image_prompt", "", "--max_new_tokens", "5"]
     items = read_rows(small_run.folder / "items.jsonl")[:4]
     placeholder = file_digest(small_run.folder / items[1]["image"])
-    more = ["--limit", "4", "--system", "m", "--placeholders", placeholder]
+    more = ["--limit", "4", "--system", "m", "--placeholders"]
+    with pytest.raises(InputError, match="--placeholders 0x1 is no sha256 digest"):
+        small_run.run("Inference/image_summary.py", *words, *more, "0x1")
+    more += [placeholder]
     small_run.run("Inference/image_summary.py", *words, *more)
     found = {row["item_id"] for row in read_rows(tmp_path / "m/image_summaries.jsonl")}
     (rejected,) = read_rows(tmp_path / "m/image_summaries.rejected.jsonl")

@@ -112,7 +112,8 @@ def check_same_data_set(
         if reason:
             raise InputError(
                 f"--runs: {a} and {b} have {reason}, so they are of two data sets; average folds "
-                "or seeds of one"
+                "or seeds of one (each seed of the bundled sample draws a world of its own; "
+                "scripts/reproduce.sh averages those)"
             )
 
 

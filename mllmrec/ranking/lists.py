@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -85,15 +86,16 @@ def list_format(texts: Mapping[str, str], chat: ChatProcessor, options: ListOpti
             f"the config {options.config} is not called like a data set, so the role is unknown; "
             f"pass --dataset_code {'|'.join(prompts.ROLES)} or --role false"
         )
-    longest = options.max_text_tokens
-
-    def fits(question: str) -> bool:
-        if not longest or len(question.encode()) + TEMPLATE_TOKENS <= longest:
-            return True  # no token is shorter than a byte
-        return chat.count(chat.render([user_turn(question)])) <= longest
-
     role = prompts.ROLES[options.dataset_code] if options.role else ""
+    fits = partial(_fits, chat=chat, longest=options.max_text_tokens)
     return ListFormat(texts, LETTER_ANSWERS, role, options.hybrid, options.max_history, fits)
+
+
+def _fits(question: str, chat: ChatProcessor, longest: int) -> bool:
+    """Whether a question has at most `longest` tokens; 0: any number."""
+    if not longest or len(question.encode()) + TEMPLATE_TOKENS <= longest:
+        return True  # no token is shorter than a byte
+    return chat.count(chat.render([user_turn(question)])) <= longest
 
 
 def item_texts(
@@ -193,9 +195,17 @@ def training_users(users: Iterable[Row]) -> list[Row]:
     ]
 
 
-def own_candidates(user: Row) -> Row:
-    """The candidates of a line of users.jsonl, in the form of a line of candidates.jsonl."""
+def own_candidates(user: Row, items: Container[str]) -> Row:
+    """The candidates of a line of users.jsonl, in the form of a line of candidates.jsonl.
+
+    items: known ids. Raises InputError for a negative that is not among them.
+    """
     listed = [user["target"], *user["negatives"]]
+    if unknown := [item for item in listed if item not in items]:
+        raise InputError(
+            f"users.jsonl, user {user['user_id']!r}: the negative {unknown[0]!r} is not in "
+            "items.jsonl; scripts/01_prepare_data.sh makes both again"
+        )
     return {
         "user_id": user["user_id"],
         "split": user["split"],
