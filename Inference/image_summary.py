@@ -141,6 +141,12 @@ def write_summaries(
 
 def main(argv: Sequence[str] | None = None) -> None:
     options = parse_options(Options, SECTION, argv, __doc__)
+    own = options.system == "mllm4rec"
+    follows = f"scripts/{'mllm4rec/03_retriever' if own else '03_preference'}.sh"
+    if not options.with_images:
+        print("with_images: false, so there is no image to describe")
+        print_next(follows, options.config, options.words)
+        return
     if odd := [text for text in options.placeholders if not re.fullmatch("[0-9a-f]{64}", text)]:
         raise InputError(
             f"--placeholders {odd[0]} is no sha256 digest, 64 of 0-9a-f; `sha256sum FILE` prints it"
@@ -163,9 +169,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     output = RowOutput(path, "item_id", sources, job, options.retry_rejected, SHORTENED)
     if not output.is_up_to_date():
         write_summaries(items, sizes, output, options)
-    own = options.system == "mllm4rec"
-    follows = "mllm4rec/03_retriever" if own else "03_preference"
-    print_next(f"scripts/{follows}.sh", options.config, options.words)
+    print_next(follows, options.config, options.words)
 
 
 if __name__ == "__main__":

@@ -21,10 +21,10 @@ Out, all in {output_dir}/{system}/:
 Trained on each item that a user had, among 19 random negatives (`--train_rows prefixes`, as the
 released code; README, MLLM4Rec), tested on the retriever's 20. What is kept has the highest NDCG@10
 on the validation users whose target was retrieved, after each epoch or every `--validation_steps`
-steps. `--lists users`
-needs no retriever: validation and test users have the candidates of users.jsonl, which MLLM-MSR
-ranks, too (the table `systems`). `--limit N`: the first N users of each split, and no {variant}/,
-which is of all. A GPU for Llama-2-7B; not run yet at that size.
+steps. `--adapter DIR` scores with weights that are there, `--adapter none` without any. `--lists
+users` needs no retriever: validation and test users have the candidates of users.jsonl, which
+MLLM-MSR ranks, too (the table `systems`). `--limit N`: the first N users of each split, and no
+{variant}/, which is of all. A GPU for Llama-2-7B; not run yet at that size.
 """
 
 from mllmrec.stage.main import run_main
@@ -152,7 +152,8 @@ def score(options: ListOptions) -> Path:
     folder = options.system_dir
     rows, path = read_rows(folder / "test.jsonl"), folder / options.ranked / "scores.jsonl"
     asked = first_users(rows, options.limit)
-    inputs = file_digests(options.model, folder / "adapter")
+    adapter = None if options.adapter == "none" else Path(options.adapter or folder / "adapter")
+    inputs = file_digests(options.model, *([adapter] if adapter else []))
     job = Job.of(options, inputs, (*TRAINING_SPEED_OPTIONS, *SCORE_OPTIONS), stage=SECTION)
     sources = {
         (row["user_id"], item): job.source(question_text(row), row["label"])
@@ -163,13 +164,16 @@ def score(options: ListOptions) -> Path:
     output = RowOutput(path, ("user_id", "item_id"), sources, replace(job, limit=limit))
     if output.is_up_to_date():
         return path
-    from mllmrec.models.adapters import load_adapter
+    from mllmrec.models.adapters import check_adapter, load_adapter
     from mllmrec.ranking.answers import answer_set
     from mllmrec.ranking.reader import RowReader, load_ranker
     from mllmrec.ranking.scoring import ScoringOptions, write_scores
 
+    if adapter:
+        check_adapter(adapter, options.model)
     model, chat = load_ranker(options)
-    model = load_adapter(model, folder / "adapter", options.model)
+    if adapter:
+        model = load_adapter(model, adapter, options.model)
     answers = answer_set("letters", options)
     reader = RowReader(chat, folder, options.max_text_tokens, answers=answers)
     settings = ScoringOptions(options.score_batch_tokens, options.reuse_prefix)
@@ -206,8 +210,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_training_options(options)
     if options.group_by == "item":
         raise InputError("--group_by item shares nothing here: each row has a history of its own")
+    if options.adapter == "none":
+        options.ranked = f"zero_shot_{options.ranked}"
+        options.variant = f"zero_shot_{options.variant}"
     write_questions(options)
-    fine_tune(options)
+    if not options.adapter:
+        fine_tune(options)
     ranked_path = score(options)
     if options.lists == "retrieved" and options.limit:
         print(f"{options.variant}/ holds the lists of all users: run without --limit for it")

@@ -119,7 +119,8 @@ def test_candidates_of_another_data_set_are_refused(tmp_path, changed):
 
 
 def test_a_question_about_an_image_needs_rows_with_one(tmp_path):
-    options = DatasetOptions(data_dir=str(tmp_path), with_images=False)
+    own = "{image} of {title}, {preference}"
+    options = DatasetOptions(data_dir=str(tmp_path), with_images=False, recommend_prompt=own)
     with pytest.raises(InputError, match="--with_images false: the question speaks of an image"):
         write_splits(("test",), options, with_answer=False)
 

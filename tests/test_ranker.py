@@ -34,6 +34,7 @@ from mllmrec.ranking.rows import LETTER_ANSWERS, check_training_rows, question_t
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import read_rows, write_rows
 from mllmrec.stage.options import parse_options
+from mllmrec.stage.provenance import file_digest
 from mllmrec.stage.record import read_record
 from mllmrec.stage.scripts import load_script
 
@@ -357,6 +358,10 @@ def test_a_pilot_does_not_mix_its_lists_with_the_retrievers(monkeypatch, capsys,
     assert ("run without --limit" in capsys.readouterr().out) != combined
 
 
+def ids_of(rows):
+    return [(row["user_id"], row["item_id"]) for row in rows]
+
+
 def test_one_model_is_in_memory_at_a_time(small_run, tmp_path, monkeypatch):
     """The ranker trains and then scores in one process: twice 7B need not fit."""
     loaded, loads, load = [], [], reader.load_ranker
@@ -390,3 +395,14 @@ def test_one_model_is_in_memory_at_a_time(small_run, tmp_path, monkeypatch):
     assert read_record(tmp_path / "mllm4rec/adapter")["rows"]["users"] == 8
     with pytest.raises(InputError, match=r"other settings \(limit was 8, is 0\); choose another"):
         load_script("MLLM4Rec/train_ranker.py").main([*words[:-1], "0"])
+    monkeypatch.undo()
+    adapter = tmp_path / "mllm4rec/adapter"
+    before = file_digest(adapter / "adapter_model.safetensors")
+    load_script("MLLM4Rec/train_ranker.py").main([*words, "--adapter", "none"])
+    zero_shot = read_rows(tmp_path / "mllm4rec/zero_shot_ranked/scores.jsonl")
+    assert ids_of(zero_shot) == ids_of(scores) and zero_shot != scores
+    given = [*words[:-1], "9", "--adapter", str(adapter), "--ranked", "again"]
+    load_script("MLLM4Rec/train_ranker.py").main(given)
+    again = read_rows(tmp_path / "mllm4rec/again/scores.jsonl")
+    assert again[: len(scores)] == scores and len(again) == len(scores) + 21, "no pilot trains"
+    assert file_digest(adapter / "adapter_model.safetensors") == before

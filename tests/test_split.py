@@ -190,6 +190,16 @@ def test_a_pilot_has_users_of_every_split_in_proportion():
     assert pilot == {user: whole[user] for user in pilot}, (
         "a pilot's users are those of the full run"
     )
+    fewer = split_log(rows, validation_users=1, test_users=5, **options)
+    counts = Counter(split for *_, split in whole.values())
+    assert Counter(split for *_, split in fewer.values()) == {
+        "train": counts["train"],
+        "validation": 1,
+        "test": 5,
+    }
+    assert fewer == {user: whole[user] for user in fewer}
+    data, _ = prepared(rows, validation_users=1, test_users=5, **options)
+    assert len(data.items) == len(prepared(rows, **options)[0].items), "the catalogue stays"
 
 
 def test_the_order_of_the_raw_file_does_not_change_the_output():

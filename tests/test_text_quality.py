@@ -77,6 +77,8 @@ def test_a_model_that_loops_is_told(small_run, tmp_path, caplog):
     later = quality["later_blocks"]
     assert later == quality["unchanged"] == quality["texts"] - 30
     assert f"{later} of {later} later blocks have the text of the block before" in caplog.text
+    assert (quality["users"], quality["shared"], quality["most_common"]) == (30, 30, 30)
+    assert "30 of 30 users have one and the same text, which says nothing" in caplog.text
 
 
 @pytest.mark.parametrize(("unchanged", "warnings"), [(10, 1), (7, 0)])
@@ -134,3 +136,14 @@ def test_the_time_left_is_not_that_of_the_first_batch(monkeypatch, capsys):
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "scores: 1 of 420 rows, 0%, 01:35 elapsed, about ? left"
     assert lines[1] == "scores: 62 of 420 rows, 15%, 02:05 elapsed, about 02:59 left"
+
+
+def test_the_time_left_is_not_that_of_the_rest_of_a_batch(monkeypatch, capsys):
+    """The 40 rows of a first batch are counted in 4 s, the next batch is not done after 36 s."""
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    with progress.progress_bar(400, "scores", "row") as bar:
+        for second, n in ((20.0, 30), (22.0, 9), (60.0, 1)):
+            now[0] = second
+            bar.update(n)
+    assert capsys.readouterr().err.splitlines()[0].endswith("about 09:00 left")

@@ -1,6 +1,8 @@
 """Rows without images, other answer sets: a text model through the same trainer and scorer."""
 
 import itertools
+import re
+from collections import Counter
 from unittest.mock import Mock
 
 import pytest
@@ -11,16 +13,18 @@ from random_models import random_llama, special_ids
 
 from mllmrec.data.candidates import candidates, users_of_split
 from mllmrec.evaluation.metrics import CandidateLists, evaluate, pooled_auc
+from mllmrec.generation.preferences import PreferenceOptions
 from mllmrec.generation.prefill import kv_bytes_per_token
 from mllmrec.models.chat import ChatProcessor
 from mllmrec.models.loading import load_multimodal, load_text
+from mllmrec.prompts import mllm_msr as prompts
 from mllmrec.prompts.templates import user_turn
 from mllmrec.ranking import scoring
 from mllmrec.ranking.answers import LETTERS, YES_NO, AnswerSet, answer_tokens
 from mllmrec.ranking.batches import Collator, EpochSampler, EpochSettings
 from mllmrec.ranking.questions import list_row
 from mllmrec.ranking.reader import RowReader
-from mllmrec.ranking.rows import check_training_rows
+from mllmrec.ranking.rows import check_training_rows, question_text
 from mllmrec.ranking.scoring import ScoringOptions, candidate_scores, score_rows, write_scores
 from mllmrec.ranking.trainer import RankingTrainer, load_with_lora
 from mllmrec.ranking.training_options import FineTuningOptions
@@ -29,7 +33,7 @@ from mllmrec.stage.jsonl import read_by_id, read_rows
 from mllmrec.stage.options import CommonOptions
 from mllmrec.stage.output import RowOutput
 from mllmrec.stage.provenance import file_digest
-from mllmrec.stage.record import Job
+from mllmrec.stage.record import Job, read_record
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 TRAIN, SCORE = "MLLM-MSR/train/train_llava_sft.py", "MLLM-MSR/test/test_with_llava_sft.py"
@@ -95,6 +99,37 @@ def test_a_text_model_trains_and_scores_through_the_same_stages(text_run):
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
     assert trained
     assert all("q_proj" in name for name in trained)
+
+
+def test_without_images_no_prompt_speaks_of_one_and_nothing_waits_for_stage_2(
+    small_run, tmp_path, capsys
+):
+    words = ["--output_dir", str(tmp_path), "--with_images", "false", "--domain", "movie"]
+    small_run.run("Inference/image_summary.py", *words)
+    out, err = capsys.readouterr()
+    assert "there is no image to describe" in out
+    assert "next: " in err and "scripts/03_preference.sh" in err
+    words += ["--limit", "2"]
+    small_run.run("Inference/preference_recurrent.py", *words, "--model", str(TINY / "llama"))
+    rows = read_rows(tmp_path / "mllm_msr/user_preferences.jsonl")
+    users = read_by_id(small_run.folder / "users.jsonl", "user_id")
+    counts = Counter(users[row["user_id"]]["split"] for row in rows)
+    assert counts == {"train": 2, "validation": 2, "test": 2}, "of each split"
+    given = read_record(tmp_path / "mllm_msr/user_preferences.jsonl")["arguments"]
+    assert given["first_prompt"] == prompts.WITHOUT_IMAGES["first_prompt"]
+    small_run.run("MLLM-MSR/test/multi_col_dataset.py", *words)
+    asked = read_rows(tmp_path / "mllm_msr/test.jsonl")
+    assert len(asked) == 42 and all(row["images"] == [] for row in asked)
+    text = question_text(asked[0])
+    shared = text[: asked[0]["preference_span"][1]]
+    likes = {row["user_id"]: row["preference"] for row in rows}
+    assert shared == f"The taste of a viewer: {likes[asked[0]['user_id']]}"
+    assert all(question_text(row).startswith(shared) for row in asked[:21])
+    assert "Will this viewer watch the movie called " in text
+    for template in prompts.WITHOUT_IMAGES.values():
+        assert not re.search("image|cover|poster|visual|summary", template)
+    own = PreferenceOptions(with_images=False, first_prompt="my own {block}")
+    assert own.first_prompt == "my own {block}"
 
 
 def ids(row):

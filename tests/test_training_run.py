@@ -163,7 +163,7 @@ def test_the_items_of_a_micro_batch_train_one_after_the_other_as_in_one_pass(
     small_run, tmp_path, monkeypatch
 ):
     """`group_by: item`: the same losses and weights, but never two images in a pass."""
-    more = ["--group_by", "item", "--epochs", "1", "--limit", "24", "--validation_users", "2"]
+    more = ["--group_by", "item", "--epochs", "1", "--limit", "12", "--validation_users", "2"]
     more += ["--batch_size", "6", "--accumulation", "2", "--lora_dropout", "0"]
     images = {"apart": [], "together": []}
     for name, passes in images.items():
@@ -187,7 +187,7 @@ def test_the_items_of_a_micro_batch_train_one_after_the_other_as_in_one_pass(
 def test_a_training_that_does_not_get_better_stops_early(small_run, tmp_path, by_steps):
     command, system = prepared(small_run, tmp_path / "run"), tmp_path / "run" / "mllm_msr"
     command += ["--epochs", "6", "--learning_rate", "0", "--patience", "2"]
-    command += ["--report_to", "tensorboard", "--limit", "16", "--validation_users", "3"]
+    command += ["--report_to", "tensorboard", "--limit", "8", "--validation_users", "3"]
     command += ["--accumulation", "1", "--validation_steps", "3"] if by_steps else []
     train(command)
     log = log_of(tmp_path / "run")
@@ -209,7 +209,7 @@ def test_a_training_that_does_not_get_better_stops_early(small_run, tmp_path, by
 
 
 def test_validations_by_steps_are_every_so_many_and_at_the_end(small_run, tmp_path, capsys):
-    words = ["--epochs", "1", "--limit", "16", "--batch_size", "2", "--accumulation", "1"]
+    words = ["--epochs", "1", "--limit", "8", "--batch_size", "2", "--accumulation", "1"]
     words += ["--validation_users", "2", "--validation_steps", "3", "--warmup_steps", "4"]
     train(prepared(small_run, tmp_path), *words, "--logging_steps", "1")
     rows = log_of(tmp_path)
@@ -223,7 +223,7 @@ def test_validations_by_steps_are_every_so_many_and_at_the_end(small_run, tmp_pa
 def test_the_best_adapter_is_kept_or_the_last(small_run, tmp_path, monkeypatch, keep):
     aucs = iter([0.6, 0.9, 0.7, 0.8])
     monkeypatch.setattr("mllmrec.ranking.trainer.pooled_auc", lambda *_: next(aucs))
-    small = ["--epochs", "4", "--limit", "16", "--validation_users", "2"]
+    small = ["--epochs", "4", "--limit", "8", "--validation_users", "2"]
     train(prepared(small_run, tmp_path), *small, "--keep", keep)
     record, kept = record_of(tmp_path), weights(tmp_path)
     assert record["best_validation_auc"] == 0.9
@@ -252,7 +252,7 @@ def test_every_kind_of_training_ends_with_an_adapter_that_plain_peft_loads(
     make, options = KINDS[kind]
     command, folder = prepared(small_run, tmp_path / "run"), tmp_path / "run"
     base = saved(make(), tmp_path / "model") if make else str(TINY / "llava")
-    small = ["--limit", "8", "--validation_users", "2", "--warmup_ratio", "0"]
+    small = ["--limit", "4", "--validation_users", "2", "--warmup_ratio", "0"]
     train(command, "--model", base, *small, *options.split())
     adapter = folder / "mllm_msr" / "adapter"
     assert PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(base), adapter)
@@ -275,7 +275,7 @@ def test_preferences_are_shortened_and_users_that_cannot_fit_rejected_and_both_c
     rows[6]["messages"][0]["content"][1]["text"] += " word" * 600  # no preference to cut there
     path.unlink()
     write_rows(path, rows)
-    train(command, "--limit", "8", "--batch_size", "6")
+    train(command, "--limit", "4", "--batch_size", "6")
     told = "; 3 rows with a shortened preference; 1 users were rejected, each with its reason"
     assert told in capsys.readouterr().err
     counts = record_of(tmp_path)["rows"]
@@ -402,7 +402,7 @@ def test_an_adapter_is_scored_as_it_was_trained(small_run, name):
 
 def test_an_adapter_of_a_quantised_model_is_merged_only_when_asked(small_run, tmp_path, capsys):
     where = prepared(small_run, tmp_path)
-    train(where, "--quantization", "nf4", "--limit", "16")
+    train(where, "--quantization", "nf4", "--limit", "8")
     words = ["MLLM-MSR/train/merge_adapter.py", *where[3:]]
     with pytest.raises(
         InputError, match=r"--quantization nf4: merged .* pass --allow_other quantization"

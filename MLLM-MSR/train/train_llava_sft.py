@@ -114,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     adapter, checkpoints = options.system_dir / "adapter", options.system_dir / "checkpoints"
     with WholeOutput(job, [adapter], training_files(options), checkpoints) as output:
         if output.is_needed:
-            rows = rows[: options.limit or None]
+            rows = first_users(rows, options.limit)
             validation = first_users(validation, options.validation_users)
             if validation:  # lists that cannot be ranked are refused before the model is loaded
                 CandidateLists.of([{**row, "score": 0.0} for row in validation], validation_path)

@@ -214,6 +214,6 @@ def redraw_negatives(
     return redrawn
 
 
-def users_of_split(users: Iterable[Row], split: str) -> list[Row]:
-    """The lines of users.jsonl of one split."""
-    return [user for user in users if user["split"] == split]
+def users_of_split(users: Iterable[Row], split: str, limit: int = 0) -> list[Row]:
+    """The lines of users.jsonl of one split, the first `limit` of them; 0: all."""
+    return [user for user in users if user["split"] == split][: limit or None]

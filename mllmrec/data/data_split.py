@@ -96,6 +96,10 @@ class SplitOptions(DataOptions):
     validation_fraction: float = option(
         0.1, "fraction of users; the rest is for the test", ge=0, lt=1
     )
+    validation_users: int = option(
+        0, "at most this many lines of the validation split, a random choice by seed; 0 = all", ge=0
+    )
+    test_users: int = option(0, "likewise of the test split", ge=0)
     folds: int = option(0, "0: one split; 5: users in five folds (paper: 5-fold validation)", ge=0)
     test_fold: int = option(0, "with folds: the fold that is the test set", ge=0)
     negatives: int = option(20, "negatives of a validation or test user (paper: 20)", ge=0, le=1000)
@@ -242,7 +246,8 @@ def prepare(log: InteractionLog, catalogue: pd.DataFrame, options: SplitOptions)
     last = ends[line_user] - 1 - line_skip  # place of each line's target
     lines = (line_user, split, times[last])
     negatives = _negatives(touched, (sequences, times), lines, popularity, options)
-    chosen = np.isin(line_user, _pilot_users(len(user_ids), split, options))
+    pilot = np.isin(line_user, _pilot_users(len(user_ids), split, options))
+    chosen = pilot & _held_out(split, pilot, options)
     spans = (starts[line_user[chosen]], last[chosen])
     history, history_ends, target = _histories(sequences, spans, popularity, options)
     statistics["written_users"] = {name: int((split[chosen] == name).sum()) for name in SPLITS}
@@ -264,7 +269,7 @@ def prepare(log: InteractionLog, catalogue: pd.DataFrame, options: SplitOptions)
         fold=fold[chosen],
         negatives=negatives[chosen],
     )
-    if not chosen.all():  # only the items that the lines name
+    if not pilot.all():  # only the items that the lines name
         named = np.concatenate([history, target, data.negatives[data.negatives >= 0]])
         data.items = data.items.iloc[np.unique(named)]
     return data
@@ -407,6 +412,16 @@ def _negatives(
             )
         negatives[where, :how_many] = drawn
     return negatives
+
+
+def _held_out(split: Array, pilot: Array, options: SplitOptions) -> Array:
+    """(lines,) bool: False for lines beyond --validation_users and --test_users, among `pilot`."""
+    kept = np.ones(len(split), dtype=bool)
+    for name, most in (("validation", options.validation_users), ("test", options.test_users)):
+        lines = np.flatnonzero(pilot & (split == name))
+        order = np.random.default_rng([options.seed, 6]).permutation(len(lines))
+        kept[lines[order[most:]]] = not most
+    return kept
 
 
 def _pilot_users(n_users: int, split: Array, options: SplitOptions) -> Array:

@@ -63,7 +63,8 @@ def run_loader(
             output.finish(counts)
             report(data.statistics, options)
     download = has_urls and not images_path.exists()
-    script = "data_processing/download_images.py" if download else "scripts/02_image_summary.sh"
+    script = "scripts/02_image_summary.sh" if options.with_images else "scripts/03_preference.sh"
+    script = "data_processing/download_images.py" if download else script
     print_next(script, options.config, options.words)
 
 

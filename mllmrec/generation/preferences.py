@@ -1,13 +1,18 @@
 """What stage 3 shares between its recurrent and its direct form: options, histories, the output."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
 from pydantic.dataclasses import dataclass as options_dataclass
 
-from mllmrec.data.candidates import is_leave_one_out, read_users_and_items, user_key
+from mllmrec.data.candidates import (
+    is_leave_one_out,
+    read_users_and_items,
+    user_key,
+    users_of_split,
+)
 from mllmrec.data.summaries import read_summaries
 from mllmrec.models.model_options import GENERATION_SPEED_OPTIONS, GenerationStageOptions
 from mllmrec.prompts import mllm_msr as prompts
@@ -45,6 +50,9 @@ class PreferenceOptions(GenerationStageOptions):
         "template of one item of a block: {number}, {title}, {image_word}, {summary}, {item_id}",
     )
 
+    def __post_init__(self) -> None:
+        prompts.drop_images(self)
+
 
 class HistoryItem(NamedTuple):
     """One item of a history as the prompts describe it."""
@@ -58,37 +66,45 @@ class HistoryItem(NamedTuple):
 class UserHistory:
     """A user's history, oldest item first.
 
-    ids: user_id, and split where a user has several lines.
+    ids: user_id, and split where a user has several lines; is_wanted: one of the first `--limit`
+    users of its split.
     """
 
     ids: Row
     items: list[HistoryItem]
+    is_wanted: bool = True
 
 
 def read_histories(options: PreferenceOptions) -> dict[RowId, UserHistory]:
     """Histories by user, checked so that every item of those that are wanted is known.
 
-    An item that stage 2 rejected has an empty summary: its title is used alone. Raises InputError
-    for an item that is unknown or that stage 2 has not processed, and for a summary of another
-    image than the item has now.
+    An item that stage 2 rejected has an empty summary, without images all have: its title is used
+    alone. Raises InputError for an item that is unknown or that stage 2 has not processed, and for
+    a summary of another image than the item has now.
     """
     data = Path(options.data_dir)
     users_path, items_path = data / "users.jsonl", data / "items.jsonl"
     summaries_path = Path(options.summaries or options.system_dir / "image_summaries.jsonl")
     users, items = read_users_and_items(users_path, items_path, ("history", "negatives"))
-    wanted = {item for user in users[: options.limit or None] for item in user["history"]}
-    summaries = read_summaries(summaries_path, items, items_path, wanted)
     leave_one_out = is_leave_one_out(users)
+    splits = {user["split"] for user in users}
+    first = [user for split in splits for user in users_of_split(users, split, options.limit)]
+    wanted = {user_key(user, leave_one_out) for user in first}
+    used = {item for user in first for item in user["history"]}
+    summaries = dict.fromkeys(items, "")
+    if options.with_images:
+        summaries = read_summaries(summaries_path, items, items_path, used)
     histories: dict[RowId, UserHistory] = {}
     for number, user in enumerate(users, start=1):
+        key = user_key(user, leave_one_out)
         missing = [item for item in user["history"] if item not in summaries]
-        if missing and not 0 < options.limit < number:
+        if missing and key in wanted:
             raise InputError(
                 f"{users_path}, line {number}: item {missing[0]!r} has no line in "
                 f"{summaries_path}; finish scripts/02_image_summary.sh"
             )
         history = user_history(user, items, summaries, leave_one_out)
-        histories[user_key(user, leave_one_out)] = history
+        histories[key] = replace(history, is_wanted=key in wanted)
     return histories
 
 
@@ -122,4 +138,5 @@ def open_preferences(
         job,
         options.retry_rejected,
         COUNTERS,
+        wanted={user for user, history in histories.items() if history.is_wanted},
     )

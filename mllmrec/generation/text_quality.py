@@ -2,6 +2,7 @@
 
 import logging
 import re
+from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -72,6 +73,10 @@ def measure_texts(output: RowOutput, key: str, template: str, engine: Any = None
         pairs = [pair for row in rows for pair in pairwise(row_texts(row, key))]
         if pairs:
             quality |= {"later_blocks": len(pairs), "unchanged": sum(a == b for a, b in pairs)}
+        users = Counter(row["preference"] for row in rows if "blocks" in row).most_common()
+        if users:
+            shared = sum(count for _, count in users if count > 1)
+            quality |= {"users": len(rows), "shared": shared, "most_common": users[0][1]}
         server = getattr(engine, "described", None)
         return {"texts": quality} | ({"server": server} if server else {})
 
@@ -108,6 +113,9 @@ def report_quality(output: RowOutput) -> None:
     later, unchanged = quality.get("later_blocks", 0), quality.get("unchanged", 0)
     if unchanged:
         shown += f", {unchanged:,} of {later:,} later blocks change nothing"
+    users, same = quality.get("users", 0), quality.get("most_common", 0)
+    if quality.get("shared"):
+        shown += f", {quality['shared']:,} of {users:,} users share theirs with another user"
     logger.info(shown)
     better = "ask for shorter answers, or try a larger --model"
     if getattr(output.job.options, "prompt_format", ""):
@@ -122,4 +130,9 @@ def report_quality(output: RowOutput) -> None:
         logger.warning(
             f"{unchanged:,} of {later:,} later blocks have the text of the block before: the model "
             "does not use what is new in them; change --next_prompt, or try a larger --model"
+        )
+    if same > 1 and same > WARN_ABOVE * users:
+        logger.warning(
+            f"{same:,} of {users:,} users have one and the same text, which says nothing of any of "
+            "them; change --first_prompt, or try a larger --model"
         )

@@ -7,6 +7,7 @@ and so on). Besides the places that it shows, a template may use {user_id} (stag
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from mllmrec.prompts.templates import DOMAINS, fill, plain_text
 
@@ -44,6 +45,43 @@ RECOMMEND = """\
 The picture is the {image} of a {item}. Its title: {title}
 The taste of a {person}: {preference}
 Will this {person} {act} this {item} next? Answer with yes or no only."""
+
+# The same without images, chosen by `with_images: false`. The preference comes first, so that a
+# user's questions share their beginning.
+WITHOUT_IMAGES = {
+    "block_line": "{number}. {title}",
+    "first_prompt": """\
+A {person} {past} these {items}, oldest first:
+{block}
+Say in one paragraph what this {person} likes now. Speak of the taste, do not list the {items}. \
+Begin with: The user appears to have a preference for""",
+    "next_prompt": """\
+The taste of a {person} so far: {preference}
+Then the {person} {past}, oldest first:
+{block}
+Bring the paragraph up to date: keep what still holds, let newer {items} weigh more, do not list \
+the {items}. Begin with: The user appears to have a preference for""",
+    "recommend_prompt": """\
+The taste of a {person}: {preference}
+Will this {person} {act} the {item} called {title} next? Answer with yes or no only.""",
+}
+
+_WITH_IMAGES = {
+    "block_line": BLOCK_LINE,
+    "first_prompt": PREFERENCE_FIRST,
+    "next_prompt": PREFERENCE_NEXT,
+    "recommend_prompt": RECOMMEND,
+}
+
+
+def drop_images(options: Any) -> None:
+    """Give options with `with_images: false` the prompts without images, but for those of a user.
+
+    options: have some of the names in WITHOUT_IMAGES as attributes.
+    """
+    for name, template in WITHOUT_IMAGES.items():
+        if not options.with_images and getattr(options, name, "") == _WITH_IMAGES[name]:
+            setattr(options, name, template)
 
 
 def block_text(

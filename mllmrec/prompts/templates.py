@@ -16,12 +16,20 @@ from mllmrec.stage.errors import InputError
 
 Turn = dict[str, Any]  # one chat turn in the Hugging Face multimodal format
 
-# What changes between a video and a product catalogue.
+# What changes between catalogues.
 DOMAINS = {
     "video": {
         "item": "video",
         "items": "videos",
         "image": "cover",
+        "person": "viewer",
+        "past": "watched",
+        "act": "watch",
+    },
+    "movie": {
+        "item": "movie",
+        "items": "movies",
+        "image": "poster",
         "person": "viewer",
         "past": "watched",
         "act": "watch",

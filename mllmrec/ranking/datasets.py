@@ -71,10 +71,12 @@ class DatasetOptions(CommonOptions):
     max_title_characters: int = option(
         300, "longer titles are cut, 0 = no limit; a few real ones are whole pages", ge=0
     )
-    with_images: bool = option(True, "false: rows without images, for a text-only model")
     train_negatives: int = option(
         0, "negatives of a training user that become rows, 0 = all of users.jsonl", ge=0
     )
+
+    def __post_init__(self) -> None:
+        prompts.drop_images(self)
 
 
 class Sources:
@@ -109,6 +111,7 @@ class Sources:
         named = summaries or record.get("arguments", {}).get("summaries")
         summaries_path = Path(named or path.with_name("image_summaries.jsonl"))
         reads_summaries, texts = record.get("stage") != "title_history", dict[str, str]()
+        reads_summaries &= record.get("arguments", {}).get("with_images", True)
         if reads_summaries and summaries_path.exists():
             used = {item for user in self.users for item in user["history"]}
             texts = read_summaries(summaries_path, self.items, self.items_path, used)
@@ -216,8 +219,9 @@ def write_splits(splits: Sequence[str], options: DatasetOptions, with_answer: bo
     sources = Sources(paths, options)
     inputs = file_digests(*paths) | {"images": short_digest(list(sources.digests.values()))}
     job = Job.of(options, inputs, INPUT_OPTIONS, stage=SECTION, limit=options.limit)
-    reasons = [sources.preference(user)[1] for user in sources.users]
-    if all(reasons):
+    users = [u for s in splits for u in users_of_split(sources.users, s, options.limit)]
+    reasons = [sources.preference(user)[1] for user in users]
+    if users and all(reasons):
         raise InputError(f"{paths[2]}: no user has a preference, the first: {reasons[0]}")
     for split in splits:
         path = options.system_dir / f"{split}.jsonl"
@@ -234,7 +238,7 @@ def _write_split(
 
     Returns the counts.
     """
-    users = users_of_split(sources.users, split)[: options.limit or None]
+    users = users_of_split(sources.users, split, options.limit)
     counts: Counter[str] = Counter(rows=0, users=0, rejected=0)
     rejected: list[Row] = []
     longest = options.max_title_characters

@@ -10,7 +10,7 @@ from mllmrec.stage.jsonl import require
 from mllmrec.stage.options import DatasetCode, option
 
 # Options that change no adapter, and those that decide the questions.
-SCORE_OPTIONS = ("ranked", "variant", "reuse_prefix", "retrieved", "summaries")
+SCORE_OPTIONS = ("adapter", "ranked", "variant", "reuse_prefix", "retrieved", "summaries")
 ROW_OPTIONS = ["dataset_code", "seed", "model", "captions", "text_tokens", "max_history", "lists"]
 ROW_OPTIONS += ["role", "hybrid", "prompt_format", "max_text_tokens", "candidate_order"]
 
@@ -25,6 +25,11 @@ class ListOptions(FineTuningOptions, DatasetCode):
     )
     retrieved: str = option("", "the retriever's folder, default: {output_dir}/{system}/retriever")
     summaries: str = option("", "default: {output_dir}/{system}/image_summaries.jsonl")
+    adapter: str = option(
+        "",
+        "folder of the LoRA weights to score with, and nothing is trained; none: the model without "
+        "any, then --ranked and --variant begin with zero_shot; default: what is trained",
+    )
     ranked: str = option("ranked", "folder of the ranker's own scores", pattern=r"^[\w-]+$")
     variant: str = option("ranker", "folder of the scores", pattern=r"^[\w-]+$")
     model: str = option("meta-llama/Llama-2-7b-hf", "text model, hub id or folder")

@@ -86,12 +86,16 @@ class CommonOptions:
     image_roots: list[str] = option(
         ["data/raw"], "folders that images may lie in, besides data_dir; links are resolved"
     )
-    domain: Literal["video", "product"] = option("video", "wording of the prompts")
+    domain: Literal["video", "movie", "product"] = option("video", "wording of the prompts")
+    with_images: bool = option(
+        True, "false: no stage uses an image; stage 2 has nothing to do, prompts speak of none"
+    )
     seed: int = option(42, "seed of every random generator (released code: 42)", ge=0)
     limit: int = option(
         0,
-        "only the first N items (stage 2), rows (stage 5) or users (all others), 0 = all; a later "
-        "run without it resumes, but for training, which needs --overwrite then",
+        "only the first N items (stage 2) or users of each split (all others; stage 1: N users of "
+        "all splits), 0 = all; a later run without it resumes, but for training, which needs "
+        "--overwrite then",
         ge=0,
     )
     overwrite: bool = option(False, "delete what an earlier run with other settings wrote")

@@ -24,8 +24,9 @@ def progress_bar(total: int, description: str, unit: str, initial: int = 0) -> "
 class ProgressLines:
     """Progress as lines, one every 30 seconds and one at the end, with the time that is left.
 
-    It is computed from the rate after the first batch, which also waits for what is prepared once;
-    before the second batch it is "?".
+    It is computed from the rate after the first batch, which also waits for what is prepared once,
+    or from that of the whole run where that is higher: of a second batch little may be counted yet.
+    Before the second batch it is "?".
     """
 
     def __init__(self, total: int, description: str, unit: str, initial: int = 0) -> None:
@@ -49,6 +50,9 @@ class ProgressLines:
         self.printed = time.monotonic()
         start, done = self.rate_from
         rate = (self.done - done) / max(self.printed - start, 1e-9)
+        if rate:
+            whole = (self.done - self.initial) / max(self.printed - self.started, 1e-9)
+            rate = max(rate, whole)
         line = tqdm.format_meter(
             self.done,
             self.total,
