@@ -1,16 +1,24 @@
 """Sequential baselines: what a state depends on, what is learned from, and that it is learned."""
 
 import itertools
+import json
 import math
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import transformers
+from conftest import TINY
+from PIL import Image
+from safetensors.torch import load_file, save_file
 
+from mllmrec.data.sample_world import draw_cover
 from mllmrec.evaluation.metrics import evaluate
 from mllmrec.sequential.baseline_run import is_test, scored_rows, with_other_histories
 from mllmrec.sequential.gru4rec_model import GRU4Rec
+from mllmrec.sequential.image_features import encode_images
 from mllmrec.sequential.items import ItemVectors, encode
 from mllmrec.sequential.sasrec_model import SASRec
 from mllmrec.sequential.sequences import SequenceData, padded, windows
@@ -240,11 +248,78 @@ def test_the_encoder_puts_titles_of_one_topic_near_each_other():
     assert vectors[0] @ vectors[1] > vectors[0] @ vectors[2] + 0.1
 
 
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    """Folder of a random CLIP: 12 projected features of images of 30 x 30."""
+    size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+    size |= {"num_attention_heads": 2, "projection_dim": 12}
+    torch.manual_seed(0)
+    vision = size | {"image_size": 30, "patch_size": 10}
+    config = transformers.CLIPConfig(
+        text_config=size | {"vocab_size": 99}, vision_config=vision, projection_dim=12
+    )
+    folder = tmp_path_factory.mktemp("clip")
+    transformers.CLIPModel(config).save_pretrained(folder)
+    square = {"height": 30, "width": 30}
+    settings = {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 30}}
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings | {"crop_size": square}))
+    return folder
+
+
+def test_images_have_vectors_of_clip_of_llavas_tower_and_none_is_zero(clip, tmp_path):
+    paths = [tmp_path / "0.png", None, tmp_path / "2.jpg"]
+    for path, colour in ((paths[0], "red"), (paths[2], "blue")):
+        Image.new("RGB", (40, 60), colour).save(path)
+    found = encode_images(paths, str(clip))
+    assert found.shape == (3, 12) and found.norm(dim=1).tolist() == pytest.approx([1, 0, 1])
+    assert (found[0] - found[2]).abs().max() > 1e-3, "each is of its image"
+    model = transformers.CLIPModel.from_pretrained(clip)
+    processor = transformers.AutoImageProcessor.from_pretrained(clip)
+    pixels = processor(images=[Image.open(paths[2])], return_tensors="pt")["pixel_values"]
+    projected = model.visual_projection(model.vision_model(pixels).pooler_output)
+    assert torch.allclose(found[2], projected[0] / projected.norm(), atol=1e-5)
+    llava = encode_images(paths, str(TINY / "llava"))
+    assert llava.shape[1] == 96 and llava[1].norm() == 0
+    paths[0].write_bytes(b"GIF")
+    with pytest.raises(InputError, match=r"0\.png: .*; take it out of items"):
+        encode_images(paths, str(clip))
+    with pytest.raises(InputError, match="no item has an image"):
+        encode_images([None], str(clip))
+
+
+def test_an_image_encoder_that_lacks_weights_is_refused(clip, tmp_path):
+    image = Image.new("RGB", (40, 60))
+    image.save(tmp_path / "a.png")
+    shutil.copytree(clip, tmp_path / "model")
+    path = tmp_path / "model/model.safetensors"
+    weights = load_file(path)
+    del weights["visual_projection.weight"]
+    save_file(weights, path, {"format": "pt"})
+    with pytest.raises(InputError, match="lacks the weight visual_projection"):
+        encode_images([tmp_path / "a.png"], str(tmp_path / "model"))
+    path.write_bytes(b"x")
+    with pytest.raises(InputError, match=r"--image_encoder .* cannot be loaded"):
+        encode_images([tmp_path / "a.png"], str(tmp_path / "model"))
+
+
+def test_efficientnet_sees_what_is_alike(tmp_path):
+    pytest.importorskip("efficientnet_lite_pytorch", reason="scripts/get_model.sh efficientnet")
+    rng = np.random.default_rng(0)
+    kinds = (("red", "star"), ("red", "star"), ("blue", "cross"))
+    covers = [draw_cover(colour, shape, rng) for colour, shape in kinds]
+    for n, cover in enumerate(covers):
+        cover.save(tmp_path / f"{n}.png")
+    vectors = encode_images([tmp_path / f"{n}.png" for n in range(3)], "efficientnet-lite0")
+    assert vectors.shape == (3, 1280)
+    assert vectors[0] @ vectors[1] > vectors[0] @ vectors[2]
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_a_baseline_writes_scores_of_the_test_users(name, small_run, tmp_path):
     summaries = str(small_run.system / "image_summaries.jsonl")
     words = ["--output_dir", str(tmp_path), "--epochs", "2", "--summaries", summaries]
-    words += ["--features", "title", "summary", "--variant", "own"]
+    words += ["--features", "title", "summary", "image", "--variant", "own"]
+    words += ["--image_encoder", str(TINY / "llava")]
     small_run.run(f"MLLM-MSR/baselines/{name}.py", *words)
     path = tmp_path / "baselines" / "own" / "scores.jsonl"
     rows, users = read_rows(path), read_rows(small_run.folder / "users.jsonl")

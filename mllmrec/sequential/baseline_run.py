@@ -16,12 +16,15 @@ from mllmrec.data.candidates import (
     score_row,
     users_of_split,
 )
+from mllmrec.data.images import check_item_images, image_digests, item_images
 from mllmrec.sequential.items import read_features
 from mllmrec.sequential.sequences import CandidateNumbers, SequenceData
+from mllmrec.sequential.sequential_options import SequentialOptions
 from mllmrec.sequential.training import CHOSEN_BY, fit, score_candidates, validation_metrics
 from mllmrec.stage.errors import InputError
-from mllmrec.stage.jsonl import require, write_rows
+from mllmrec.stage.jsonl import read_by_id, require, write_rows
 from mllmrec.stage.output import WholeOutput
+from mllmrec.stage.provenance import short_digest
 from mllmrec.stage.record import Job, file_digests
 from mllmrec.stage.schema import Row
 
@@ -42,7 +45,8 @@ def run_baseline(name: str, new_model: NewModel, options: Any) -> None:
     summaries = options.summaries or Path(options.output_dir) / "mllm_msr/image_summaries.jsonl"
     inputs = [require(users_path), require(items_path)]
     inputs += [require(summaries)] if "summary" in options.features else []
-    job = Job.of(options, file_digests(*inputs), ignore=("threads",), stage=name)
+    digests = file_digests(*inputs) | image_inputs(items_path, options)
+    job = Job.of(options, digests, ignore=("threads",), stage=name)
     default = name if options.control == "none" else f"{name}_{options.control}"
     path = options.system_dir / (options.variant or default) / "scores.jsonl"
     with WholeOutput(job, [path], takes_long=True) as output:
@@ -61,7 +65,7 @@ def run_baseline(name: str, new_model: NewModel, options: Any) -> None:
         if not data.training:
             raise InputError(f"{users_path} has no training users; make it again with stage 1")
         texts = (items_path, Path(summaries))
-        features = read_features(options.features, items, texts, options.encoder)
+        features = read_features(items, texts, options)
         model = new_model(len(items), features, options).to(chosen_device(options.device))
         validation = data.candidate_lists(users, "validation")
         validate = partial(validation_metrics, model, validation, options)
@@ -81,6 +85,16 @@ def run_baseline(name: str, new_model: NewModel, options: Any) -> None:
             scoring_seconds=scoring_seconds,
         )
         logger.info(f"wrote {path}: {len(rows):,} scores, epoch {found.best['epoch']}")
+
+
+def image_inputs(items_path: Path, options: SequentialOptions) -> dict[str, str]:
+    """{"images": digest of all images} for `--features image`, else nothing."""
+    if "image" not in options.features:
+        return {}
+    items = read_by_id(items_path, "item_id")
+    check_item_images(items, items_path, options.data_dir, options.image_roots)
+    digests = image_digests(item_images(items, items_path).values())
+    return {"images": short_digest(list(digests.values()))}
 
 
 def peak_gb() -> float:

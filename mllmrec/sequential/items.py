@@ -8,7 +8,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from mllmrec.data.images import item_images
 from mllmrec.data.summaries import read_summaries
+from mllmrec.sequential.sequential_options import SequentialOptions
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import require
 from mllmrec.stage.schema import Row
@@ -50,14 +52,14 @@ class ItemVectors(nn.Module):
 
 
 def read_features(
-    kinds: Sequence[str], items: Mapping[str, Row], paths: tuple[Path, Path], encoder: str
+    items: Mapping[str, Row], paths: tuple[Path, Path], options: SequentialOptions
 ) -> torch.Tensor | None:
-    """(items, features): embeddings of the texts of each kind, side by side; None for no kind.
+    """(items, features): embeddings of each kind in `options.features`, side by side, or None.
 
     items: lines of items.jsonl by id; paths: of that file and of image_summaries.jsonl. An item
-    without an image summary has an empty text.
+    without an image summary has an empty text, one without an image zeros.
     """
-    items_path, summaries_path = paths
+    (items_path, summaries_path), kinds = paths, options.features
     texts = []
     if "title" in kinds:
         texts.append([item["title"] for item in items.values()])
@@ -66,9 +68,13 @@ def read_features(
         path = require(summaries_path, maker=maker)
         summaries = read_summaries(path, items, items_path, items)
         texts.append([summaries.get(item, "") for item in items])
-    if not texts:
-        return None
-    return torch.cat([encode(own, encoder) for own in texts], dim=1)
+    parts = [encode(own, options.encoder) for own in texts]
+    if "image" in kinds:
+        from mllmrec.sequential.image_features import encode_images
+
+        images = list(item_images(items, items_path).values())
+        parts.append(encode_images(images, options.image_encoder))
+    return torch.cat(parts, dim=1) if parts else None
 
 
 def encode(texts: Sequence[str], encoder: str) -> torch.Tensor:

@@ -19,16 +19,22 @@ class SequentialOptions(CommonOptions):
         "cross_entropy",
         "cross_entropy: over all items; bce: binary, against one random negative per position",
     )
-    features: list[Literal["title", "summary"]] = option(
+    features: list[Literal["title", "summary", "image"]] = option(
         [],
-        "what the vector of an item also depends on: embeddings of its title, of its image summary",
+        "what the vector of an item also depends on, one or several: embeddings of its title, of "
+        "its image summary, of its image",
     )
     item_ids: bool = option(
         True, "false: an item is its features only, without a vector of its own"
     )
     encoder: str = option(
         "sentence-transformers/all-MiniLM-L6-v2",
-        "frozen encoder of the features, hub id or folder; the default comes with requirements.txt",
+        "frozen encoder of texts, hub id or folder; the default comes with requirements.txt",
+    )
+    image_encoder: str = option(
+        "openai/clip-vit-large-patch14",
+        "frozen encoder of images, hub id or folder: CLIP, SigLIP, ViT, the vision tower of a "
+        "LLaVA; or efficientnet-lite0, which scripts/get_model.sh installs",
     )
     summaries: str = option("", "default: {output_dir}/mllm_msr/image_summaries.jsonl")
     control: Literal["none", "other_histories", "unseen_targets"] = option(
