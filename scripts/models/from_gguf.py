@@ -12,8 +12,8 @@ runtime computes, but for rounding.
 from mllmrec.stage.main import run_main
 
 import argparse
+import importlib.util
 import shutil
-from importlib.resources import files
 from pathlib import Path
 
 from mllmrec.stage.errors import InputError
@@ -24,7 +24,10 @@ def convert(package: str, output: Path) -> int:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    folder = Path(str(files(package)))
+    found = importlib.util.find_spec(package)  # not imported: it needs the runtime
+    if found is None or found.origin is None:
+        raise InputError(f"the package {package} is not installed; see scripts/get_model.sh")
+    folder = Path(found.origin).parent
     names = sorted(path.name for path in folder.glob("*.gguf"))
     if len(names) != 1:
         raise InputError(f"{folder} has {len(names)} .gguf files; install a package with one")
