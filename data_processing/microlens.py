@@ -124,6 +124,7 @@ def load(
     log, rejected = read_log(pairs_table(pairs), catalogue.index, unknown)
     found = image_index(covers)  # a name that is no text is no item's
     images = pd.Series({n: found[n] for n in found.keys() & catalogue.index}, dtype=object)
+    log = replace(log, has_times=pairs.suffix == ".csv")
     return log, catalogue.assign(image=images.reindex(catalogue.index)), bad_titles + rejected
 
 

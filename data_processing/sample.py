@@ -15,6 +15,7 @@ CPU; about 3 seconds. No downloaded data: the catalogue, titles and covers are m
 from mllmrec.stage.main import run_main
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -80,7 +81,8 @@ def as_log(drawn: World, cover_paths: Sequence[Path]) -> tuple[InteractionLog, p
     chosen = np.concatenate([chosen for chosen, _ in users])
     titles = [item["title"] for item in items]
     catalogue = pd.DataFrame({"title": titles, "image": map(str, cover_paths)}, index=item_ids)
-    return InteractionLog.from_ids(user, item_ids[chosen], np.arange(len(chosen))), catalogue
+    log = InteractionLog.from_ids(user, item_ids[chosen], np.arange(len(chosen)))
+    return replace(log, has_times=False), catalogue
 
 
 def rule_scores(

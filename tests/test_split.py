@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -200,6 +201,65 @@ def test_a_pilot_has_users_of_every_split_in_proportion():
     assert fewer == {user: whole[user] for user in fewer}
     data, _ = prepared(rows, validation_users=1, test_users=5, **options)
     assert len(data.items) == len(prepared(rows, **options)[0].items), "the catalogue stays"
+
+
+def test_lines_keep_the_times_of_their_items_and_targets():
+    rows = [("u", "c", 50), ("u", "a", 10), ("u", "b", 30), ("u", "d", 30)]
+    data, _ = prepared(rows, max_history=2)
+    [line] = data.lines()
+    assert (line["history"], line["times"]) == (["b", "d"], [30, 30])
+    assert (line["target"], line["target_time"]) == ("c", 50)
+    for order in ("time", "popularity"):
+        rows = [(f"u{u}", f"i{i}", 100 * u + i) for u in range(6) for i in range(u, u + 9)]
+        data, _ = prepared(rows, history="released", released_order=order)
+        known = {(user, item): time for user, item, time in rows}
+        for line in data.lines():
+            items = [*line["history"], line["target"]]
+            times = [known[line["user_id"], item] for item in items]
+            assert [*line["times"], line["target_time"]] == times
+    log = replace(small_log(rows)[0], has_times=False)
+    data = prepare(log, small_log(rows)[1], prepared(rows)[1])
+    assert "times" not in next(data.lines())
+
+
+def test_no_training_line_has_a_cold_item_and_lists_are_all_cold_or_all_known():
+    rng = np.random.default_rng(0)
+    rows = [
+        (f"u{u}", f"i{i}", n) for u in range(300) for n, i in enumerate(rng.permutation(90)[:8])
+    ]
+    options = {"negatives": 20, "train_negatives": 2, "train_fraction": 0.5}
+    data, _ = prepared(rows, cold_items=0.3, **options)
+    cold = set(data.item_ids[data.cold])
+    assert len(cold) == 27 == data.statistics["cold_items"]
+    counts = Counter()
+    for line in data.lines():
+        listed = {line["target"], *line["negatives"]}
+        counts[line["split"], line["cold"]] += 1
+        assert line["cold"] == (line["target"] in cold)
+        assert listed <= cold if line["cold"] else not listed & cold
+        if line["split"] == "train":
+            assert not listed & cold and not cold.intersection(line["history"])
+            assert len(line["negatives"]) == 2
+        else:
+            assert len(line["negatives"]) == 20
+    assert counts["train", True] == 0 < min(counts["test", True], counts["test", False])
+    assert any(cold.intersection(line["history"]) for line in data.lines())
+    known = {line["user_id"]: line for line in prepared(rows, **options)[0].lines()}
+    for line in data.lines():  # otherwise nothing changes
+        assert line["split"] == known[line["user_id"]]["split"]
+        kept = [item for item in known[line["user_id"]]["history"] if item not in cold]
+        if line["split"] != "train":
+            assert line["history"] == known[line["user_id"]]["history"]
+        else:
+            assert line["history"] == kept[: len(line["history"])]
+    data, _ = prepared(rows, cold_items=0.8, **options | {"negatives": 2})
+    lines = list(data.lines())
+    assert all(line["history"] for line in lines), "a target and at least one item before it"
+    assert len(lines) + data.statistics["left_out_users"] == 300 > len(lines)
+    wrong = ({"split_by": "released"}, {"history": "released"}, {"negative_sampling": "period"})
+    for more in wrong:
+        with pytest.raises(InputError, match="--cold_items needs"):
+            prepared(rows, cold_items=0.3, **options, **more)
 
 
 def test_the_order_of_the_raw_file_does_not_change_the_output():

@@ -306,7 +306,7 @@ def test_a_model_without_chat_template_takes_a_prompt_format(small_run, text_run
         small_run.run(stage, *words, *summaries)
     words += ["--prompt_format", "Request: {text} Response:"]
     small_run.run(stage, *words, *summaries, "--max_new_tokens", "4")
-    assert len(read_rows(tmp_path / "mllm_msr" / "user_preferences.jsonl")) == 2
+    assert len(read_rows(tmp_path / "mllm_msr" / "user_preferences.jsonl")) == 6
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "test.jsonl").symlink_to(text_run / "test.jsonl")
     small_run.run(SCORE, *words, "--system", "text", "--adapter", "none")

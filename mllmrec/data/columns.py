@@ -30,6 +30,11 @@ def encoded(values: Any) -> pa.Array:
     return quoted.cast(pa.binary())
 
 
+def numbers(values: Array) -> pa.Array:
+    """Whole numbers as JSON."""
+    return pa.array(values, pa.int64()).cast(pa.string()).cast(pa.binary())
+
+
 def encoded_lists(values: pa.Array, ends: Array) -> pa.Array:
     """Lists of encoded values, the n-th up to the value `ends[n]`."""
     offsets = pa.array(np.append(0, ends), pa.int32())

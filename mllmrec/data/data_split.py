@@ -21,14 +21,15 @@ Rules, in this order:
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from itertools import product
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 from pydantic.dataclasses import dataclass as options_dataclass
 
-from mllmrec.data.columns import LINES, encoded, encoded_lists, json_lines
+from mllmrec.data.columns import LINES, encoded, encoded_lists, json_lines, numbers
 from mllmrec.data.interactions import (
     Array,
     InteractionLog,
@@ -96,6 +97,13 @@ class SplitOptions(DataOptions):
     validation_fraction: float = option(
         0.1, "fraction of users; the rest is for the test", ge=0, lt=1
     )
+    cold_items: float = option(
+        0.0,
+        "share of the items that no training user may know: a random choice by seed; a test user "
+        "whose target is one has such negatives, too, another one has none; validation likewise",
+        ge=0,
+        lt=1,
+    )
     validation_users: int = option(
         0, "at most this many lines of the validation split, a random choice by seed; 0 = all", ge=0
     )
@@ -113,6 +121,33 @@ class SplitOptions(DataOptions):
     )
 
 
+class Sequences(NamedTuple):
+    """Interactions as columns, user by user, each user's oldest first; codes and times."""
+
+    users: Array
+    items: Array
+    times: Array
+
+    def spans(self, n_users: int) -> tuple[Array, Array]:
+        """(place of each user's first interaction, place behind the last)."""
+        ends = np.cumsum(np.bincount(self.users, minlength=n_users))
+        return np.append(0, ends[:-1]), ends
+
+    def tied(self) -> Array:
+        """Which interactions have the time of the user's one before."""
+        same_user, same_time = (c[1:] == c[:-1] for c in (self.users, self.times))
+        return np.append(False, same_user & same_time)
+
+
+class Lines(NamedTuple):
+    """Lines of users.jsonl as columns; skip: how many of the user's last items are left out."""
+
+    user: Array
+    skip: Array
+    split: Array
+    fold: Array
+
+
 @dataclass
 class PreparedData:
     """The core of a log, and its candidate lists.
@@ -123,7 +158,10 @@ class PreparedData:
 
     Lines of users.jsonl, as columns: line_user: codes into user_ids; history: item codes of all
     lines, line by line; ends: where in `history` each line ends; target: item codes; split; fold
-    (-1: none); negatives: item codes of shape (lines, most negatives), -1: none.
+    (-1: none); negatives: item codes of shape (lines, most negatives), -1: none; times: of the
+    history's items and of the targets, None: not known.
+
+    cold: (items,) bool, which items no training line has; None: not asked for.
     """
 
     items: pd.DataFrame
@@ -139,6 +177,8 @@ class PreparedData:
     split: Array
     fold: Array
     negatives: Array
+    times: tuple[Array, Array] | None = None
+    cold: Array | None = None
 
     def lines(self) -> Iterator[Row]:
         """The lines of users.jsonl as dicts."""
@@ -166,7 +206,20 @@ class PreparedData:
                 ),
                 split=encoded(self.split[part]),
                 fold=pa.array(folds[part], pa.binary()),
+                **self._more_columns(part, slice(first, own_ends[-1]), np.array(own_ends) - first),
             )
+
+    def _more_columns(self, part: slice, items: slice, ends: Array) -> dict[str, Any]:
+        """The optional keys of some lines. items: the part of `history`; ends: where each ends."""
+        more = {}
+        if self.times is not None:
+            history, target = self.times
+            more["times"] = encoded_lists(numbers(history[items]), ends)
+            more["target_time"] = numbers(target[part])
+        if self.cold is not None:
+            words = np.array([b"false", b"true"])[self.cold[self.target[part]].astype(int)]
+            more["cold"] = pa.array(words, pa.binary())
+        return more
 
     def touched_lines(self) -> Iterator[bytes]:
         """The lines of touched.jsonl: of each test user, all items of the core in the raw log."""
@@ -196,6 +249,15 @@ def check_options(options: SplitOptions) -> None:
         ),
         "--negative_sampling period needs --history chronological: a released target has no time": (
             options.negative_sampling == "period" and options.history == "released"
+        ),
+        "--cold_items needs --split_by user, --history chronological and another "
+        "--negative_sampling than period": (
+            options.cold_items > 0
+            and (
+                options.split_by != "user"
+                or options.history != "chronological"
+                or options.negative_sampling == "period"
+            )
         ),
         "--test_fold needs --folds: without it there is one split": (
             not options.folds and options.test_fold > 0
@@ -230,30 +292,29 @@ def prepare(log: InteractionLog, catalogue: pd.DataFrame, options: SplitOptions)
     item_rank, items = ranks_in_use(log.item[keep], len(log.item_ids))
     user_ids, item_ids = log.user_ids[users], log.item_ids[items]
     touched = _touched(user_rank[log.user[earliest]], item_rank[log.item[earliest]], len(item_ids))
-    user, sequences, times = user_rank[log.user[keep]], item_rank[log.item[keep]], log.time[keep]
-    ends = np.cumsum(np.bincount(user, minlength=len(user_ids)))
-    starts = np.append(0, ends[:-1])
-    tied = np.append(False, (times[1:] == times[:-1]) & (user[1:] == user[:-1]))
-    one_time = times[starts] == times[ends - 1]
-    _check_times(times, tied, (user_ids, one_time), options)
+    own = Sequences(user_rank[log.user[keep]], item_rank[log.item[keep]], log.time[keep])
+    starts, ends = own.spans(len(user_ids))
+    one_time = own.times[starts] == own.times[ends - 1]
+    _check_times(own, (user_ids, one_time), options)
     first = log.first_row[users]
     if options.ties == "hash":
-        hashes, first = hashed_pairs(user_ids, item_ids, (user, sequences), options.seed)
-        sequences = sequences[np.lexsort((hashes, times, user))]
-    popularity = np.bincount(sequences, minlength=len(item_ids))
-    by_time = np.lexsort((first, times[starts]))
-    line_user, line_skip, split, fold = _lines(by_time, options)
-    last = ends[line_user] - 1 - line_skip  # place of each line's target
-    lines = (line_user, split, times[last])
-    negatives = _negatives(touched, (sequences, times), lines, popularity, options)
-    pilot = np.isin(line_user, _pilot_users(len(user_ids), split, options))
-    chosen = pilot & _held_out(split, pilot, options)
-    spans = (starts[line_user[chosen]], last[chosen])
-    history, history_ends, target = _histories(sequences, spans, popularity, options)
-    statistics["written_users"] = {name: int((split[chosen] == name).sum()) for name in SPLITS}
-    statistics["users_with_one_time"] = int(one_time.sum())
-    statistics["tied_interactions"], targets = int(tied.sum()), tied[last[split == "test"]]
-    statistics["tied_test_targets"], statistics["test_targets"] = int(targets.sum()), len(targets)
+        hashes, first = hashed_pairs(user_ids, item_ids, (own.users, own.items), options.seed)
+        own = own._replace(items=own.items[np.lexsort((hashes, own.times, own.users))])
+    lines = Lines(*_lines(np.lexsort((first, own.times[starts])), options))
+    cold = _cold_items(len(item_ids), options)
+    known = _without_cold(own, lines, cold)
+    left_out = len(lines.user) - len(known[1].user)
+    statistics |= {"cold_items": int(cold.sum()), "left_out_users": left_out}
+    own, lines = known
+    popularity = np.bincount(own.items, minlength=len(item_ids))
+    starts, ends = own.spans(len(user_ids))
+    last = ends[lines.user] - 1 - lines.skip  # place of each line's target
+    negatives = _negatives((touched, popularity, cold), own, (lines, last), options)
+    pilot = np.isin(lines.user, _pilot_users(len(user_ids), lines.split, options))
+    chosen = pilot & _held_out(lines.split, pilot, options)
+    spans = (starts[lines.user[chosen]], last[chosen])
+    places, history_ends, targets = _histories(own.items, spans, popularity, options)
+    statistics |= _counts(own, lines, last, chosen) | {"users_with_one_time": int(one_time.sum())}
     data = PreparedData(
         items=catalogue.loc[item_ids],
         statistics=statistics,
@@ -261,29 +322,56 @@ def prepare(log: InteractionLog, catalogue: pd.DataFrame, options: SplitOptions)
         item_ids=item_ids,
         popularity=popularity,
         touched=touched,
-        line_user=line_user[chosen],
-        history=history,
+        line_user=lines.user[chosen],
+        history=own.items[places],
         ends=history_ends,
-        target=target,
-        split=split[chosen],
-        fold=fold[chosen],
+        target=own.items[targets],
+        split=lines.split[chosen],
+        fold=lines.fold[chosen],
         negatives=negatives[chosen],
+        times=(own.times[places], own.times[targets]) if log.has_times else None,
+        cold=cold if options.cold_items else None,
     )
     if not pilot.all():  # only the items that the lines name
-        named = np.concatenate([history, target, data.negatives[data.negatives >= 0]])
-        data.items = data.items.iloc[np.unique(named)]
+        named = [data.history, data.target, data.negatives[data.negatives >= 0]]
+        data.items = data.items.iloc[np.unique(np.concatenate(named))]
     return data
 
 
-def _check_times(
-    times: Array, tied: Array, users: tuple[Array, Array], options: SplitOptions
-) -> None:
+def _cold_items(n_items: int, options: SplitOptions) -> Array:
+    """(items,) bool: a random share of the items, which no training user may know."""
+    order = np.random.default_rng([options.seed, 7]).permutation(n_items)
+    return order < round(options.cold_items * n_items)
+
+
+def _without_cold(own: Sequences, lines: Lines, cold: Array) -> tuple[Sequences, Lines]:
+    """Without cold items in the training users' sequences, and without those who keep only one."""
+    if not cold.any():
+        return own, lines
+    training = np.isin(own.users, lines.user[lines.split == "train"])
+    own = Sequences(*(column[~(training & cold[own.items])] for column in own))
+    length = np.bincount(own.users, minlength=int(lines.user.max()) + 1)
+    return own, Lines(*(column[length[lines.user] > 1] for column in lines))
+
+
+def _counts(own: Sequences, lines: Lines, last: Array, chosen: Array) -> dict[str, Any]:
+    """How many lines are written, and how many interactions and test targets are tied."""
+    tied, split = own.tied(), lines.split
+    targets = tied[last[split == "test"]]
+    return {
+        "written_users": {name: int((split[chosen] == name).sum()) for name in SPLITS},
+        "tied_interactions": int(tied.sum()),
+        "tied_test_targets": int(targets.sum()),
+        "test_targets": len(targets),
+    }
+
+
+def _check_times(own: Sequences, users: tuple[Array, Array], options: SplitOptions) -> None:
     """Raise InputError for times that leave the order of most interactions open.
 
-    tied: which interactions have the time of the user's one before; users: (ids, which have one
-    time only).
+    users: (ids, which have one time only).
     """
-    user_ids, same = users
+    (user_ids, same), times, tied = users, own.times, own.tied()
     if options.ties == "file" and same.mean() > 0.5:
         raise InputError(
             f"the interactions of {same.sum():,} of {len(same):,} users, as {user_ids[same][0]!r}, "
@@ -334,26 +422,27 @@ def _touched(user: Array, item: Array, n_items: int) -> Array:
 def _histories(
     sequences: Array, spans: tuple[Array, Array], popularity: Array, options: SplitOptions
 ) -> tuple[Array, Array, Array]:
-    """(item codes of all histories, where each history ends in them, target of each line).
+    """(place in `sequences` of all histories' items, where each history ends, each target's place).
 
     sequences: item codes, each user's oldest first; spans: place of each line's first item and of
     its target in them.
     """
     start, last = spans
+    known = np.arange(len(sequences))
     if options.history == "released":  # the most popular items, of equally popular ones the oldest
         kept = []
-        for seen in (sequences[a : b + 1] for a, b in zip(start, last, strict=True)):
-            places = np.argsort(-popularity[seen], kind="stable")[:RELEASED_ITEMS]
-            kept.append(seen[np.sort(places) if options.released_order == "time" else places])
+        for a, b in zip(start, last, strict=True):
+            best = np.argsort(-popularity[sequences[a : b + 1]], kind="stable")[:RELEASED_ITEMS]
+            kept.append(a + (np.sort(best) if options.released_order == "time" else best))
         last = np.cumsum([len(items) for items in kept]) - 1
         start = np.append(0, last[:-1] + 1)
-        sequences = np.concatenate(kept)
+        known = np.concatenate(kept)
     if options.max_history:
         start = np.maximum(start, last - options.max_history)
     length = last - start
     ends = np.cumsum(length)
     places = np.arange(ends[-1]) + np.repeat(start - ends + length, length)
-    return sequences[places], ends, sequences[last]
+    return known[places], ends, known[last]
 
 
 def _lines(users: Array, options: SplitOptions) -> tuple[Array, Array, Array, Array]:
@@ -382,28 +471,33 @@ def _lines(users: Array, options: SplitOptions) -> tuple[Array, Array, Array, Ar
 
 
 def _negatives(
-    touched: Array,
-    log: tuple[Array, Array],
-    lines: tuple[Array, Array, Array],
-    popularity: Array,
+    items: tuple[Array, Array, Array],
+    own: Sequences,
+    targets: tuple[Lines, Array],
     options: SplitOptions,
 ) -> Array:
     """Item codes of shape (lines, most negatives); -1 behind a line's last.
 
-    touched: as in `sample_negatives`; log: (item code, time) of all interactions of the core;
-    lines: (user code, split, time of the target) of each; popularity: interactions of each item.
+    items: (touched, as in `sample_negatives`; interactions of each item; which are cold); targets:
+    (lines, place of each line's target in `own`). A cold target has cold negatives, another one has
+    none, so that being cold tells nothing in a list.
     """
-    users, split, target_time = lines
+    (touched, popularity, cold), (lines, last) = items, targets
+    users, split, target = lines.user, lines.split, own.items[last]
     most, n_items = max(options.negatives, options.train_negatives), len(popularity)
     negatives = np.full((len(users), most), -1, dtype=np.int64)
-    for is_train, how_many in ((True, options.train_negatives), (False, options.negatives)):
-        where = np.flatnonzero((split == "train") == is_train)
-        rng = np.random.default_rng([options.seed, 2, is_train])
+    groups = product((True, False), (False, True) if cold.any() else (False,))
+    for is_train, is_cold in groups:
+        where = np.flatnonzero(((split == "train") == is_train) & (cold[target] == is_cold))
+        how_many = options.train_negatives if is_train else options.negatives
+        rng = np.random.default_rng([options.seed, 2, is_train, *([1] if is_cold else [])])
         if options.negative_sampling == "period":
-            own = (users[where], target_time[where])
-            drawn = sample_negatives_of_period(touched, own, log, n_items, how_many, rng)
+            asked, log = (users[where], own.times[last[where]]), (own.items, own.times)
+            drawn = sample_negatives_of_period(touched, asked, log, n_items, how_many, rng)
         else:
             weights = popularity if options.negative_sampling == "popularity" else None
+            if cold.any():
+                weights = (cold == is_cold) * (1 if weights is None else weights)
             drawn = sample_negatives(touched, users[where], n_items, how_many, rng, weights)
         if (drawn < 0).any():
             raise InputError(

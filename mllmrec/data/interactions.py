@@ -18,7 +18,8 @@ class InteractionLog:
     """Interactions as columns of one length, sorted by user and time, ties in raw order.
 
     user_ids, item_ids: shorter ids first, then by the alphabet; user, item: integer codes into
-    them; time: integers of any one unit; first_row: of each user, its first row in the raw file.
+    them; time: integers of any one unit; first_row: of each user, its first row in the raw file;
+    has_times: False where the time is only a place in an order.
     """
 
     user_ids: Array
@@ -27,6 +28,7 @@ class InteractionLog:
     item: Array
     time: Array
     first_row: Array
+    has_times: bool = True
 
     @classmethod
     def from_ids(cls, users: Any, items: Any, times: Any) -> "InteractionLog":

@@ -171,6 +171,12 @@ def report(statistics: dict[str, Any], options: DataOptions) -> None:
         )
     if users := statistics.get("users_with_one_time"):
         logger.warning(f"{users:,} users have one time for all their items, so no known order")
+    if cold := statistics.get("cold_items"):
+        left_out = statistics["left_out_users"]
+        print(
+            f"{cold:,} cold items, which no training line has; {left_out:,} training users keep "
+            "fewer than two items and are left out"
+        )
     written = statistics["written_users"].items()
     print(", ".join(f"{count:,} {name}" for name, count in written) + " users written")
     if count := statistics["rejected_rows"]:

@@ -131,6 +131,7 @@ def open_preferences(
     if first is not None and "split" in first.ids:
         key = ("user_id", "split")
     job = Job.of(options, file_digests(options.model), SPEED_OPTIONS, stage=stage)
+    job = replace(job, wanted={user for user, own in histories.items() if own.is_wanted})
     return RowOutput(
         options.system_dir / "user_preferences.jsonl",
         key,
@@ -138,5 +139,4 @@ def open_preferences(
         job,
         options.retry_rejected,
         COUNTERS,
-        wanted={user for user, history in histories.items() if history.is_wanted},
     )

@@ -32,16 +32,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import (
-    Callable,
-    Container,
-    Generator,
-    Hashable,
-    Iterable,
-    Iterator,
-    Mapping,
-    Sequence,
-)
+from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -202,8 +193,8 @@ class RowOutput:
     path: X.jsonl; key: name of the id in each row, or a tuple of names; ids: all ids of the full
     job in output order (tuples if `key` is one), as a mapping with the `source` of each line, which
     the row gets (see `provenance`); job: a change since the rows were written is refused with an
-    InputError unless `overwrite` is set; job.limit > 0 asks for the first ids only, `wanted` for
-    these ids only, and a later run resumes; retry_rejected: try rejected rows again; counters: see
+    InputError unless `overwrite` is set; job.limit > 0 asks for the first ids only, job.wanted
+    for some, and a later run resumes; retry_rejected: try rejected rows again; counters: see
     SHORTENED.
 
     Lines whose `source` is another one are computed again, those whose id is gone are left out;
@@ -219,7 +210,6 @@ class RowOutput:
         job: Job,
         retry_rejected: bool = False,
         counters: Mapping[str, str] | None = None,
-        wanted: Container[RowId] | None = None,
     ) -> None:
         self.path, self.key, self.job = Path(path), key, job
         self.ids = list(ids)
@@ -227,8 +217,8 @@ class RowOutput:
         if len(set(self.ids)) < len(self.ids):
             raise InputError(f"{path} would hold an id twice; the input names one id in two lines")
         self.wanted = self.ids[: job.limit or None]
-        if wanted is not None:
-            self.wanted = [row_id for row_id in self.ids if row_id in wanted]
+        if job.wanted is not None:
+            self.wanted = [row_id for row_id in self.ids if row_id in job.wanted]
         self.rank, self.world = process_rank(), world_size()
         self.parts = self.path.with_name(self.path.name + ".parts")
         self.rejected_path = rejected_path(self.path)

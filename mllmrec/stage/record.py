@@ -11,7 +11,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -40,7 +40,8 @@ class Job:
 
     options: of the stage, for the record; settings: those that decide the content; inputs: digests
     of what is read, except where each line has a `source`; limit: number of rows that are wanted,
-    0 = all; stage: its name, since an output of another stage is never replaced.
+    0 = all; stage: its name, since an output of another stage is never replaced; wanted: ids of the
+    rows that are wanted, None: the first `limit`.
     """
 
     options: CommonOptions
@@ -48,6 +49,7 @@ class Job:
     inputs: Digests
     limit: int = 0
     stage: str = ""
+    wanted: Container[Any] | None = None
 
     @classmethod
     def of(

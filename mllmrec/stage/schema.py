@@ -36,6 +36,9 @@ class _User(TypedDict):
     negatives: list[Id]  # empty where only retrieval is measured
     split: Split
     fold: Annotated[int, Field(ge=0)] | None
+    times: NotRequired[list[int]]  # of the history's items, in the raw log's unit
+    target_time: NotRequired[int]
+    cold: NotRequired[bool]  # no training line has the target
 
 
 @with_config(_STRICT)
@@ -152,6 +155,11 @@ def _check_user(row: Row) -> Row:
         raise ValueError(f"the target {row['target']!r} is among the negatives")
     if len(set(negatives)) < len(negatives):
         raise ValueError(f"the negative {_repeated(negatives)!r} is listed twice")
+    if "times" in row and len(row["times"]) != len(row["history"]):
+        raise ValueError(
+            f"there are {len(row['history'])} items and {len(row['times'])} times, there must be "
+            "one of each"
+        )
     return row
 
 

@@ -80,7 +80,7 @@ def tokenizer_text() -> list[str]:
         prompts.RECOMMEND,
     )
     words = sorted({word for text in templates for word in text.split() if "{" not in word})
-    words += sorted({word for domain in DOMAINS.values() for word in domain.values()})
+    words += sorted({word for name in ("video", "product") for word in DOMAINS[name].values()})
     values = [value for attribute in world.ATTRIBUTES for value in world.VALUES[attribute]]
     words += [*values, *world.ADJECTIVES, *world.NOUNS, "Cover:", "Photo:", "[INST]", "[/INST]"]
     item = {"colour": "red", "shape": "star", "topic": "music"}
@@ -179,13 +179,13 @@ def new_llava(seed: int) -> tuple[LlavaNextForConditionalGeneration, LlavaNextPr
     return with_special_ids(LlavaNextForConditionalGeneration(config), tokenizer), processor
 
 
-def new_llama(seed: int) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
-    """(model, tokenizer) of a Llama with Llama 3's special tokens."""
+def new_llama(seed: int, **sizes: Any) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
+    """(model, tokenizer) of a Llama with Llama 3's special tokens. sizes: others than the usual."""
     torch.manual_seed(seed)
     extra = ["<|start_header_id|>", "<|end_header_id|>"]
     tokenizer = new_tokenizer("<|begin_of_text|>", "<|eot_id|>", "<|end_of_text|>", extra)
     tokenizer.chat_template = LLAMA_TEMPLATE
-    config = LlamaConfig(num_hidden_layers=4, **language_model(tokenizer))
+    config = LlamaConfig(**({"num_hidden_layers": 4} | language_model(tokenizer) | sizes))
     return with_special_ids(LlamaForCausalLM(config), tokenizer), tokenizer
 
 

@@ -1,25 +1,27 @@
-"""Trains the tiny Llama that MLLM4Rec's ranker starts from on the sample: to read lettered lists.
+"""Trains the tiny Llama that MLLM4Rec's ranker starts from on the sample: to count in lists.
 
-In: the tiny Llama of stage 3, `mllmrec/data/sample_world.py`. Out: a model folder (fp16
-safetensors, tokenizer, chat template).
+In: nothing but `mllmrec/data/sample_world.py`. Out: a model folder (fp16 safetensors, tokenizer,
+chat template).
 
     python scripts/tiny_models/train_list_llama.py --output Inference/tiny_models/list_llama
 
-A large model knows what a lettered list is; the tiny Llama of stage 3 has never seen a letter as an
-answer, and LoRA alone does not teach it that. So this one learns from other questions: which line
-has these values, which is most like one item, which has what some items have in common. The
-ranker's question, its roles and the order in time are not among them. Lists become longer as soon
-as those of one length are read well. The matrices of the layers are trained with Muon, which took
-a third of AdamW's steps here. One CPU core, about 45 minutes.
+A large model can compare lines of a list with what came before; a tiny one must learn that. The
+documents have numbered lines, then lists of lettered lines. Each lettered line has a mark from 0 to
+9: how often its colour, shape and topic occur above, newer lines more. The question is which line
+has the highest mark. At first most marks are shown, as a digit behind the line, later none is. The
+state of a line's last token after MARK_LAYER layers learns the mark, shown or not, so that the
+layers above can compare marks that nobody wrote (deep supervision: Lee et al., 2015). Lists and
+history become longer when the last ones are answered well. The ranker's question, its roles and its
+words are not among the documents. Matrices are trained with Muon. Two threads, about 50 minutes.
 """
 
-from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
+from build import new_llama
 from numpy.random import Generator
 from torch.nn.functional import cross_entropy
 from train_llava import train_and_save
@@ -27,88 +29,212 @@ from train_llava import train_and_save
 from mllmrec.data import sample_world as world
 from mllmrec.models.chat import ChatProcessor
 from mllmrec.models.loading import load_text
-from mllmrec.prompts.templates import Turn, assistant_turn, user_turn
+from mllmrec.prompts.templates import user_turn
 
-START = Path(__file__).parents[2] / "Inference/tiny_models/llama"
 Item = dict[str, str]
-Wanted = dict[str, dict[str, int]]  # attribute -> wanted value -> its weight
+SIZES = {
+    "hidden_size": 192,
+    "intermediate_size": 576,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 6,
+    "initializer_range": 0.065,
+}
+MARK_LAYER = 3  # its output holds the marks
+DECAY = 0.8  # weight of a line against the next newer one
 LETTERS = "ABCDEFGHIJKLMNOPQRSTU"
-# (questions of a batch, most lines of a list, most items of a question); the last as in the ranker.
-LEVELS = ((32, 4, 1), (24, 8, 4), (24, 14, 8), (24, 21, 14))
-GOOD, WINDOW = 0.72, 50  # share of right answers in that many steps that leads to the next level
+HEADS = (
+    "Log:",
+    "Seen before:",
+    "Notes so far:",
+    "Earlier lines:",
+    "History:",
+    "These came first, one after the other:",
+    "What was taken down:",
+)
+ASKS = (
+    "Lines:",
+    "New ones:",
+    "Which follow:",
+    "Offered:",
+    "Options:",
+    "And these are rated:",
+    "To compare:",
+)
+ENDS = (
+    "Which letter?",
+    "Letter of the best fit:",
+    "Which line fits the counts? Letter only.",
+    "Best line:",
+    "Answer with one letter.",
+)
+BULLETS = ("{}.", "{})", "({})", "{}:", "{} -")
+TITLES_ONLY = 0.1  # of the documents: without captions
+DOCUMENTS = 16  # in a batch
 MATRIX_RATE, RATE = 2e-3, 1e-3  # of Muon, and of AdamW for embeddings, LM head and norms
+WINDOW = 50  # steps over which right answers are counted
+
+
+@dataclass(frozen=True)
+class Level:
+    """What the documents of a part of the training are like.
+
+    most_history: lines above the lists; most_lines: of a list; lists: of a document; shown: share
+    of the lists with marks, half of these with some only; steps: without questions, just marks;
+    else the level ends when `good` of the last WINDOW steps' letters are right.
+    """
+
+    most_history: int
+    most_lines: int
+    lists: int
+    shown: float = 0.0
+    steps: int = 0
+    good: float = 0.6
 
 
 @dataclass(frozen=True)
 class Phase:
-    """tokens: of an answer that are learned, 1: the letter, 2: its end, too; rate: of the rates."""
+    """warm_up: first steps, in which the rates rise; decay: last steps, in which they fall."""
 
+    levels: tuple[Level, ...]
     steps: int
-    levels: tuple[tuple[int, int, int], ...]
-    tokens: int
-    rate: float
     warm_up: int
+    decay: int
 
 
-PHASES = (Phase(2400, LEVELS, 1, 1.0, 100), Phase(300, LEVELS[-1:], 2, 0.25, 20))
-TITLES_ONLY = 0.1  # of the questions: without captions
-AGREE = 0.7  # of the values of items that have something in common
+PHASES = (
+    Phase(
+        (
+            Level(4, 20, 1, shown=1.0, steps=150),
+            Level(8, 20, 1, shown=1.0, steps=350),
+            *(Level(6, 3, 5, shown / 10) for shown in (8, 6, 4, 2)),
+            Level(6, 3, 5, good=1.0),
+        ),
+        steps=1000,
+        warm_up=100,
+        decay=0,
+    ),
+    Phase(
+        (
+            Level(8, 5, 4, good=0.7),
+            Level(12, 5, 4, good=0.7),
+            Level(15, 5, 4, good=0.7),
+            Level(15, 10, 3, good=1.0),
+        ),
+        steps=1500,
+        warm_up=50,
+        decay=500,
+    ),
+)
 
 
-def random_item(rng: Generator, favourite: Item | None = None) -> Item:
-    """An item of the sample world; favourite: values that most of its own are set to."""
-    item = world.random_item(rng)
-    for attribute in world.ATTRIBUTES:
-        if favourite and rng.random() < AGREE:
-            item[attribute] = favourite[attribute]
-    return item | {"title": world.title_of(item["topic"], rng)}
+def history(rng: Generator, length: int) -> list[Item]:
+    """Items that have values of a favourite item, each of which may change in the middle."""
+    favourite = world.random_item(rng)
+    change = {
+        name: (int(rng.integers(length // 3, 2 * length // 3 + 1)), str(rng.choice(values)))
+        for name, values in world.VALUES.items()
+        if rng.random() < world.DRIFT_PROBABILITY
+    }
+    agree, items = rng.uniform(0.3, 0.95), []
+    for step in range(length):
+        favourite |= {name: value for name, (when, value) in change.items() if step == when}
+        item = world.random_item(rng)
+        for name in world.ATTRIBUTES:
+            if rng.random() < agree:
+                item[name] = favourite[name]
+        items.append(item | {"title": world.title_of(item["topic"], rng)})
+    return items
 
 
-def item_text(item: Item, with_caption: bool) -> str:
-    """An item as the ranker's lists show it on the sample (text_tokens 4)."""
-    caption = f": A {item['colour']} {item['shape']} on" if with_caption else ""
-    return item["title"] + caption
+def random_lines(rng: Generator, n: int, items: list[Item]) -> list[Item]:
+    """`n` items of a list, with some values from the history."""
+    lines, share = [], rng.choice([0.0, 0.3, 0.6])
+    for _ in range(n):
+        line = world.random_item(rng)
+        for name in world.ATTRIBUTES:
+            if rng.random() < share:
+                line[name] = items[int(rng.integers(len(items)))][name]
+        lines.append(line | {"title": world.title_of(line["topic"], rng)})
+    return lines
 
 
-def random_query(rng: Generator, most_items: int, with_caption: bool) -> tuple[str, Wanted]:
-    """(text that says what is wanted, {attribute: {wanted value: its weight}})."""
-    attributes = world.ATTRIBUTES if with_caption else ("topic",)
-    favourite, kind = world.random_item(rng), rng.random()
-    if kind < 0.4 or (most_items == 1 and kind < 0.7):
-        chosen = rng.permutation(attributes)[: int(rng.integers(1, len(attributes) + 1))]
-        values = [favourite[attribute] for attribute in chosen]
-        wanted = {str(a): {value: 1} for a, value in zip(chosen, values, strict=True)}
-        return f"Wanted: {', '.join(values)}.", wanted
-    if kind < 0.55 or most_items == 1:
-        item = random_item(rng)
-        wanted = {attribute: {item[attribute]: 1} for attribute in attributes}
-        return f"Like this one: {item_text(item, with_caption)}", wanted
-    items = [random_item(rng, favourite) for _ in range(int(rng.integers(2, most_items + 1)))]
-    lines = [f"{n}. {item_text(item, with_caption)}" for n, item in enumerate(items, start=1)]
-    wanted = {attribute: Counter(item[attribute] for item in items) for attribute in attributes}
-    return "In common:\n" + "\n".join(lines), wanted
+class Document:
+    """A document's token ids, and places whose next token is learned: (place, token id).
+
+    marks: at the last token of each lettered line; letters: at the end of each question; ends:
+    behind each letter.
+    """
+
+    def __init__(self, writer: "Writer", rng: Generator, level: Level) -> None:
+        self.ids: list[int] = []
+        self.marks: list[tuple[int, int]] = []
+        self.letters: list[tuple[int, int]] = []
+        self.ends: list[tuple[int, int]] = []
+        self.writer, self.rng, self.level = writer, rng, level
+        most = level.most_history
+        self.with_caption = rng.random() >= TITLES_ONLY
+        self.items = history(rng, int(rng.integers(max(2, most // 2), most + 1)))
+        self.ids += [*writer.start, *writer.user, *writer.tokens(_choice(rng, HEADS) + "\n")]
+        bullet = _choice(rng, BULLETS)
+        for number, item in enumerate(self.items, start=1):
+            self.ids += writer.tokens(bullet.format(number)) + writer.line(item, self.with_caption)
+            self.ids += writer.tokens("\n")
+        for number in range(level.lists):
+            self.add_list(number)
+
+    def add_list(self, number: int) -> None:
+        """Lettered lines with their marks, and the question."""
+        rng, level, writer = self.rng, self.level, self.writer
+        self.ids += writer.user if number else []
+        n = level.most_lines if level.steps else int(rng.integers(2, level.most_lines + 1))
+        names = world.ATTRIBUTES if self.with_caption else ("topic",)
+        while True:
+            lines = random_lines(rng, n, self.items)
+            counts = world.counted_scores(self.items, lines, names, DECAY) / len(names)
+            second, first = np.sort(counts)[-2:]
+            if level.steps or first > second + 0.02:
+                break
+        bullet, shown = _choice(rng, BULLETS), level.shown
+        visible = 1.0
+        if not level.steps:
+            visible = rng.choice([0, 0.5, 1.0], p=[1 - shown, shown / 2, shown / 2])
+        self.ids += writer.tokens(_choice(rng, ASKS) + "\n")
+        for letter, line, count in zip(LETTERS, lines, counts, strict=False):
+            self.ids += writer.tokens(bullet.format(letter)) + writer.line(line, self.with_caption)
+            mark = writer.digits[min(int(count * 10), 9)]
+            self.marks.append((len(self.ids) - 1, mark))
+            self.ids += [mark] if rng.random() < visible else []
+            self.ids += writer.tokens("\n")
+        if not level.steps:
+            self.ids += writer.tokens(_choice(rng, ENDS)) + writer.answer
+            [letter] = writer.tokens(LETTERS[int(np.argmax(counts))])
+            self.letters.append((len(self.ids) - 1, letter))
+            self.ends.append((len(self.ids), writer.end))
+            self.ids += [letter, writer.end]
 
 
-def random_turns(rng: Generator, most_lines: int, most_items: int) -> tuple[Turn, Turn]:
-    """(user turn, assistant turn): a question about a list in which one line fits best."""
-    with_caption = rng.random() >= TITLES_ONLY
-    while True:
-        query, wanted = random_query(rng, most_items, with_caption)
-        lines = [random_item(rng) for _ in range(int(rng.integers(2, most_lines + 1)))]
-        best = lines[int(rng.integers(len(lines)))]
-        for attribute, weights in wanted.items():
-            if rng.random() < 0.9:
-                best[attribute] = max(weights, key=weights.__getitem__)
-        best["title"] = world.title_of(best["topic"], rng)
-        fits = [sum(weights.get(line[a], 0) for a, weights in wanted.items()) for line in lines]
-        if fits.count(max(fits)) == 1:
-            break
-    listed = (
-        f"{letter}. {item_text(line, with_caption)}"
-        for letter, line in zip(LETTERS, lines, strict=False)
-    )
-    question = f"{query}\nLines:\n" + "\n".join(listed) + "\nWhich line? Letter only."
-    return user_turn(question), assistant_turn(LETTERS[int(np.argmax(fits))])
+class Writer:
+    """Pieces of documents as token ids, by one tokenizer."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokens = lru_cache(None)(
+            lambda text: tokenizer(text, add_special_tokens=False).input_ids
+        )
+        lead, self.answer = map(
+            self.tokens, ChatProcessor(tokenizer).render([user_turn("@@")]).split("@@")
+        )
+        self.start, self.user, self.end = lead[:1], lead[1:], tokenizer.eos_token_id
+        self.digits = [self.tokens(str(digit))[0] for digit in range(10)]
+
+    def line(self, item: Item, with_caption: bool) -> list[int]:
+        """An item as the ranker's lists show it on the sample (text_tokens 4)."""
+        caption = self.tokens(f": A {item['colour']} {item['shape']} on") if with_caption else []
+        return self.tokens(" " + item["title"]) + caption
+
+
+def _choice(rng: Generator, texts: tuple[str, ...]) -> str:
+    return texts[int(rng.integers(len(texts)))]
 
 
 def new_optimizers(model: Any) -> list[torch.optim.Optimizer]:
@@ -116,71 +242,103 @@ def new_optimizers(model: Any) -> list[torch.optim.Optimizer]:
     named = dict(sorted(model.named_parameters()))
     matrices = {name for name, p in named.items() if p.ndim == 2 and ".layers." in name}
     inner = [p for name, p in named.items() if name in matrices]
-    outer = [p for name, p in model.named_parameters() if name not in matrices]
+    outer = [p for name, p in named.items() if name not in matrices]
     return [
         torch.optim.Muon(inner, lr=MATRIX_RATE, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(outer, lr=RATE, weight_decay=0.01),
     ]
 
 
-def answer_logits(
-    model: Any, chat: ChatProcessor, turns: list[tuple[Turn, Turn]], tokens: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(logits (rows, tokens, vocabulary), ids (rows, tokens)) of each answer's first tokens."""
-    texts = [chat.render(list(both), add_generation_prompt=False) for both in turns]
-    batch = chat.encode(texts, side="right")
-    starts = torch.tensor([chat.count(chat.render([user])) for user, _ in turns])
-    places = starts[:, None] + torch.arange(tokens)
-    rows = torch.arange(len(turns))[:, None]
-    # The LM head is needed at these places only.
-    states = model.model(**batch).last_hidden_state[rows, places - 1]
-    return model.lm_head(states), batch["input_ids"][rows, places]
+class Learner:
+    """A model with the losses of the documents."""
+
+    def __init__(self, model: Any, writer: Writer) -> None:
+        self.model, self.writer, self.state = model, writer, torch.empty(0)
+        self.layers = model.model.layers
+
+        def keep(module: Any, given: Any, output: Any) -> None:
+            self.state = output[0] if isinstance(output, tuple) else output
+
+        self.hook = self.layers[MARK_LAYER - 1].register_forward_hook(keep)
+
+    def losses(self, documents: list[Document]) -> tuple[torch.Tensor, float, float]:
+        """(loss, share of right marks, share of right letters)."""
+        length, pad = max(len(d.ids) for d in documents), self.model.config.pad_token_id
+        ids = torch.tensor([d.ids + [pad] * (length - len(d.ids)) for d in documents])
+        inner = self.model.model
+        only_marks = not documents[0].letters
+        inner.layers = self.layers[:MARK_LAYER] if only_marks else self.layers
+        inner.config.num_hidden_layers = len(inner.layers)
+        state = inner(input_ids=ids, use_cache=False).last_hidden_state
+        inner.layers, inner.config.num_hidden_layers = self.layers, len(self.layers)
+        loss, right_marks = self.loss(inner.norm(self.state), [d.marks for d in documents])
+        if only_marks:
+            return loss, right_marks, 0.0
+        letter_loss, right = self.loss(state, [d.letters for d in documents])
+        end_loss, _ = self.loss(state, [d.ends for d in documents])
+        return 0.5 * loss + letter_loss + 0.05 * end_loss, right_marks, right
+
+    def loss(
+        self, states: torch.Tensor, learned: list[list[tuple[int, int]]]
+    ) -> tuple[torch.Tensor, float]:
+        """(cross-entropy at the places, share that is right). learned: of each document."""
+        flat = [(row, *pair) for row, pairs in enumerate(learned) for pair in pairs]
+        rows, places, tokens = (torch.tensor(part) for part in zip(*flat, strict=True))
+        logits = self.model.lm_head(states[rows, places])
+        right = (logits.argmax(-1) == tokens).float().mean().item()
+        return cross_entropy(logits, tokens), right
 
 
-def train(model: Any, chat: ChatProcessor, rng: Generator, phase: Phase) -> None:
+def train(model: Any, tokenizer: Any, rng: Generator, phase: Phase) -> None:
     """Train on the phase's levels, in place."""
-    optimizers = new_optimizers(model)
+    optimizers, writer = new_optimizers(model), Writer(tokenizer)
+    learner = Learner(model.train(), writer)
 
     def rate(step: int) -> float:
-        return phase.rate * min((step + 1) / phase.warm_up, max(0.05, 1 - step / phase.steps))
+        left = (phase.steps - step) / phase.decay if phase.decay else 1.0
+        return min((step + 1) / phase.warm_up, 1.0, max(left, 0.03))
 
     schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, rate) for optimizer in optimizers]
-    model.train()
-    level, right = 0, []
+    levels, right = list(phase.levels), list[float]()
     for step in range(1, phase.steps + 1):
-        size, most_lines, most_items = phase.levels[level]
-        turns = [random_turns(rng, most_lines, most_items) for _ in range(size)]
-        logits, ids = answer_logits(model, chat, turns, phase.tokens)
-        cross_entropy(logits.flatten(0, 1), ids.flatten()).backward()
+        documents = [Document(writer, rng, levels[0]) for _ in range(DOCUMENTS)]
+        loss, marks, letters = learner.losses(documents)
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer, schedule in zip(optimizers, schedules, strict=True):
             optimizer.step()
             schedule.step()
         model.zero_grad()
-        right.append((logits[:, 0].argmax(-1) == ids[:, 0]).float().mean().item())
-        if step % 50 == 0:
-            share = np.mean(right[-WINDOW:])
-            print(f"up to {most_lines} lines: step {step}, {share:.2f} right", flush=True)
-        good = len(right) >= WINDOW and np.mean(right[-WINDOW:]) > GOOD
-        if good and level + 1 < len(phase.levels):
-            level, right = level + 1, []
+        right.append(letters)
+        share = float(np.mean(right[-WINDOW:]))
+        if step % WINDOW == 0:
+            print(f"step {step}, {levels[0]}: marks {marks:.2f}, letters {share:.2f}", flush=True)
+        ends = len(right) == levels[0].steps
+        if not levels[0].steps:
+            ends = step % WINDOW == 0 and len(right) >= WINDOW and share > levels[0].good
+        if ends and len(levels) > 1:
+            levels, right = levels[1:], []
+    learner.hook.remove()
     model.eval()
 
 
-def trained(seed: int = 0, start: str = str(START)) -> tuple[Any, Any]:
-    """(model, tokenizer) after the training. start: folder of the tiny Llama of stage 3."""
-    torch.set_num_threads(1)  # so that the result does not depend on the number of cores
-    model, tokenizer = load_text(start)
-    chat = ChatProcessor(tokenizer)
-    for number, phase in enumerate(PHASES):
-        train(model, chat, np.random.default_rng([seed, 3 + number]), phase)
+def trained(seed: int = 0, first: str = "1", start: str = "") -> tuple[Any, Any]:
+    """(model, tokenizer) after the training.
+
+    first: number of the first phase, to go on from the folder `start` of the one before.
+    """
+    torch.set_num_threads(2)  # so that the result does not depend on the number of cores
+    model, tokenizer = load_text(start) if start else new_llama(seed, **SIZES)
+    for number in range(int(first), len(PHASES) + 1):
+        rng = np.random.default_rng(seed * 1000 + number)
+        train(model, tokenizer, rng, PHASES[number - 1])
         model.half().float()  # as it is saved: a phase can also go on from a folder
     return model, tokenizer
 
 
 def main(argv: list[str] | None = None) -> None:
     """Train the model and save it."""
-    train_and_save(trained, __doc__, argv, start=str(START))
+    train_and_save(trained, __doc__, argv, first="1", start="")
 
 
 if __name__ == "__main__":
