@@ -64,7 +64,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if sampling and not has_log:
             continue
         path = options.system_dir / variant / "scores.jsonl"
-        with WholeOutput(job, [path]) as output:
+        validation = [] if sampling else [path.with_name("validation_scores.jsonl")]
+        with WholeOutput(job, [path, *validation]) as output:
             if output.is_needed:
                 drawn = users
                 if sampling:
@@ -72,6 +73,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 rows = popularity_scores(drawn)
                 output.begin()
                 write_rows(path, rows)
+                for other in validation:
+                    write_rows(other, popularity_scores(users, "validation"))
                 lists = {"lists": "redrawn"} if sampling else {}
                 output.finish({"out": len(rows)}, **lists)
                 print(f"wrote {path}: {len(rows):,} scores")

@@ -11,6 +11,7 @@ Out: {output_dir}/{system}/{variant}/scores.jsonl   user_id, item_id, label, sco
     python MLLM-MSR/test/test_with_llava_sft.py --config configs/microlens.yaml
     python MLLM-MSR/test/test_with_llava_sft.py --config configs/microlens.yaml --adapter none
 
+`--split validation` scores validation.jsonl instead, to {variant}/validation_scores.jsonl.
 `--adapter none` is the paper's LLaVA without SFT. `--hide nothing image preference` also scores
 with gray images and with empty preferences: what each contributes. An interrupted run resumes.
 Sample: 10,164 rows in about 12 seconds on 2 CPU cores. LLaVA-v1.6-Mistral-7B: a GPU; its weights
@@ -46,7 +47,15 @@ from mllmrec.stage.record import Digests, Job, file_digests
 from mllmrec.stage.schema import Row
 
 SECTION = "score"
-SPEED_OPTIONS = ("batch_tokens", "reuse_prefix", "adapter", "variant", "hide", "allow_other")
+SPEED_OPTIONS = (
+    "batch_tokens",
+    "reuse_prefix",
+    "adapter",
+    "variant",
+    "hide",
+    "allow_other",
+    "split",
+)
 
 
 @dataclass
@@ -59,6 +68,9 @@ class Options(RankerOptions):
         "name of the row in metrics.json; default: sft, or zero_shot without adapter, after the "
         "name of a --system other than mllm_msr, followed by _no_image or _no_preference",
         pattern=r"^[\w-]*$",
+    )
+    split: Literal["test", "validation"] = option(
+        "test", "users that are scored; validation: to validation_scores.jsonl, for the fusion"
     )
     hide: list[Literal["nothing", "image", "preference"]] = option(
         ["nothing"],
@@ -122,7 +134,8 @@ def open_outputs(rows: list[Row], inputs: Digests, options: Options) -> dict[str
     limit = len(first_users(rows, options.limit))  # --limit counts users
     outputs: dict[str, RowOutput] = {}
     for hidden in dict.fromkeys(options.hide):
-        path = options.system_dir / variant_name(options, hidden) / "scores.jsonl"
+        name = "scores.jsonl" if options.split == "test" else "validation_scores.jsonl"
+        path = options.system_dir / variant_name(options, hidden) / name
         job = Job.of(options, inputs, SPEED_OPTIONS, stage=SECTION, hidden=hidden)
         job = replace(job, limit=limit)
         sources = {
@@ -138,12 +151,12 @@ def open_outputs(rows: list[Row], inputs: Digests, options: Options) -> dict[str
 def main(argv: Sequence[str] | None = None) -> None:
     options = parse_options(Options, SECTION, argv, __doc__)
     print_options(options, "stage 6, scoring")
-    folder, test_path = options.system_dir, options.system_dir / "test.jsonl"
+    folder, test_path = options.system_dir, options.system_dir / f"{options.split}.jsonl"
     rows = read_rows(test_path)
     if len({(row["user_id"], row["item_id"]) for row in rows}) != len(rows):
         raise InputError(f"{test_path} has a row twice; make it again with scripts/04_datasets.sh")
     check_row_images(rows, test_path, options)
-    check_rows_source(rows, test_path, "test", options)
+    check_rows_source(rows, test_path, options.split, options)
     # Imported here, so that --help and a missing input are answered at once.
     from mllmrec.models.adapters import check_adapter, check_use, load_adapter
     from mllmrec.ranking.reader import load_ranker

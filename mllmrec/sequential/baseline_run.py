@@ -48,8 +48,10 @@ def run_baseline(name: str, new_model: NewModel, options: Any) -> None:
     digests = file_digests(*inputs) | image_inputs(items_path, options)
     job = Job.of(options, digests, ignore=("threads",), stage=name)
     default = name if options.control == "none" else f"{name}_{options.control}"
-    path = options.system_dir / (options.variant or default) / "scores.jsonl"
-    with WholeOutput(job, [path], takes_long=True) as output:
+    folder = options.system_dir / (options.variant or default)
+    paths = {"test": folder / "scores.jsonl", "validation": folder / "validation_scores.jsonl"}
+    path = paths["test"]
+    with WholeOutput(job, list(paths.values()), takes_long=True) as output:
         if not output.is_needed:
             return
         if options.threads:
@@ -73,8 +75,10 @@ def run_baseline(name: str, new_model: NewModel, options: Any) -> None:
         started, lists = time.monotonic(), data.candidate_lists(users, "test")
         rows = scored_rows(users, lists, score_candidates(found.model, lists, options))
         scoring_seconds = round(time.monotonic() - started, 3)
+        scores = score_candidates(found.model, validation, options)
         output.begin()
         write_rows(path, rows)
+        write_rows(paths["validation"], scored_rows(users, validation, scores, "validation"))
         counts = {"training_users": len(data.training), "out": len(rows)}
         best = int(found.best["epoch"])
         output.finish(
@@ -121,9 +125,11 @@ def with_other_histories(users: list[Row]) -> list[Row]:
     return [{**user, "history": next(others)} if is_test(user) else user for user in users]
 
 
-def scored_rows(users: list[Row], lists: CandidateNumbers, scores: list[list[float]]) -> list[Row]:
-    """Lines of scores.jsonl. scores: of each test user's candidates, in the order of `lists`."""
-    tested = users_of_split(users, "test")
+def scored_rows(
+    users: list[Row], lists: CandidateNumbers, scores: list[list[float]], split: str = "test"
+) -> list[Row]:
+    """Lines of scores.jsonl. scores: of each user's candidates, in the order of `lists`."""
+    tested = users_of_split(users, split)
     return [
         score_row(user_id, item, label, score)
         for user, user_id, own in zip(tested, lists.users, scores, strict=True)

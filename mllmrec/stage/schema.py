@@ -248,6 +248,7 @@ SCHEMAS = {
         Annotated[_Candidates, AfterValidator(_check_candidates)], "MLLM4Rec/train_retriever.py"
     ),
     "scores.jsonl": FileSchema.of(_Score, "scripts/06_score.sh"),
+    "validation_scores.jsonl": FileSchema.of(_Score, "scripts/06_score.sh"),
 }
 REJECTED = FileSchema.of(_Rejected, "the script that wrote it")
 
