@@ -1,9 +1,12 @@
-"""Rows made from scores: the fusion of several rows, and another library's scores."""
+"""Rows made from scores (fusion, other libraries), and the data set in their forms."""
 
 import json
+import shutil
 
 import numpy as np
+import pandas as pd
 import pytest
+from conftest import TINY
 
 from mllmrec.data.candidates import candidates, users_of_split
 from mllmrec.evaluation.metrics import evaluate
@@ -163,3 +166,85 @@ def test_scores_of_validation_users_come_from_the_same_stages(small_run, tmp_pat
     for name in ("sasrec", "popularity"):
         rows = read_rows(tmp_path / f"baselines/{name}/validation_scores.jsonl")
         assert [(row["user_id"], row["item_id"], row["label"]) for row in rows] == wanted
+
+
+EXPORT = "MLLM-MSR/baselines/export_interactions.py"
+
+
+def test_recbole_gets_each_learned_item_with_those_before_it(small_run, tmp_path):
+    shutil.copytree(small_run.folder, tmp_path / "d", ignore=shutil.ignore_patterns("mllm_msr"))
+    words = ["--data_dir", str(tmp_path / "d"), "--output_dir", str(tmp_path)]
+    load_script(EXPORT).main(["--config", str(small_run.config), *words])
+    folder = tmp_path / "d/export/recbole/mllmrec"
+    tables = {
+        path.name.removeprefix("mllmrec."): pd.read_csv(path, sep="\t", dtype=str)
+        for path in folder.iterdir()
+    }
+    users = read_rows(tmp_path / "d/users.jsonl")
+    for split, name in (("train", "train"), ("validation", "valid"), ("test", "test")):
+        own = users_of_split(users, split)
+        table = tables[f"{name}.inter"]
+        lines = dict(tuple(table.groupby("user_id:token", sort=False)))
+        assert list(lines) == [user["user_id"] for user in own]
+        for user in own:
+            found = lines[user["user_id"]]
+            items = [*user["history"], user["target"]]
+            first = 1 if split == "train" else len(items) - 1
+            assert found["item_id:token"].tolist() == items[first:]
+            before = [" ".join(items[:n]) for n in range(first, len(items))]
+            assert found["item_id_list:token_seq"].tolist() == before
+    listed = tables["candidates.tsv"]
+    wanted = [
+        (user["split"], user["user_id"], item, str(label))
+        for user in users
+        if user["split"] != "train"
+        for item, label in candidates(user)
+    ]
+    assert list(listed.itertuples(index=False, name=None)) == wanted
+    items = read_rows(tmp_path / "d/items.jsonl")
+    assert tables["item"]["title:token_seq"].tolist() == [item["title"] for item in items]
+
+
+def test_mmrec_gets_numbers_features_and_the_split(small_run, tmp_path):
+    shutil.copytree(small_run.folder, tmp_path / "d", ignore=shutil.ignore_patterns("mllm_msr"))
+    words = ["--data_dir", str(tmp_path / "d"), "--output_dir", str(tmp_path), "--format", "mmrec"]
+    words += ["--image_roots", str(tmp_path), "--image_encoder", str(TINY / "llava")]
+    load_script(EXPORT).main(["--config", str(small_run.config), *words])
+    folder = tmp_path / "d/export/mmrec/mllmrec"
+    table = pd.read_csv(folder / "mllmrec.inter", sep="\t")
+    users, items = (read_rows(tmp_path / f"d/{name}.jsonl") for name in ("users", "items"))
+    ids = [item["item_id"] for item in items]
+    for number, user in enumerate(users):
+        own = table[table["userID"] == number]
+        assert [ids[n] for n in own["itemID"]] == [*user["history"], user["target"]]
+        label = {"train": 0, "validation": 1, "test": 2}[user["split"]]
+        assert own["x_label"].tolist() == [0] * len(user["history"]) + [label]
+    for name, width in (("text", 384), ("image", 96)):
+        assert np.load(folder / f"{name}_feat.npy").shape == (len(items), width)
+    mapping = pd.read_csv(folder / "i_id_mapping.csv", sep="\t", dtype=str)
+    assert mapping["item_id"].tolist() == ids
+
+
+def test_a_leave_one_out_split_is_exported_as_whole_lists(tmp_path):
+    lines = []
+    for user, items in (("a", "pqrs"), ("b", "qpsrt")):
+        for split, end in (("train", -3), ("validation", -2), ("test", -1)):
+            whole = items[: len(items) + end + 1]
+            row = {"user_id": user, "history": list(whole[:-1]), "target": whole[-1]}
+            row |= {"negatives": [], "split": split, "fold": None}
+            times = [100 + ord(item) for item in whole]
+            lines.append(row | {"times": times[:-1], "target_time": times[-1]})
+    write_rows(tmp_path / "users.jsonl", lines)
+    items = [{"item_id": i, "title": f"clip\t{i}", "image": None} for i in "pqrst"]
+    write_rows(tmp_path / "items.jsonl", items)
+    words = ["--config", "configs/sample.yaml", "--data_dir", str(tmp_path)]
+    for name in ("recbole", "mmrec"):
+        load_script(EXPORT).main([*words, "--format", name])
+    table = pd.read_csv(tmp_path / "export/recbole/mllmrec/mllmrec.inter", sep="\t")
+    assert table["item_id:token"].tolist() == list("pqrsqpsrt")
+    assert table["timestamp:float"].tolist()[:4] == [212, 213, 214, 215]
+    titles = pd.read_csv(tmp_path / "export/recbole/mllmrec/mllmrec.item", sep="\t")
+    assert titles["title:token_seq"].tolist()[0] == "clip p"
+    table = pd.read_csv(tmp_path / "export/mmrec/mllmrec/mllmrec.inter", sep="\t")
+    assert table["x_label"].tolist() == [0, 0, 1, 2, 0, 0, 0, 1, 2]
+    assert not (tmp_path / "export/mmrec/mllmrec/image_feat.npy").exists()

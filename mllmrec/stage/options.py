@@ -42,7 +42,7 @@ ROOT = Path(__file__).parents[2]
 SECTIONS = (
     *("common", "data", "download", "image_summary", "preference", "datasets", "train", "merge"),
     *("score", "popularity", "title_history", "gru4rec", "sasrec", "metrics", "report"),
-    *("retriever", "ranker", "fusion", "external"),
+    *("retriever", "ranker", "fusion", "external", "export"),
 )
 NOT_SECTIONS = ("dataset", "base")  # top-level keys that are no sections
 MOST_BASES = 10  # configs that build on each other
