@@ -73,6 +73,22 @@ def test_a_difference_that_changes_sign_between_seeds_is_not_real():
     assert not found.is_real
 
 
+def test_retrieved_lists_of_two_variants_are_compared_user_by_user():
+    """The lists differ in items and length, and some lack the target; the users are the same."""
+    rows = rows_of([[3, 2, 1], [1, 2, 3], [0, 5, 4]])
+    short = [row for row in rows if (row["user_id"], row["item_id"]) != ("u2", "i0")]
+    long = [row | {"item_id": f"x{row['item_id']}"} for row in rows_of([[3, 2, 1, 0, -1]] * 3)]
+    pair = [Scored.of(rows, retrieved=True) for rows in (long, short)]
+    found = paired_differences([tuple(pair)], resamples=50)
+    assert "auc" not in found and "auc_per_user" not in found
+    means = [evaluate(rows, resamples=1, retrieved=True) for rows in (long, short)]
+    assert found["hr@3"].value == pytest.approx(means[0]["hr@3"] - means[1]["hr@3"]) > 0
+    assert found["ndcg@3"].value == pytest.approx(means[0]["ndcg@3"] - means[1]["ndcg@3"])
+    fewer = Scored.of([row for row in long if row["user_id"] != "u0"], retrieved=True)
+    with pytest.raises(InputError, match="did not score the same candidates"):
+        paired_differences([(pair[1], fewer)], resamples=50)
+
+
 def with_logits(scores, logits):
     """Lines of one user, ranked by (logit of No, logit of Yes); `scores` are the p(yes)."""
     both = [{"logits": {"No": float(no), "Yes": float(yes)}} for no, yes in logits]

@@ -45,16 +45,22 @@ class Difference:
 
 @dataclass(frozen=True)
 class Scored:
-    """The scores of one variant, and which candidates they are about."""
+    """The scores of one variant, and what must be the same in another one to compare it."""
 
     lists: CandidateLists
-    candidates: frozenset[tuple[str, str, int]]
+    same: frozenset[tuple[Any, ...]]
 
     @classmethod
-    def of(cls, rows: Sequence[Row], where: PathLike = "scores.jsonl") -> "Scored":
-        """From lines of scores.jsonl; where: the file, for messages."""
-        candidates = frozenset((row["user_id"], row["item_id"], row["label"]) for row in rows)
-        return cls(CandidateLists.of(rows, where), candidates)
+    def of(
+        cls, rows: Sequence[Row], where: PathLike = "scores.jsonl", retrieved: bool = False
+    ) -> "Scored":
+        """From lines of scores.jsonl; where: the file, for messages.
+
+        retrieved: each variant has lists of its own, of the same users.
+        """
+        names = ("user_id",) if retrieved else ("user_id", "item_id", "label")
+        same = frozenset(tuple(row[name] for name in names) for row in rows)
+        return cls(CandidateLists.of(rows, where, retrieved), same)
 
 
 def paired_differences(
@@ -62,13 +68,13 @@ def paired_differences(
 ) -> dict[str, Difference]:
     """metric -> difference of the first variant minus the second; metrics as in `evaluate`.
 
-    pairs: the two variants of each seed. Raises InputError if they are not about the same
-    candidates, or for a single resample, which has no interval.
+    pairs: the two variants of each seed; of retrieved lists there is no AUC. Raises InputError if
+    they are not about the same candidates, or for a single resample, which has no interval.
     """
     if resamples < 2:
         raise InputError(f"an interval needs at least 2 resamples, not {resamples}")
     for a, b in pairs:
-        if a.candidates != b.candidates:
+        if a.same != b.same:
             raise InputError(
                 "the two variants did not score the same candidates, so they cannot be compared "
                 "user by user; make both from one users.jsonl"
@@ -100,8 +106,12 @@ def _resamples(lists: CandidateLists, resamples: int, rng: np.random.Generator) 
 
 def _differences(a: CandidateLists, b: CandidateLists, weights: Array) -> dict[str, Array]:
     """metric -> its difference for each row of `weights`, which says how often a user counts."""
+    first, second = per_user(a), per_user(b)
+    if a.retrieved:
+        del first["auc_per_user"]
+    means = {name: weights @ (first[name] - second[name]) / weights.sum(1) for name in first}
+    if a.retrieved:
+        return means
     pooled = PooledAuc(a), PooledAuc(b)
     auc = np.array([[side.weighted(weight) for weight in weights] for side in pooled])
-    first, second = per_user(a), per_user(b)
-    means = {name: weights @ (first[name] - second[name]) / weights.sum(1) for name in first}
     return {"auc": auc[0] - auc[1], **means}

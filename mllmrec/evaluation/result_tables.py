@@ -145,7 +145,7 @@ def difference_rows(
         return "", rows
     scored = {name: Scored.of(read_rows(path), path) for name, path in scores.items()}
     for name, own in scored.items():
-        if name != reference and own.candidates == scored[reference].candidates:
+        if name != reference and own.same == scored[reference].same:
             found = paired_differences([(own, scored[reference])], resamples)
             cells = [{**asdict(found[m]), "is_real": found[m].is_real} for m in SHOWN]
             rows.append((name, [difference_cell(cell) for cell in cells]))

@@ -147,8 +147,7 @@ def measure(
         folders = [run.folder for run in own]
         paths = [folder / row.scores / "scores.jsonl" for folder in folders]
         files = [(read_rows(path), path) for path in paths]
-        if not table.retrieved:
-            scored[key] = [Scored.of(*file) for file in files]
+        scored[key] = [Scored.of(*file, retrieved=table.retrieved) for file in files]
         per_seed = [evaluate(*file, retrieved=table.retrieved) for file in files]
         records = [read_record(path) or {} for path in paths]
         report[key] = {

@@ -18,6 +18,7 @@ from mllmrec.stage.jsonl import atomic_file, write_json
 
 RETRIEVED = ("hr@5", "ndcg@5", "mrr@5", "hr@10", "ndcg@10", "mrr@10")  # hr = recall
 COMPARED = ("auc", "hr@5")  # metrics whose differences are in the table
+COMPARED_RETRIEVED = ("hr@5", "ndcg@5")  # of retrieved lists
 COSTS = {
     "requests": "requests",
     "prompt": "prompt tokens",
@@ -42,16 +43,17 @@ def write_files(path: Path, report: Report, text: str, lines: list[list[str]]) -
 def table_lines(report: Report) -> list[list[str]]:
     """The table as lists of cells, the header first; rows that were not run say so."""
     shown = report.get("columns", SHOWN)
+    compared = COMPARED if "auc" in shown else COMPARED_RETRIEVED
     header = ["row", *(name.upper() for name in shown)]
-    header += [f"difference in {name.upper()}" for name in COMPARED] + ["compared with"]
+    header += [f"difference in {name.upper()}" for name in compared] + ["compared with"]
     lines = [header]
     for row in report["rows"].values():
         differences = row.get("differences", {})
         cells = [metric_cell(row["metrics"], name) for name in shown]
-        cells += [difference_cell(differences[n]) if differences else "" for n in COMPARED]
+        cells += [difference_cell(differences[n]) if differences else "" for n in compared]
         lines.append([row["label"], *cells, row.get("against", "")])
     for label in report["not_run"].values():
-        lines.append([label, *["not run"] * len(shown), *[""] * (len(COMPARED) + 1)])
+        lines.append([label, *["not run"] * len(shown), *[""] * (len(compared) + 1)])
     if not any("differences" in row for row in report["rows"].values()):
         lines = [line[: len(shown) + 1] for line in lines]
     return lines
