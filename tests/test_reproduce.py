@@ -177,7 +177,7 @@ def test_statistics_of_data_that_are_there_and_not_run_where_they_are_not(tmp_pa
 def test_a_wrong_command_is_refused(tmp_path):
     for words, says in (
         (("table3", "--rows", "sasrek"), "there is no row 'sasrek'; choose from popularity"),
-        (("tabel3",), "there is no table 'tabel3'; choose one of: controls, deviations"),
+        (("tabel3",), "there is no table 'tabel3'; choose one of: cold, controls"),
     ):
         done = reproduce(tmp_path, *words)
         assert (done.returncode, done.stdout) == (1, "") and says in done.stderr

@@ -13,16 +13,20 @@ from hypothesis import strategies as st
 
 from mllmrec.data import columns
 from mllmrec.data.candidates import (
+    candidates,
+    cold_users,
     item_popularity,
     popularity_scores,
     read_touched,
     read_users,
     redraw_negatives,
+    score_row,
 )
 from mllmrec.data.data_split import SPLITS, SplitOptions, prepare
 from mllmrec.data.interactions import InteractionLog, k_core, sample_negatives, split_users
 from mllmrec.data.loader import write_data_set
 from mllmrec.data.raw_log import NO_TIME
+from mllmrec.evaluation.metrics import evaluate, evaluate_groups, of_group
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import encode, read_rows, write_rows
 from mllmrec.stage.options import parse_options
@@ -260,6 +264,35 @@ def test_no_training_line_has_a_cold_item_and_lists_are_all_cold_or_all_known():
     for more in wrong:
         with pytest.raises(InputError, match="--cold_items needs"):
             prepared(rows, cold_items=0.3, **options, **more)
+
+
+def test_being_known_from_training_tells_nothing_within_a_list(tmp_path):
+    """The rule `was it in training` has AUC .5 for known and for new targets; so has chance."""
+    rng = np.random.default_rng(3)
+    orders = [rng.permutation(90)[:12] for _ in range(400)]
+    rows = [(f"u{u}", f"i{i}", n) for u, items in enumerate(orders) for n, i in enumerate(items)]
+    data, _ = prepared(rows, cold_items=0.4, negatives=20, train_negatives=1, train_fraction=0.5)
+    lines = list(data.lines())
+    write_rows(tmp_path / "users.jsonl", lines)
+    trained = {
+        item
+        for line in lines
+        if line["split"] == "train"
+        for item in (*line["history"], line["target"])
+    }
+    assert len(trained) == 54
+    cold = cold_users(tmp_path / "users.jsonl")
+    listed = [(line, *own) for line in lines if line["split"] == "test" for own in candidates(line)]
+    for score in (lambda item: float(item in trained), lambda item: rng.random()):
+        scored = [score_row(line["user_id"], i, label, score(i)) for line, i, label in listed]
+        found = evaluate_groups(scored, cold, "x", resamples=1)
+        assert min(found["users_new"], found["users_known"]) > 30
+        for group in ("new", "known"):
+            own = evaluate(of_group(scored, cold, group), resamples=1)
+            assert found[f"hr@5_{group}"] == own["hr@5"]
+            assert own["auc_per_user"] == pytest.approx(0.5, abs=0.06)
+        if score("i0") in (0, 1):
+            assert own["auc_per_user"] == 0.5, "all candidates of a list are alike"
 
 
 def test_the_order_of_the_raw_file_does_not_change_the_output():

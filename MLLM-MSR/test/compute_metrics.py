@@ -3,7 +3,8 @@
 In:  {output_dir}/*/*/scores.jsonl  one folder per system and scored variant: mllm_msr/sft, ...
 Out: {output_dir}/metrics.json      variant -> auc (pooled over all rows, as in the paper),
                                     auc_per_user, hr@k, mrr@k, ndcg@k for k = 3, 5, 10, users,
-                                    candidates, and NAME_ci95 for each metric
+                                    candidates, and NAME_ci95 for each metric; with cold items
+                                    (stage 1) also NAME_new and NAME_known
 
     python MLLM-MSR/test/compute_metrics.py --config configs/microlens.yaml
     python MLLM-MSR/test/compute_metrics.py --output_dir outputs/all --runs outputs/1 outputs/2
@@ -23,8 +24,8 @@ from typing import Any
 
 from pydantic.dataclasses import dataclass
 
-from mllmrec.data.candidates import candidates, read_users, users_of_split
-from mllmrec.evaluation.metrics import aggregate, evaluate
+from mllmrec.data.candidates import candidates, cold_users, read_users, users_of_split
+from mllmrec.evaluation.metrics import aggregate, evaluate, evaluate_groups
 from mllmrec.evaluation.result_tables import (
     check_same_lists,
     list_digests,
@@ -59,6 +60,7 @@ def measure(files: Files, digests: Digests, options: Options) -> dict[str, Any]:
     runs: dict[str, dict[str, dict[str, Any]]] = {}  # variant -> digest of scores -> metrics
     items: dict[str, set[str]] = {folder: set() for folder in files}
     targets: dict[str, dict[str, str]] = {folder: {} for folder in files}
+    cold = cold_users(Path(options.data_dir) / "users.jsonl")
     for folder, variants in files.items():
         lists = {}
         for name, path in variants.items():
@@ -68,6 +70,8 @@ def measure(files: Files, digests: Digests, options: Options) -> dict[str, Any]:
             if not own:
                 lists[path] = list_digests(rows)
             metrics = evaluate(rows, path, options.resamples, options.seed, own == "retrieved")
+            if cold and not own:
+                metrics |= evaluate_groups(rows, cold, path, options.resamples)
             runs.setdefault(name, {})[digests[f"{folder}/{name}"]] = metrics
         users_path = Path(options.data_dir) / "users.jsonl"
         if not options.runs and users_path.exists():

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -160,6 +161,13 @@ def popularity_scores(users: Sequence[Row], split: str = "test") -> list[Row]:
         if user["split"] == split
         for item_id, label in candidates(user)
     ]
+
+
+def cold_users(users_path: Path) -> dict[str, bool]:
+    """Test user -> whether its target is a cold item; empty if the data set has none."""
+    users = users_of_split(read_users(users_path), "test") if users_path.exists() else []
+    cold = {user["user_id"]: user.get("cold") is True for user in users}
+    return cold if any(cold.values()) else {}
 
 
 def read_touched(path: PathLike, users: Sequence[Row]) -> dict[str, list[str]]:

@@ -23,6 +23,7 @@ from mllmrec.stage.schema import Row
 CUTOFFS = (3, 5, 10)
 YES_NO = {"No", "Yes"}  # the answers about one candidate
 SHOWN = ("auc", "hr@5", "mrr@5", "ndcg@5")  # the columns of every table
+USER_GROUPS = {"known": False, "new": True}  # of users, by whether the target is a cold item
 
 Array = np.ndarray[Any, Any]
 
@@ -214,6 +215,29 @@ def evaluate(
     if retrieved:
         counts["auc_users"] = int(lists.has_target.sum())
     return {**result, **counts, **intervals}
+
+
+def of_group(rows: Iterable[Row], cold: Mapping[str, bool], group: str) -> list[Row]:
+    """The lines of a group of USER_GROUPS. cold: user -> whether its target is a cold item."""
+    return [row for row in rows if cold[row["user_id"]] == USER_GROUPS[group]]
+
+
+def evaluate_groups(
+    rows: Sequence[Row], cold: Mapping[str, bool], where: PathLike, resamples: int = 1000
+) -> dict[str, Any]:
+    """NAME_known and NAME_new of each shown metric: of users whose target is known, or cold.
+
+    rows: lines of scores.jsonl; cold: as in `of_group`. With NAME_new_ci95 and users_new.
+    """
+    found: dict[str, Any] = {}
+    for group in USER_GROUPS:
+        own = of_group(rows, cold, group)
+        metrics = evaluate(own, where, resamples) if own else {}
+        for name in (*SHOWN, "users"):
+            for key in (name, f"{name}_ci95"):
+                if key in metrics:
+                    found[key.replace(name, f"{name}_{group}")] = metrics[key]
+    return found
 
 
 def _bootstrap(

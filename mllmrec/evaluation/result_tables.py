@@ -3,12 +3,13 @@
 import html
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
+from math import nan
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
-from mllmrec.evaluation.metrics import SHOWN
+from mllmrec.evaluation.metrics import SHOWN, USER_GROUPS
 from mllmrec.evaluation.paired import Scored, paired_differences
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import PathLike, read_json, read_rows
@@ -168,6 +169,17 @@ def print_metrics(metrics: Metrics) -> None:
             )
         cells += [f"{row.get(name, 0):>{len(name) + 3},}" for name in counts]
         print(f"{variant:{width}}{''.join(cells)}")
+    names = [f"{name}_{group}" for group in USER_GROUPS for name in ("auc", "hr@5", "users")]
+    if rows := {variant: row for variant, row in metrics.items() if "auc_new" in row}:
+        print("\nUsers whose target is known from training, and users whose target is new:")
+        print(" " * width + "".join(f"{name:>16}" for name in names))
+        for variant, row in rows.items():
+            cells = [100 * row.get(name, nan) for name in names]
+            values = [
+                f"{row.get(name, 0):>16,}" if "users" in name else f"{cell:>16.2f}"
+                for name, cell in zip(names, cells, strict=True)
+            ]
+            print(f"{variant:{width}}{''.join(values)}")
 
 
 def _unequal(metrics: Metrics) -> list[str]:

@@ -38,14 +38,15 @@ class TableRow:
 class Table:
     """A table.
 
-    about: what it shows; retrieved: its lists are a retriever's, and may lack the target; costs:
-    also tokens and seconds per user; statistics: names of stats.json, for a table that has a row
-    for each config and no others.
+    about: what it shows; retrieved: its lists are a retriever's, and may lack the target; cold: the
+    users with a new and with a known target stand side by side; costs: also tokens and seconds per
+    user; statistics: names of stats.json, for a table that has a row for each config and no others.
     """
 
     about: Text
     rows: dict[str, TableRow] = field(default_factory=dict)
     retrieved: bool = False
+    cold: bool = False
     costs: bool = False
     statistics: list[Text] = field(default_factory=list)
 

@@ -33,9 +33,10 @@ from typing import Any
 
 from data_statistics import report_statistics
 from definitions import Table, TableRow, read_table, table_names
-from table_writer import RETRIEVED, dot_chart, markdown, table_lines, write_files
+from table_writer import COLD, RETRIEVED, dot_chart, markdown, table_lines, write_files
 
-from mllmrec.evaluation.metrics import SHOWN, aggregate, evaluate
+from mllmrec.data.candidates import cold_users
+from mllmrec.evaluation.metrics import SHOWN, aggregate, evaluate, evaluate_groups, of_group
 from mllmrec.evaluation.paired import Scored, paired_differences
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import atomic_file, read_rows
@@ -149,6 +150,12 @@ def measure(
         files = [(read_rows(path), path) for path in paths]
         scored[key] = [Scored.of(*file, retrieved=table.retrieved) for file in files]
         per_seed = [evaluate(*file, retrieved=table.retrieved) for file in files]
+        if table.cold:
+            cold = [cold_users(folder / "data/users.jsonl") for folder in folders]
+            pairs = list(zip(files, cold, strict=True))
+            for found, ((rows, path), own) in zip(per_seed, pairs, strict=True):
+                found |= evaluate_groups(rows, own, path)
+            scored[key] = [Scored.of(of_group(rows, own, "new"), p) for (rows, p), own in pairs]
         records = [read_record(path) or {} for path in paths]
         report[key] = {
             "label": row.label,
@@ -184,7 +191,7 @@ def write_report(
         "config": str(args.config),
         "seeds": args.seeds,
         "folds": args.folds,
-        "columns": RETRIEVED if table.retrieved else SHOWN,
+        "columns": RETRIEVED if table.retrieved else COLD if table.cold else SHOWN,
         "rows": measured,
         "not_run": {key: row.label for key, row in rows.items() if key not in measured},
         **machine(),

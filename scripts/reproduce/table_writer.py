@@ -17,6 +17,7 @@ from mllmrec.evaluation.result_tables import difference_cell, half_width
 from mllmrec.stage.jsonl import atomic_file, write_json
 
 RETRIEVED = ("hr@5", "ndcg@5", "mrr@5", "hr@10", "ndcg@10", "mrr@10")  # hr = recall
+COLD = ("auc_known", "hr@5_known", "auc_new", "hr@5_new")  # differences: of users of new items
 COMPARED = ("auc", "hr@5")  # metrics whose differences are in the table
 COMPARED_RETRIEVED = ("hr@5", "ndcg@5")  # of retrieved lists
 COSTS = {
@@ -43,7 +44,7 @@ def write_files(path: Path, report: Report, text: str, lines: list[list[str]]) -
 def table_lines(report: Report) -> list[list[str]]:
     """The table as lists of cells, the header first; rows that were not run say so."""
     shown = report.get("columns", SHOWN)
-    compared = COMPARED if "auc" in shown else COMPARED_RETRIEVED
+    compared = COMPARED_RETRIEVED if "ndcg@10" in shown else COMPARED
     header = ["row", *(name.upper() for name in shown)]
     header += [f"difference in {name.upper()}" for name in compared] + ["compared with"]
     lines = [header]
