@@ -121,7 +121,7 @@ ROWS = {
     "training_log.jsonl": {"step": 1, "loss": 0.5, "eval_auc": 0.5},
     "candidates.jsonl": LIST,
     "touched.jsonl": {"user_id": "u", "item_ids": ["a"]},
-    "scores.jsonl": SCORE,
+    **dict.fromkeys(("scores.jsonl", "validation_scores.jsonl"), SCORE),
     "x.rejected.jsonl": {"reason": "r"},
 }
 URL = ("image_urls.jsonl", "url")

@@ -86,7 +86,7 @@ IN_CONFIG = {
     f"common: {{seed: {10**30}}}": "seed (section 'train'): Input should be ",
     f"common: {{seed: {'9' * 6000}}}": "as an integer, exceeded maximum size, not '99999",
     "common: {seed: 1:30}": "seed (section 'train'): Input should be a valid integer",
-    "common: {domain: 2020-99-99}": "should be 'video' or 'product', not '2020-99-99'",
+    "common: {domain: 2020-99-99}": "should be 'video', 'movie' or 'product', not ",
     "common: {system: ~}": "option 'system' in section 'common' has no value",
     "common: {system: ../x}": "system (section 'train'): String should match pattern",
     "train: {rate: {a: 1}}": "option 'rate' in section 'train' must be one value or a list",

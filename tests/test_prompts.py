@@ -100,7 +100,7 @@ def test_a_bad_template_is_one_sentence(template, message):
 
 
 def test_an_unknown_domain_names_the_known_ones():
-    with pytest.raises(InputError, match="choose one of: product, video"):
+    with pytest.raises(InputError, match="choose one of: movie, product, video"):
         fill(prompts.IMAGE, "songs")
 
 
