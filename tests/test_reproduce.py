@@ -59,6 +59,7 @@ def test_every_step_of_a_row_is_a_stage_that_takes_its_options(row):
     last = step_options(row.steps[-1])
     if row.steps[-1].startswith("MLLM4Rec/train_ranker.py"):
         folders = {last.ranked, last.variant, "retriever_order", "random_order", "retriever"}
+        folders |= {"zero_shot_ranked"} if last.adapter == "none" else set()
         assert row.scores in {f"{last.system}/{name}" for name in folders}
         return
     written = getattr(last, "variant", "") or row.scores.rpartition("/")[2]
