@@ -17,7 +17,7 @@ Every rating is an interaction, however low. MovieLens itself has no images: wit
 from mllmrec.stage.main import run_main
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -71,8 +71,13 @@ def natural_title(title: str) -> str:
     return f"{name} {year[0].strip()}" if year else name
 
 
-def load(files: Sequence[Path], options: Options) -> tuple[InteractionLog, pd.DataFrame, list[Row]]:
-    """(log, catalogue, rejected rows). The catalogue has a column image, or url to download."""
+def load(
+    files: Sequence[Path], posters: Mapping[str, str], options: Options
+) -> tuple[InteractionLog, pd.DataFrame, list[Row]]:
+    """(log, catalogue, rejected rows). The catalogue has a column image, or url to download.
+
+    posters: movie -> path, of --image_folder.
+    """
     ratings, movies = files
     catalogue, bad_movies = read_titles(csv_table(movies, ("movieId", "title")))
     columns = ("userId", "movieId", "timestamp")
@@ -81,10 +86,12 @@ def load(files: Sequence[Path], options: Options) -> tuple[InteractionLog, pd.Da
     require_dates(log, ratings)
     if options.titles == "natural":
         catalogue["title"] = [natural_title(title) for title in catalogue["title"]]
-    return log, catalogue.assign(**images_of(catalogue, options)), bad_movies + rejected
+    return log, catalogue.assign(**images_of(catalogue, posters, options)), bad_movies + rejected
 
 
-def images_of(catalogue: pd.DataFrame, options: Options) -> dict[str, list[str | None]]:
+def images_of(
+    catalogue: pd.DataFrame, posters: Mapping[str, str], options: Options
+) -> dict[str, list[str | None]]:
     """Column image or url of the catalogue. Raises InputError if no movie has one."""
     if options.image_urls:
         table = csv_table(Path(options.image_urls), ("movieId", "url"))
@@ -95,8 +102,7 @@ def images_of(catalogue: pd.DataFrame, options: Options) -> dict[str, list[str |
         if unknown := len(found.keys() - set(catalogue.index)):
             print(f"{source}: {unknown:,} of {len(found):,} movies are not in movies.csv")
     else:
-        column, source = "image", options.image_folder
-        found = image_index(source or None)
+        column, source, found = "image", options.image_folder, dict(posters)
     values = [found.get(movie) for movie in catalogue.index]
     if source and not any(values):
         raise InputError(f"{source} names no movie of movies.csv; posters are called <movieId>.jpg")
@@ -120,13 +126,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     files = [check_raw_file(require(Path(options.raw_dir) / n, maker=MAKER)) for n in FILES]
     more = [check_raw_file(Path(options.image_urls))] if options.image_urls else []
     has_urls = bool(options.image_urls)
-    posters = sorted(image_index(options.image_folder).values()) if options.image_folder else []
+    posters = image_index(options.image_folder or None)
     run_loader(
         options,
         [*files, *more],
-        lambda: load(files, options),
+        lambda: load(files, posters, options),
         has_urls=has_urls,
-        posters=short_digest(posters),
+        posters=short_digest(sorted(posters.values())),
     )
 
 

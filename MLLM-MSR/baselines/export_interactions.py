@@ -24,10 +24,15 @@ from typing import Any, Literal
 import numpy as np
 from pydantic.dataclasses import dataclass
 
-from mllmrec.data.candidates import candidates, is_leave_one_out, read_users_and_items
-from mllmrec.data.images import check_item_images
+from mllmrec.data.candidates import (
+    candidates,
+    is_leave_one_out,
+    read_users_and_items,
+    users_of_split,
+)
+from mllmrec.data.images import check_item_images, item_images
 from mllmrec.prompts.templates import plain_text
-from mllmrec.sequential.sequential_options import SequentialOptions
+from mllmrec.sequential.sequential_options import EncoderOptions
 from mllmrec.stage.jsonl import atomic_file, require
 from mllmrec.stage.options import NAME, option, parse_options, print_options
 from mllmrec.stage.output import WholeOutput
@@ -40,7 +45,7 @@ RECBOLE = {"train": "train", "validation": "valid", "test": "test"}
 
 
 @dataclass
-class Options(SequentialOptions):
+class Options(EncoderOptions):
     format: Literal["recbole", "mmrec"] = option("recbole", "the library that reads it")
     name: str = option("mllmrec", "name of the data set there", pattern=NAME)
 
@@ -66,8 +71,7 @@ def recbole_tables(users: Sequence[Row], leave_one_out: bool) -> dict[str, list[
     if leave_one_out:
         lines = [
             (user["user_id"], item, time)
-            for user in users
-            if user["split"] == "test"
+            for user in users_of_split(users, "test")
             for item, time in sequence(user)
         ]
         return {"inter": [("user_id:token", "item_id:token", "timestamp:float"), *lines]}
@@ -103,7 +107,6 @@ def mmrec_lines(
 
 def features(items: dict[str, Row], items_path: Path, options: Options) -> dict[str, Any]:
     """{file name: (items, features)} of titles and, where there are any, images."""
-    from mllmrec.data.images import item_images
     from mllmrec.sequential.image_features import encode_images
     from mllmrec.sequential.items import encode
 
@@ -133,7 +136,7 @@ def write_export(folder: Path, users: list[Row], items: dict[str, Row], options:
         header = ("item_id:token", "title:token_seq")
         write_table(folder / f"{options.name}.item", header, titles)
         return
-    whole = [u for u in users if u["split"] == "test"] if leave_one_out else users
+    whole = users_of_split(users, "test") if leave_one_out else users
     header = ("userID", "itemID", "rating", "timestamp", "x_label")
     inter = mmrec_lines(whole, items, leave_one_out)
     write_table(folder / f"{options.name}.inter", header, inter)

@@ -60,7 +60,8 @@ def measure(files: Files, digests: Digests, options: Options) -> dict[str, Any]:
     runs: dict[str, dict[str, dict[str, Any]]] = {}  # variant -> digest of scores -> metrics
     items: dict[str, set[str]] = {folder: set() for folder in files}
     targets: dict[str, dict[str, str]] = {folder: {} for folder in files}
-    cold = cold_users(Path(options.data_dir) / "users.jsonl")
+    users_path = Path(options.data_dir) / "users.jsonl"  # of one run; several have their own
+    cold = {} if options.runs else cold_users(users_path)
     for folder, variants in files.items():
         lists = {}
         for name, path in variants.items():
@@ -73,7 +74,6 @@ def measure(files: Files, digests: Digests, options: Options) -> dict[str, Any]:
             if cold and not own:
                 metrics |= evaluate_groups(rows, cold, path, options.resamples)
             runs.setdefault(name, {})[digests[f"{folder}/{name}"]] = metrics
-        users_path = Path(options.data_dir) / "users.jsonl"
         if not options.runs and users_path.exists():
             lists[users_path] = list_digests(test_candidates(users_path))
         check_same_lists(lists)

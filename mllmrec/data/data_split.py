@@ -427,8 +427,7 @@ def _histories(
     sequences: item codes, each user's oldest first; spans: place of each line's first item and of
     its target in them.
     """
-    start, last = spans
-    known = np.arange(len(sequences))
+    (start, last), kept_places = spans, None
     if options.history == "released":  # the most popular items, of equally popular ones the oldest
         kept = []
         for a, b in zip(start, last, strict=True):
@@ -436,13 +435,15 @@ def _histories(
             kept.append(a + (np.sort(best) if options.released_order == "time" else best))
         last = np.cumsum([len(items) for items in kept]) - 1
         start = np.append(0, last[:-1] + 1)
-        known = np.concatenate(kept)
+        kept_places = np.concatenate(kept)
     if options.max_history:
         start = np.maximum(start, last - options.max_history)
     length = last - start
     ends = np.cumsum(length)
     places = np.arange(ends[-1]) + np.repeat(start - ends + length, length)
-    return known[places], ends, known[last]
+    if kept_places is not None:
+        places, last = kept_places[places], kept_places[last]
+    return places, ends, last
 
 
 def _lines(users: Array, options: SplitOptions) -> tuple[Array, Array, Array, Array]:

@@ -8,7 +8,22 @@ from mllmrec.stage.options import NAME, CommonOptions, option
 
 
 @dataclass
-class SequentialOptions(CommonOptions):
+class EncoderOptions(CommonOptions):
+    """What encodes titles, image summaries and images."""
+
+    encoder: str = option(
+        "sentence-transformers/all-MiniLM-L6-v2",
+        "frozen encoder of texts, hub id or folder; the default comes with requirements.txt",
+    )
+    image_encoder: str = option(
+        "openai/clip-vit-large-patch14",
+        "frozen encoder of images, hub id or folder: CLIP, SigLIP, ViT, the vision tower of a "
+        "LLaVA; or efficientnet-lite0, which scripts/get_model.sh installs",
+    )
+
+
+@dataclass
+class SequentialOptions(EncoderOptions):
     """What all sequential baselines have; each adds its model's own."""
 
     system: str = option("baselines", "subfolder of output_dir for the scores", pattern=NAME)
@@ -26,15 +41,6 @@ class SequentialOptions(CommonOptions):
     )
     item_ids: bool = option(
         True, "false: an item is its features only, without a vector of its own"
-    )
-    encoder: str = option(
-        "sentence-transformers/all-MiniLM-L6-v2",
-        "frozen encoder of texts, hub id or folder; the default comes with requirements.txt",
-    )
-    image_encoder: str = option(
-        "openai/clip-vit-large-patch14",
-        "frozen encoder of images, hub id or folder: CLIP, SigLIP, ViT, the vision tower of a "
-        "LLaVA; or efficientnet-lite0, which scripts/get_model.sh installs",
     )
     summaries: str = option("", "default: {output_dir}/mllm_msr/image_summaries.jsonl")
     control: Literal["none", "other_histories", "unseen_targets"] = option(

@@ -216,8 +216,9 @@ class RowOutput:
         self._sources = ids if isinstance(ids, Mapping) else dict.fromkeys(self.ids)
         if len(set(self.ids)) < len(self.ids):
             raise InputError(f"{path} would hold an id twice; the input names one id in two lines")
-        self.wanted = self.ids[: job.limit or None]
-        if job.wanted is not None:
+        if job.wanted is None:
+            self.wanted = self.ids[: job.limit or None]
+        else:
             self.wanted = [row_id for row_id in self.ids if row_id in job.wanted]
         self.rank, self.world = process_rank(), world_size()
         self.parts = self.path.with_name(self.path.name + ".parts")
