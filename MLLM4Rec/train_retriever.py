@@ -54,6 +54,11 @@ class Options(SequentialOptions, DatasetCode):
     patience: int = option(
         20, "stop after this many validations without a better Recall@10 (published: 20)", ge=1
     )
+    init: Literal["model", "truncated_normal"] = option(
+        "truncated_normal",
+        "weights at the start; truncated_normal: of deviation .02, but for norms and decays "
+        "(released code; better on the sample's validation lines, docs/results.md)",
+    )
     dropout_first: bool = option(
         False, "lrurec: dropout stands before the first norm, not behind it (released code)"
     )
