@@ -248,7 +248,12 @@ def test_published_rows_are_beside_ours_with_their_source():
     rows = groups["published"]
     assert ("MLLM-MSR", "paper, Table 3", ["83.17", "78.23", "60.38", "-"]) in rows
     sources = {source for _, source, _ in rows}
-    assert sources == {"paper, Table 3", "re-run by MGRASRec's authors"}
+    assert sources == {
+        "paper, Table 3",
+        "re-run by MGRASRec's authors",
+        "its paper, Table 2",
+    }
+    assert ("MGRASRec", "its paper, Table 2", ["89.55", "83.07", "62.65", "-"]) in rows
     row = ["MLLM-MSR", "paper, Table 3", 85.69, 79.58, 63.77]
     assert row in report.read_published("amazon_baby")
     assert "published.yaml" in (ROOT / "README.md").read_text()
