@@ -117,9 +117,9 @@ def preferences(model, chat, histories, batch_tokens=20_000, order=None, **optio
 
 @pytest.mark.parametrize("how", [{}, SAMPLED], ids=["greedy", "sampled"])
 def test_the_recurrence_in_batches_equals_the_recurrence_one_by_one(text_model, how):
-    histories, how = simulated_histories(6)[0], {"max_new_tokens": 20, **how}
+    histories, how = simulated_histories(4)[0], {"max_new_tokens": 12, **how}
     single = preferences(*text_model, histories, batch_tokens=1, **how)
-    assert preferences(*text_model, histories, order=range(5, -1, -1), **how) == single
+    assert preferences(*text_model, histories, order=range(3, -1, -1), **how) == single
     chunked = preferences(*text_model, histories, chunk_tokens=400, **how)
     assert chunked == single, "chunked prefill"
 
@@ -263,7 +263,7 @@ def test_each_block_is_read_with_the_preference_before_it(llama):
 
 def test_the_tiny_llama_keeps_the_rule_on_its_own_output(llama):
     """Recurrent summaries, five blocks long, at least 95% right per slot."""
-    histories, items, chosen = simulated_histories(150, seed=8)
+    histories, items, chosen = simulated_histories(80, seed=8)
     found = preferences(*llama, histories)
     right, last_block = {attribute: [] for attribute in world.ATTRIBUTES}, []
     for n, indices in enumerate(chosen):
@@ -274,7 +274,7 @@ def test_the_tiny_llama_keeps_the_rule_on_its_own_output(llama):
                 if len(wanted) >= 5 and values is wanted[-1]:
                     last_block.append(right[attribute][-1])
     assert all(np.mean(hits) >= 0.95 for hits in right.values()), right
-    assert len(last_block) > 60
+    assert len(last_block) > 30
     assert np.mean(last_block) >= 0.95
 
 
@@ -300,7 +300,7 @@ def captions(model, chat, covers, batch_tokens=20_000, **options):
 
 def test_the_tiny_llava_describes_unseen_covers(llava):
     """At least 95% right per attribute."""
-    items, covers = unseen_covers(300)
+    items, covers = unseen_covers(150)
     found = captions(*llava, covers)
     for attribute in ("colour", "shape"):
         right = np.mean([f" {item[attribute]} " in found[n] for n, item in enumerate(items)])
@@ -309,7 +309,8 @@ def test_the_tiny_llava_describes_unseen_covers(llava):
 
 @pytest.mark.parametrize("how", [{}, SAMPLED], ids=["greedy", "sampled"])
 def test_captions_in_batches_of_mixed_shapes_equal_captions_one_by_one(image_model, how):
-    _, covers = unseen_covers(9)
+    _, covers = unseen_covers(7)
+    how = {"max_new_tokens": 20, **how}
     covers = [c.resize((48 + 20 * (n % 3), 64 - 11 * (n % 4))) for n, c in enumerate(covers)]
     batched = captions(*image_model, covers, **how)
     assert batched == captions(*image_model, covers, batch_tokens=1, **how)

@@ -48,7 +48,7 @@ def run_stage(small_run, stage, folder, *more):
     ("how", "stage", "launched"),
     [
         pytest.param((), STAGE_2, True, marks=SLOW),
-        (("--limit", "4"), STAGE_3, False),
+        (("--limit", "2"), STAGE_3, False),
         ((*SAMPLED, "--limit", "24"), STAGE_2, False),
         pytest.param(SAMPLED, STAGE_3, True, marks=SLOW),
     ],
@@ -67,7 +67,7 @@ def test_batches_workers_pilots_and_processes_give_the_same_bytes(
     rows = per_limit * int(how[-1]) if "--limit" in how else N_ROWS[stage]
     assert single.count(b"\n") == rows
     other = ("--workers", "2") if stage == STAGE_2 else ("--batch_tokens", "2000")
-    run_stage(small_run, stage, tmp_path / "pilot", *how, *other, "--limit", "2")
+    run_stage(small_run, stage, tmp_path / "pilot", *how, *other, "--limit", "1")
     assert run_stage(small_run, stage, tmp_path / "pilot", *how, *other) == single
     two, small_batches = tmp_path / "two", (*how, "--batch_tokens", "900")
     if launched:

@@ -273,6 +273,7 @@ def test_the_adapter_loads_in_plain_peft(small_run, server, tmp_path):
     assert done.returncode == 0
 
 
+@pytest.mark.slow
 @skip_without_real_data
 def test_real_data_passes_all_stages(tmp_path, monkeypatch):
     """12 test users of MicroLens-50k and 8 others, covers of one colour, tiny models."""
@@ -348,9 +349,9 @@ def test_the_schemas_name_scripts_that_exist():
 
 
 KILLED = [
-    (STAGES[1], "image_summaries.jsonl", 60, "--batch_tokens 700"),
-    (STAGES[2], "user_preferences.jsonl", 30, "--batch_tokens 3000 --temperature 0.9"),
-    (STAGES[6], "sft/scores.jsonl", 189, "--batch_tokens 2000 --hide nothing"),
+    (STAGES[1], "image_summaries.jsonl", 24, "--limit 24 --batch_tokens 700"),
+    (STAGES[2], "user_preferences.jsonl", 12, "--limit 4 --batch_tokens 2000 --temperature 0.9"),
+    (STAGES[6], "sft/scores.jsonl", 84, "--limit 4 --batch_tokens 2000 --hide nothing"),
 ]
 
 

@@ -97,7 +97,7 @@ def test_a_state_depends_on_the_items_up_to_there_and_not_on_padding(name):
 @pytest.mark.parametrize("loss", ["cross_entropy", "bce"])
 @pytest.mark.parametrize("name", MODELS)
 def test_the_next_item_is_learned(name, loss):
-    found, rows = trained(name, chain_users(300), loss=loss, epochs=25, patience=25)
+    found, rows = trained(name, chain_users(200), loss=loss, epochs=25, patience=25)
     metrics = evaluate(rows, resamples=20)
     assert metrics["hr@5"] > 0.9
     assert metrics["auc"] > 0.9, "scores of different users are comparable"
@@ -363,7 +363,7 @@ def test_windows_hold_each_next_item_once():
 
 def test_histories_of_others_and_targets_that_are_in_no_training_list_leave_no_skill():
     """Chains of items: with its own history a target is nearly always found."""
-    users = chain_users(600)
+    users = chain_users(400)
     _, own = trained("gru4rec", users)
     others = with_other_histories(users)
     tested = [(user, new) for user, new in zip(users, others, strict=True) if is_test(user)]

@@ -164,7 +164,7 @@ def test_an_answer_set_whose_answers_start_alike_is_refused(llama):
 def test_the_same_users_are_trained_and_scored_with_letters(titles, tmp_path):
     """The trainer learns which letter is right (always the same one), and scores rank by it."""
     where = {"model": str(TINY / "llama"), "output_dir": str(tmp_path), "group_by": "item"}
-    steps = {"epochs": 4, "batch_size": 4, "accumulation": 1, "learning_rate": 1e-2}
+    steps = {"epochs": 2, "batch_size": 4, "accumulation": 1, "learning_rate": 1e-2}
     options = FineTuningOptions(**where, **steps, lora_dropout=0.0)
     rows = [letter_row(user, titles[1], LETTERS.answers) for user in titles[0]]
     rows = [row for row in rows if row["label"] is not None]

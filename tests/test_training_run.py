@@ -105,7 +105,8 @@ def test_a_killed_training_resumes_to_the_same_losses_and_weights(
     undisturbed, resumed = tmp_path / "undisturbed", tmp_path / "killed"
     more = ["--epochs", "2", "--checkpoint_steps", "3", "--logging_steps", "2"]
     more += ["--batch_size", str(batch_size), "--accumulation", str(4 // batch_size)]
-    more += ["--lora_dropout", "0.1", "--group_by", group_by]
+    more += ["--lora_dropout", "0.1", "--group_by", group_by, "--limit", "24"]
+    more += ["--validation_users", "2"]
     train(prepared(small_run, undisturbed), *more)
     command = [*prepared(small_run, resumed), *more]
     for micro_batches in kills:
@@ -360,7 +361,7 @@ def test_an_option_that_cannot_work_costs_no_finished_adapter(small_run, words):
 def test_an_adapter_is_overwritten_by_the_first_step_and_not_before(
     small_run, tmp_path, monkeypatch
 ):
-    where = prepared(small_run, tmp_path)
+    where = [*prepared(small_run, tmp_path), "--limit", "8", "--validation_users", "2"]
     train(where)
     before = {path: path.read_bytes() for path in (tmp_path / "mllm_msr/adapter").iterdir()}
 
