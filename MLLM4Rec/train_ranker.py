@@ -35,9 +35,15 @@ from pathlib import Path
 
 import numpy as np
 
-from mllmrec.data.candidates import read_users_and_items, users_of_split
+from mllmrec.data.candidates import (
+    own_candidates,
+    read_candidates,
+    read_users_and_items,
+    users_of_split,
+)
 from mllmrec.ranking.list_options import ROW_OPTIONS, SCORE_OPTIONS, ListOptions
-from mllmrec.ranking.rows import LETTER_ANSWERS, check_training_rows, first_users, question_text
+from mllmrec.ranking.row_checks import check_training_rows
+from mllmrec.ranking.rows import LETTER_ANSWERS, first_users, question_text
 from mllmrec.ranking.training_options import (
     TRAINING_SPEED_OPTIONS,
     check_training_options,
@@ -77,9 +83,9 @@ def write_questions(options: ListOptions) -> None:
         texts = lists.item_texts(paths["items"], paths.get("captions"), chat.tokenizer, tokens)
         form = lists.list_format(texts, chat, options)
         if options.lists == "users":
-            lines = [lists.own_candidates(user, items) for user in users]
+            lines = [own_candidates(user, items) for user in users]
         else:
-            lines = lists.read_candidates(paths["candidates"], users, items)
+            lines = read_candidates(paths["candidates"], users, items)
         is_shuffled = options.candidate_order == "shuffled" or options.lists == "users"
         rng = np.random.default_rng([options.seed, 5]) if is_shuffled else None
         training = lists.training_users(users)

@@ -4,11 +4,11 @@ import pytest
 from conftest import write_unchecked
 from toy_jobs import toy_job
 
+from mllmrec.data.candidates import read_candidates
 from mllmrec.generation.preferences import PreferenceOptions, read_histories
 from mllmrec.ranking.datasets import DatasetOptions, Sources, write_splits
-from mllmrec.ranking.lists import read_candidates
 from mllmrec.ranking.questions import Candidate, QuestionFormat, candidate_row
-from mllmrec.ranking.rows import check_rows_source, check_training_rows, row_inputs
+from mllmrec.ranking.row_checks import check_rows_source, check_training_rows, row_inputs
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.options import CommonOptions
 

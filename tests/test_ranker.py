@@ -14,6 +14,7 @@ import torch
 import yaml
 from conftest import REAL, ROOT, TINY, skip_without_real_data
 
+from mllmrec.data.candidates import own_candidates
 from mllmrec.evaluation.metrics import evaluate
 from mllmrec.models.chat import ChatProcessor
 from mllmrec.models.loading import load_processor, load_text
@@ -27,10 +28,10 @@ from mllmrec.ranking.lists import (
     item_texts,
     list_format,
     list_rows,
-    own_candidates,
     training_users,
 )
-from mllmrec.ranking.rows import LETTER_ANSWERS, check_training_rows, question_text
+from mllmrec.ranking.row_checks import check_training_rows
+from mllmrec.ranking.rows import LETTER_ANSWERS, question_text
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import read_rows, write_rows
 from mllmrec.stage.options import parse_options

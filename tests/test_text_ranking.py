@@ -24,7 +24,8 @@ from mllmrec.ranking.answers import LETTERS, YES_NO, AnswerSet, answer_tokens
 from mllmrec.ranking.batches import Collator, EpochSampler, EpochSettings
 from mllmrec.ranking.questions import list_row
 from mllmrec.ranking.reader import RowReader
-from mllmrec.ranking.rows import check_training_rows, question_text
+from mllmrec.ranking.row_checks import check_training_rows
+from mllmrec.ranking.rows import question_text
 from mllmrec.ranking.scoring import ScoringOptions, candidate_scores, score_rows, write_scores
 from mllmrec.ranking.trainer import RankingTrainer, load_with_lora
 from mllmrec.ranking.training_options import FineTuningOptions

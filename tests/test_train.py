@@ -25,7 +25,8 @@ from mllmrec.ranking.answers import answer_tokens
 from mllmrec.ranking.batches import Collator, EpochSampler, EpochSettings, pack_into_batches
 from mllmrec.ranking.reader import RowReader, load_ranker
 from mllmrec.ranking.rows import question_text
-from mllmrec.ranking.trainer import TrainingEvents, load_with_lora, mean_loss, training_arguments
+from mllmrec.ranking.trainer import load_with_lora, training_arguments
+from mllmrec.ranking.training_events import TrainingEvents, mean_loss
 from mllmrec.ranking.training_options import (
     FineTuningOptions,
     RankerOptions,

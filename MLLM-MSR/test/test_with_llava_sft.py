@@ -30,13 +30,8 @@ from pydantic.dataclasses import dataclass
 from mllmrec.data.images import image_digests, padded_sizes
 from mllmrec.evaluation.metrics import CandidateLists
 from mllmrec.models.model_options import ALLOW_OTHER
-from mllmrec.ranking.rows import (
-    check_row_images,
-    check_rows_source,
-    first_users,
-    question_text,
-    replace_preference,
-)
+from mllmrec.ranking.row_checks import check_row_images, check_rows_source
+from mllmrec.ranking.rows import first_users, question_text, replace_preference
 from mllmrec.ranking.training_options import RankerOptions
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import read_rows

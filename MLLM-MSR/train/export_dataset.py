@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic.dataclasses import dataclass
 
-from mllmrec.ranking.rows import check_row_images
+from mllmrec.ranking.row_checks import check_row_images
 from mllmrec.ranking.training_options import FineTuningOptions
 from mllmrec.stage.jsonl import read_rows, require, write_json, write_rows
 from mllmrec.stage.options import option, parse_options, print_options

@@ -23,12 +23,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mllmrec.evaluation.metrics import CandidateLists
-from mllmrec.ranking.rows import (
-    check_row_images,
-    check_rows_source,
-    check_training_rows,
-    first_users,
-)
+from mllmrec.ranking.row_checks import check_row_images, check_rows_source, check_training_rows
+from mllmrec.ranking.rows import first_users
 from mllmrec.ranking.training_options import (
     TRAINING_SPEED_OPTIONS,
     FineTuningOptions,

@@ -29,7 +29,7 @@ from mllmrec.data.summaries import read_summaries
 from mllmrec.prompts import mllm_msr as prompts
 from mllmrec.prompts.templates import check_template
 from mllmrec.ranking.questions import Candidate, QuestionFormat, candidate_row
-from mllmrec.ranking.rows import row_inputs
+from mllmrec.ranking.row_checks import row_inputs
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import (
     read_by_id,

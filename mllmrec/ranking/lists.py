@@ -1,7 +1,7 @@
 """Rows about a list of candidates, for rankers that answer with a letter (MLLM4Rec)."""
 
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,6 @@ from mllmrec.ranking.rows import LETTER_ANSWERS, EpochRows
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import PathLike, read_by_id, read_rows, write_json, write_rows
 from mllmrec.stage.output import WholeOutput
-from mllmrec.stage.provenance import check_lines_source
 from mllmrec.stage.schema import Row
 
 
@@ -193,44 +192,6 @@ def training_users(users: Iterable[Row]) -> list[Row]:
         {"user_id": user["user_id"], "item_ids": [*user["history"], user["target"]]}
         for user in users_of_split(users, "train")
     ]
-
-
-def own_candidates(user: Row, items: Container[str]) -> Row:
-    """The candidates of a line of users.jsonl, in the form of a line of candidates.jsonl.
-
-    items: known ids. Raises InputError for a negative that is not among them.
-    """
-    listed = [user["target"], *user["negatives"]]
-    if unknown := [item for item in listed if item not in items]:
-        raise InputError(
-            f"users.jsonl, user {user['user_id']!r}: the negative {unknown[0]!r} is not in "
-            "items.jsonl; scripts/01_prepare_data.sh makes both again"
-        )
-    return {
-        "user_id": user["user_id"],
-        "split": user["split"],
-        "item_ids": listed,
-        "has_target": True,
-    }
-
-
-def read_candidates(path: Path, users: Sequence[Row], items: Container[str]) -> list[Row]:
-    """The lines of candidates.jsonl.
-
-    users: lines of users.jsonl; items: known ids. Raises InputError for the first line that is not
-    about their histories and targets, or names another item.
-    """
-    lines = read_by_id(path, ("user_id", "split"))
-    known = {(user["user_id"], user["split"]): user for user in users}
-    fault = "the list is of another users.jsonl; run MLLM4Rec/train_retriever.py again"
-    for number, (key, line) in enumerate(lines.items(), start=1):
-        listed, user = line["item_ids"], known.get(key)
-        is_own = user is not None and line["has_target"] == (user["target"] in listed)
-        if not is_own or not all(item in items for item in listed):
-            raise InputError(f"{path}, line {number} ({' '.join(key)}): {fault}")
-    inputs = {key: [[user["history"], user["target"]]] for key, user in known.items()}
-    check_lines_source(lines, inputs, path, fault)
-    return list(lines.values())
 
 
 def list_rows(
