@@ -23,6 +23,7 @@ from transformers.utils import logging as transformers_logging
 
 from mllmrec.models.compat import keep_4bit_layout, processor_without_video
 from mllmrec.models.model_options import ModelOptions
+from mllmrec.models.parts import modules_outside_language_model
 from mllmrec.stage.errors import InputError, machine_fault
 
 # Buffers that models compute themselves; old checkpoints hold them beside the weights.
@@ -306,25 +307,6 @@ def _append_nothing(tokenizer: Any) -> None:
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single=[*names, "$A"], special_tokens=list(zip(names, before, strict=True))
     )
-
-
-def modules_outside_language_model(model: Any) -> list[str]:
-    """Paths of the modules that neither are the language model nor contain it, the outermost ones.
-
-    For LLaVA-NeXT: vision tower, projector, LM head.
-    """
-    path = module_path(model, model.get_decoder())
-    outside = [
-        name
-        for name, _ in model.named_modules()
-        if name and not f"{path}.".startswith(f"{name}.") and not name.startswith(f"{path}.")
-    ]
-    return [name for name in outside if name.rpartition(".")[0] not in outside]
-
-
-def module_path(model: torch.nn.Module, wanted: torch.nn.Module) -> str:
-    """Name of a module inside a model."""
-    return next(name for name, module in model.named_modules() if module is wanted)
 
 
 def one_line(error: BaseException) -> str:

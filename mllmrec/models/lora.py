@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
-from mllmrec.models.loading import module_path, modules_outside_language_model
 from mllmrec.models.model_options import LoraOptions
+from mllmrec.models.parts import module_path, modules_outside_language_model
 from mllmrec.stage.errors import InputError
 
 logger = logging.getLogger(__name__)
