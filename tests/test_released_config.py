@@ -118,7 +118,7 @@ MLLM4REC = {
         "patience": (20, 20),
         "weight_decay": (0.01, 0.01),
         "clip": (0.0, 5.0),
-        "init": ("model", "truncated_normal"),
+        "init": ("truncated_normal",) * 2,  # C; the paper does not say
         "decay_norms": (True, False),
         "padding_class": (False, True),
         "first_item": (False, True),
