@@ -25,6 +25,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may look for a model elsewhere
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 set_up_logging("INFO")  # as `run_main` does it for a script
+os.fsync = lambda handle: None  # no test is about power that fails
 
 ROOT = Path(__file__).parent.parent
 TINY = Path(

@@ -18,13 +18,6 @@ from mllmrec.stage.schema import SCHEMAS, schema_of
 PROPERTY = settings(max_examples=100, deadline=None, derandomize=True)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def no_fsync():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "fsync", lambda handle: None)
-        yield
-
-
 def item(item_id="1", **more):
     return {"item_id": item_id, "title": "a title", "image": None, **more}
 

@@ -14,7 +14,7 @@ import time
 from collections.abc import Container, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -242,8 +242,9 @@ def _shortened(value: Any) -> str:
     return text if len(text) <= 40 else f"{text[:12]}..."
 
 
+@cache
 def _git_commit() -> str | None:
-    """Commit of this checkout, with + behind it if files were changed; None outside a checkout."""
+    """Commit of this checkout when first asked for, + if files were changed; None outside one."""
 
     def git(*words: str) -> str:
         return subprocess.run(
@@ -262,6 +263,7 @@ def _git_commit() -> str | None:
         return None
 
 
+@cache
 def _versions() -> dict[str, str]:
     versions = {}
     for name in PACKAGES:
