@@ -190,9 +190,11 @@ def every_kill(start, action):
 
 # kill -9
 
-SCENARIOS = [(kind, name) for kind in JOBS for name in ("first", "other", "same again")]
+SCENARIOS = [(kind, "first") for kind in JOBS]
 SCENARIOS += [(kind, name) for kind in RESUMES for name in ("resumed", "other over unfinished")]
-SCENARIOS += [("rows", "after a pilot")]
+OTHERS = [(kind, name) for kind in JOBS for name in ("other", "same again")]
+OTHERS += [("rows", "after a pilot")]
+SCENARIOS += [pytest.param(*other, marks=pytest.mark.slow) for other in OTHERS]
 
 
 @pytest.mark.parametrize(("kind", "scenario"), SCENARIOS)

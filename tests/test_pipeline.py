@@ -177,6 +177,7 @@ def test_started_again_nothing_is_computed(small_run, capsys):
     assert times == files_and_times(small_run.folder)
 
 
+@pytest.mark.slow
 def test_the_published_commands_run_verbatim_and_give_the_same_bytes(small_run, server, tmp_path):
     """From the root, without options; an environment variable names the small config.
 

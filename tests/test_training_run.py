@@ -184,7 +184,7 @@ def test_the_items_of_a_micro_batch_train_one_after_the_other_as_in_one_pass(
     assert_same_training(tmp_path / "apart", tmp_path / "together", 1e-5, 1e-5)
 
 
-@pytest.mark.parametrize("by_steps", [False, True])
+@pytest.mark.parametrize("by_steps", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_training_that_does_not_get_better_stops_early(small_run, tmp_path, by_steps):
     command, system = prepared(small_run, tmp_path / "run"), tmp_path / "run" / "mllm_msr"
     command += ["--epochs", "6", "--learning_rate", "0", "--patience", "2"]
@@ -220,7 +220,7 @@ def test_validations_by_steps_are_every_so_many_and_at_the_end(small_run, tmp_pa
     assert np.argmax(rates) == 4 and rates[0] == 0, "four steps of warm-up"
 
 
-@pytest.mark.parametrize("keep", ["best", "last"])
+@pytest.mark.parametrize("keep", ["best", pytest.param("last", marks=pytest.mark.slow)])
 def test_the_best_adapter_is_kept_or_the_last(small_run, tmp_path, monkeypatch, keep):
     aucs = iter([0.6, 0.9, 0.7, 0.8])
     monkeypatch.setattr("mllmrec.ranking.trainer.pooled_auc", lambda *_: next(aucs))
