@@ -233,11 +233,13 @@ def test_help_of_a_shell_script_is_its_head(script, tmp_path):
     assert "Usage: bash scripts/" in done.stdout
 
 
-def test_torch_does_not_warn_of_workers_and_the_folder_of_tensorboard_is_named(capsys):
+def test_libraries_do_not_warn_of_what_is_meant_and_the_folder_of_tensorboard_is_named(capsys):
     with warnings.catch_warnings(record=True) as caught:
         set_up_logging("INFO")
         DataLoader([0], num_workers=1000)
     assert caught == []
+    kernels = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    assert not kernels.isEnabledFor(logging.WARNING), "nor of a kernel that nobody can act on"
     check_training_options(FineTuningOptions(report_to="tensorboard", output_dir="o"))
     assert "tensorboard --logdir o/mllm_msr/tensorboard\n" in capsys.readouterr().err
 

@@ -185,6 +185,15 @@ def test_a_wrong_command_is_refused():
             reproduction.main([words[0], "configs/sample.yaml", *words[1:]])
 
 
+def test_costs_are_drawn_over_the_seconds_of_a_user():
+    writer = load_script("scripts/reproduce/table_writer.py")
+    report = json.loads((ROOT / "results/sample/systems.json").read_text())
+    assert writer.cost_chart(report).startswith(b"\x89PNG")
+    del report["rows"]["full"]["costs"]
+    with pytest.raises(KeyError):
+        writer.cost_chart(report)
+
+
 def test_the_page_of_results_is_what_the_files_of_results_say():
     page = load_script("scripts/reproduce/results_page.py")
     assert (ROOT / "docs/results.md").read_text() == page.render()

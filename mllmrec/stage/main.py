@@ -66,9 +66,11 @@ def set_up_logging(level: str) -> None:
     """Messages of this library on stderr, from this level on. Raises UsageError for another one.
 
     What a stage script prints as its result goes to stdout; other libraries keep their settings,
-    but torch does not repeat for each loader that --workers are more than the cores.
+    but torch does not repeat for each loader that --workers are more than the cores, and
+    bitsandbytes does not warn of a kernel for 4-bit products on a CPU that it does without.
     """
     warnings.filterwarnings("ignore", "This DataLoader will create")
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     if level not in logging.getLevelNamesMapping():
         raise UsageError(f"{LOG_LEVEL}={level}: choose DEBUG, INFO, WARNING or ERROR")
     logger = logging.getLogger("mllmrec")

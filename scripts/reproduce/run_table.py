@@ -13,6 +13,7 @@ Out: {output}/{world}-{seed}/   one run per seed (and per world: other options o
                                 with one run bootstrap over users), and the difference to the row
                                 that it is compared with (bootstrap over users, paired)
      {output}/{table}.png       the same as a chart
+     {output}/{table}_costs.png AUC over seconds per user, of a table with costs
 
 Started again, it resumes, as the stages do. A row whose stages do not end well is "not run" in the
 table, its reason is printed, and the exit code is 1 at the end.
@@ -33,7 +34,15 @@ from typing import Any
 
 from data_statistics import report_statistics
 from definitions import Table, TableRow, read_table, table_names
-from table_writer import COLD, RETRIEVED, dot_chart, markdown, table_lines, write_files
+from table_writer import (
+    COLD,
+    RETRIEVED,
+    cost_chart,
+    dot_chart,
+    markdown,
+    table_lines,
+    write_files,
+)
 
 from mllmrec.data.candidates import cold_users
 from mllmrec.evaluation.metrics import SHOWN, aggregate, evaluate, evaluate_groups, of_group
@@ -201,6 +210,9 @@ def write_report(
     if measured:
         with atomic_file(f"{path}.png") as file:
             file.write(dot_chart(report))
+    if measured and table.costs:
+        with atomic_file(f"{path}_costs.png") as file:
+            file.write(cost_chart(report))
     print(text)
     print(f"wrote {path}.json, .md, .csv{' and .png' if measured else ''}")
 

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,28 @@ def dot_chart(report: Report) -> bytes:
         axes.grid(axis="x", color="#ddd")
     panels[0].set_yticks(range(len(rows)), [row["label"] for row in rows])
     panels[0].invert_yaxis()
+    return png(figure)
+
+
+def cost_chart(report: Report) -> bytes:
+    """A PNG: AUC over the seconds that one user takes, a point per row with its 95% interval."""
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    rows = report["rows"].values()
+    costs = [sum(run["seconds"] for run in row["costs"]) / len(row["costs"]) for row in rows]
+    middle = math.sqrt(min(costs) * max(costs))
+    for row, seconds in zip(rows, costs, strict=True):
+        side, shift = ("right", -6) if seconds > middle else ("left", 6)
+        auc, half = 100 * row["metrics"]["auc"], half_width(row["metrics"], "auc") or 0.0
+        axes.errorbar(seconds, auc, yerr=half, fmt="o", color=COLOURS[0], capsize=3)
+        axes.annotate(row["label"], (seconds, auc), (shift, 6), ha=side, textcoords="offset points")
+    axes.set(xscale="log", xlabel="seconds per user", ylabel="AUC x100")
+    axes.set_ylim(top=min(101, axes.get_ylim()[1]))
+    axes.grid(color="#ddd")
+    return png(figure)
+
+
+def png(figure: Any) -> bytes:
+    """A figure as a PNG; it is closed."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120, metadata={"Software": None})
     plt.close(figure)
