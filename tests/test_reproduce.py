@@ -8,13 +8,17 @@ import re
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import yaml
 from conftest import ROOT
 from test_readme import options_class
 
+from mllmrec.evaluation.metrics import evaluate
 from mllmrec.stage.errors import InputError
+from mllmrec.stage.jsonl import read_rows
 from mllmrec.stage.options import load_config, parse_options
 from mllmrec.stage.scripts import load_script
 
@@ -183,6 +187,28 @@ def test_a_wrong_command_is_refused():
     ):
         with pytest.raises(InputError, match=says):
             reproduction.main([words[0], "configs/sample.yaml", *words[1:]])
+
+
+def test_a_table_of_new_items_has_both_groups_and_compares_the_new_ones(tmp_path):
+    where = ["--config", str(ROOT / "configs/sample.yaml"), "--output_dir", str(tmp_path)]
+    where += ["--data_dir", str(tmp_path / "data")]
+    small = ["--n_users", "120", "--n_items", "160", "--cold_items", "0.25"]
+    load_script("data_processing/sample.py").main([*where, *small])
+    load_script("MLLM-MSR/baselines/popularity.py").main(where)
+    table, run = TABLES["cold"], SimpleNamespace(folder=tmp_path, failed={})
+    rows = {key: replace(table.rows["popularity"], against="a") for key in "ab"}
+    repeat = reproduction.SeedAndFold(1, None)
+    args = SimpleNamespace(repeats=[repeat], resamples=20)
+    found = reproduction.measure(table, rows, {(repeat, "cold"): run}, args)
+    metrics = found["b"]["metrics"]
+    assert metrics["users_known"] + metrics["users_new"] == metrics["users"]
+    assert min(metrics["users_known"], metrics["users_new"]) > 0
+    assert found["b"]["differences"]["auc"]["value"] == 0
+    users = read_rows(tmp_path / "data/users.jsonl")
+    new = {user["user_id"] for user in users if user["split"] == "test" and user["cold"]}
+    lines = read_rows(run.folder / rows["a"].scores / "scores.jsonl")
+    own = evaluate([row for row in lines if row["user_id"] in new], resamples=1)
+    assert metrics["auc_new"] == own["auc"]
 
 
 def test_costs_are_drawn_over_the_seconds_of_a_user():

@@ -162,9 +162,10 @@ def measure(
         if table.cold:
             cold = [cold_users(folder / "data/users.jsonl") for folder in folders]
             pairs = list(zip(files, cold, strict=True))
-            for found, ((rows, path), own) in zip(per_seed, pairs, strict=True):
-                found |= evaluate_groups(rows, own, path)
-            scored[key] = [Scored.of(of_group(rows, own, "new"), p) for (rows, p), own in pairs]
+            for found, ((lines, path), of_user) in zip(per_seed, pairs, strict=True):
+                found |= evaluate_groups(lines, of_user, path)
+            new = [(of_group(lines, of_user, "new"), path) for (lines, path), of_user in pairs]
+            scored[key] = [Scored.of(*file) for file in new]
         records = [read_record(path) or {} for path in paths]
         report[key] = {
             "label": row.label,
