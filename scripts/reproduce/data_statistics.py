@@ -23,7 +23,9 @@ def report_statistics(columns: list[str], configs: list[Path], path: Path) -> No
     reasons = {}
     for config in configs:
         folder = path.parent / config.stem
-        command = ["bash", "scripts/01_prepare_data.sh", str(config), "--data_dir", str(folder)]
+        # Not into the config's own folders: the sample also writes scores.
+        where = ["--data_dir", str(folder), "--output_dir", str(folder)]
+        command = ["bash", "scripts/01_prepare_data.sh", str(config), *where]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             printed = (done.stderr or done.stdout).strip().splitlines()
