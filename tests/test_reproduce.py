@@ -176,7 +176,7 @@ def test_statistics_of_data_that_are_there_and_not_run_where_they_are_not(tmp_pa
     assert done.returncode == 1
     assert "not run: absent: error: " in done.stderr and "none has no *_pairs.csv" in done.stderr
     text = (tmp_path / "out/table2.md").read_text()
-    assert re.search(r"\| c \| here \| 40 \| \d+ \| [\d,]+ \|", text)
+    assert re.search(r"\| c \| here \| 40 \| 60 \| [\d,]+ \|", text)
     assert (tmp_path / "out/c/bounds").is_dir(), "not in the folder of the config"
     assert "| absent | here | not run |" in text and "| absent | paper | 25,411 |" in text
 

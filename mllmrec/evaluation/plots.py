@@ -25,7 +25,7 @@ def roc(variants: Mapping[str, tuple[Sequence[int], Sequence[float]]]) -> bytes:
     axes.plot([0, 1], [0, 1], ":", color="#999")
     axes.set(xlabel="false positive rate", ylabel="true positive rate", xlim=(0, 1), ylim=(0, 1))
     axes.legend(frameon=False, loc="lower right")
-    return _png(figure)
+    return png(figure)
 
 
 def histogram(labels: Sequence[int], scores: Sequence[float]) -> bytes:
@@ -40,7 +40,7 @@ def histogram(labels: Sequence[int], scores: Sequence[float]) -> bytes:
         axes.hist(part, list(bins), weights=weights, color=colour, alpha=0.6, label=name)
     axes.set(xlabel="score, p(yes)", ylabel="share of the rows")
     axes.legend(frameon=False)
-    return _png(figure)
+    return png(figure)
 
 
 def training_curve(log: Sequence[Row]) -> bytes:
@@ -65,11 +65,12 @@ def training_curve(log: Sequence[Row]) -> bytes:
         label = f"best validation, epoch {epoch}"
         lines.append(left.axvline(step, color="#999", linestyle=":", label=label))
     left.legend(handles=lines, frameon=False, loc="center right")
-    return _png(figure)
+    return png(figure)
 
 
-def _png(figure: Any) -> bytes:
+def png(figure: Any, dpi: int = 110) -> bytes:
+    """A figure as the bytes of a PNG; it is closed."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
+    figure.savefig(buffer, format="png", dpi=dpi)
     plt.close(figure)
     return buffer.getvalue()

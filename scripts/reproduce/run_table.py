@@ -156,16 +156,16 @@ def measure(
             continue
         folders = [run.folder for run in own]
         paths = [folder / row.scores / "scores.jsonl" for folder in folders]
-        files = [(read_rows(path), path) for path in paths]
-        scored[key] = [Scored.of(*file, retrieved=table.retrieved) for file in files]
-        per_seed = [evaluate(*file, retrieved=table.retrieved) for file in files]
-        if table.cold:
-            cold = [cold_users(folder / "data/users.jsonl") for folder in folders]
-            pairs = list(zip(files, cold, strict=True))
-            for found, ((lines, path), of_user) in zip(per_seed, pairs, strict=True):
-                found |= evaluate_groups(lines, of_user, path)
-            new = [(of_group(lines, of_user, "new"), path) for (lines, path), of_user in pairs]
-            scored[key] = [Scored.of(*file) for file in new]
+        scored[key], per_seed = [], []
+        for folder, path in zip(folders, paths, strict=True):
+            lines = read_rows(path)
+            found = evaluate(lines, path, retrieved=table.retrieved)
+            if table.cold:  # differences are those of the users of new items
+                cold = cold_users(folder / "data/users.jsonl")
+                found |= evaluate_groups(lines, cold, path)
+                lines = of_group(lines, cold, "new")
+            per_seed.append(found)
+            scored[key].append(Scored.of(lines, path, retrieved=table.retrieved))
         records = [read_record(path) or {} for path in paths]
         report[key] = {
             "label": row.label,

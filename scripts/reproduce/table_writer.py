@@ -13,7 +13,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from mllmrec.evaluation.metrics import SHOWN
-from mllmrec.evaluation.plots import COLOURS
+from mllmrec.evaluation.plots import COLOURS, png
 from mllmrec.evaluation.result_tables import difference_cell, half_width
 from mllmrec.stage.jsonl import atomic_file, write_json
 
@@ -95,11 +95,16 @@ def markdown(report: Report) -> str:
     return "\n".join(text)
 
 
+def mean_cost(row: Mapping[str, Any], name: str) -> float:
+    """Mean over a row's runs of what a user takes. name: of COSTS."""
+    return float(sum(run[name] for run in row["costs"]) / len(row["costs"]))
+
+
 def costs_table(report: Report) -> list[str]:
     """Lines of Markdown: what ranking one user's candidates takes, mean of the runs."""
     lines = [["row", *COSTS.values()]]
     for row in report["rows"].values():
-        means = [sum(run[name] for run in row["costs"]) / len(row["costs"]) for name in COSTS]
+        means = [mean_cost(row, name) for name in COSTS]
         cells = [f"{mean:,.{3 if mean < 1 else 0}f}" if mean else "0" for mean in means]
         lines.append([row["label"], *cells])
     return [
@@ -124,14 +129,14 @@ def dot_chart(report: Report) -> bytes:
         axes.grid(axis="x", color="#ddd")
     panels[0].set_yticks(range(len(rows)), [row["label"] for row in rows])
     panels[0].invert_yaxis()
-    return png(figure)
+    return png(figure, dpi=120)
 
 
 def cost_chart(report: Report) -> bytes:
     """A PNG: AUC over the seconds that one user takes, a point per row with its 95% interval."""
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     rows = report["rows"].values()
-    costs = [sum(run["seconds"] for run in row["costs"]) / len(row["costs"]) for row in rows]
+    costs = [mean_cost(row, "seconds") for row in rows]
     middle = math.sqrt(min(costs) * max(costs))
     for row, seconds in zip(rows, costs, strict=True):
         side, shift = ("right", -6) if seconds > middle else ("left", 6)
@@ -141,12 +146,4 @@ def cost_chart(report: Report) -> bytes:
     axes.set(xscale="log", xlabel="seconds per user", ylabel="AUC x100")
     axes.set_ylim(top=min(101, axes.get_ylim()[1]))
     axes.grid(color="#ddd")
-    return png(figure)
-
-
-def png(figure: Any) -> bytes:
-    """A figure as a PNG; it is closed."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120, metadata={"Software": None})
-    plt.close(figure)
-    return buffer.getvalue()
+    return png(figure, dpi=120)
