@@ -181,13 +181,14 @@ def test_statistics_of_data_that_are_there_and_not_run_where_they_are_not(tmp_pa
     assert "| absent | here | not run |" in text and "| absent | paper | 25,411 |" in text
 
 
-def test_a_wrong_command_is_refused():
+def test_a_wrong_command_is_refused(capsys):
     for words, says in (
         (("table3", "--rows", "sasrek"), "there is no row 'sasrek'; choose from popularity"),
         (("tabel3",), "there is no table 'tabel3'; choose one of: cold, controls"),
     ):
         with pytest.raises(InputError, match=says):
             reproduction.main([words[0], "configs/sample.yaml", *words[1:]])
+        assert capsys.readouterr().out == ""
 
 
 def test_a_table_of_new_items_has_both_groups_and_compares_the_new_ones(tmp_path):
