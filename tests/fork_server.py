@@ -2,7 +2,7 @@
 
 A server process imports the named modules and then forks for each script, so a script that needs
 torch starts at once instead of after ten seconds. A line of its stdin is a list of jobs that start
-together; a line of its stdout is their exit codes and processor times.
+together; a line of its stdout is their exit codes.
 """
 
 import atexit
@@ -39,14 +39,12 @@ class ForkServer:
             stdout=subprocess.PIPE,
             text=True,
         )
-        self.import_seconds = float(self.process.stdout.readline())  # of processor time
 
     def run(self, *words, kill_after=0, **environment):
         """One script; words: its path and command line, from the root of the repository.
 
         kill_after: kill -9 in the middle of a row, after so many rows. Returns returncode
-        (negative: of a signal), stdout, stderr, modules (names of all that were imported) and
-        seconds of processor time.
+        (negative: of a signal), stdout, stderr and modules (names of all that were imported).
         """
         job = {"words": words, "environment": environment, "kill_after": kill_after}
         return self.run_together(job)[0]
@@ -63,9 +61,9 @@ class ForkServer:
         self.process.stdin.flush()
         ended = json.loads(self.process.stdout.readline())
         found = []
-        for (returncode, seconds), names in zip(ended, files, strict=True):
+        for returncode, names in zip(ended, files, strict=True):
             texts = {k: Path(v).read_text() if Path(v).exists() else "" for k, v in names.items()}
-            found.append(SimpleNamespace(returncode=returncode, seconds=seconds, **texts))
+            found.append(SimpleNamespace(returncode=returncode, **texts))
         return found
 
     def close(self):
@@ -78,17 +76,14 @@ def serve(modules):
     for name in modules:
         importlib.import_module(name)
     gc.freeze()  # else each fork walks through all that was imported when it ends
-    print(sum(os.times()[:2]), flush=True)
     for line in sys.stdin:
         jobs, pids = json.loads(line), []
         for job in jobs:
             pids.append(os.fork())
             if pids[-1] == 0:
                 run_job(job)
-        ended = [os.wait4(pid, 0) for pid in pids]
-        codes = [os.waitstatus_to_exitcode(status) for _, status, _ in ended]
-        seconds = [usage.ru_utime + usage.ru_stime for _, _, usage in ended]
-        print(json.dumps(list(zip(codes, seconds, strict=True))), flush=True)
+        codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+        print(json.dumps(codes), flush=True)
 
 
 def run_job(job):

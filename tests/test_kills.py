@@ -191,9 +191,9 @@ def every_kill(start, action):
 # kill -9
 
 SCENARIOS = [(kind, "first") for kind in JOBS]
-SCENARIOS += [(kind, name) for kind in RESUMES for name in ("resumed", "other over unfinished")]
+SCENARIOS += [(kind, "resumed") for kind in RESUMES]
 OTHERS = [(kind, name) for kind in JOBS for name in ("other", "same again")]
-OTHERS += [("rows", "after a pilot")]
+OTHERS += [(kind, "other over unfinished") for kind in RESUMES] + [("rows", "after a pilot")]
 SCENARIOS += [pytest.param(*other, marks=pytest.mark.slow) for other in OTHERS]
 
 
@@ -304,7 +304,7 @@ def test_a_disk_that_is_full_at_any_byte_is_one_sentence(tmp_path, kind):
     """By a limit of the size of files: what does not fit is cut, as on a full disk."""
     job = JOBS[kind]
     _, whole = finished(tmp_path, job)
-    for size in range(0, 10_000, 20):
+    for size in range(0, 10_000, 50):
         folder, _ = finished(tmp_path)
         limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (size, size))
         code, text = ended(*started(partial(job, folder), limit))

@@ -157,6 +157,7 @@ def test_each_fold_is_tested_once_by_one_command(tmp_path):
     assert (out / "sample.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_a_row_that_fails_is_not_run_and_the_others_are(tmp_path):
     (tmp_path / "out/main-1/baselines/popularity/scores.jsonl").mkdir(parents=True)
     done = reproduce(tmp_path, "sample", "--rows", "popularity", "title_only", "--seeds", "1")
@@ -168,6 +169,7 @@ def test_a_row_that_fails_is_not_run_and_the_others_are(tmp_path):
     assert re.search(r"\| `title_only` \| \d", text)
 
 
+@pytest.mark.slow
 def test_statistics_of_data_that_are_there_and_not_run_where_they_are_not(tmp_path):
     absent = tmp_path / "absent.yaml"
     section = {"raw_dir": str(tmp_path / "none"), "paper_users": 25411}

@@ -94,9 +94,9 @@ def assert_same_training(one, other, loss, weight):
         assert torch.allclose(first[name], second[name], atol=weight, rtol=0), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("group_by", "batch_size", "kills"),
-    [("none", 2, (9, 16)), pytest.param("item", 4, (5, 8), marks=pytest.mark.slow)],
+    ("group_by", "batch_size", "kills"), [("none", 2, (9, 16)), ("item", 4, (5, 8))]
 )
 def test_a_killed_training_resumes_to_the_same_losses_and_weights(
     small_run, server, tmp_path, group_by, batch_size, kills
