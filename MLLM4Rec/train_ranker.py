@@ -19,7 +19,7 @@ Out, all in {output_dir}/{system}/:
     python MLLM4Rec/train_ranker.py --dataset_code ml-100k --llm_base_model meta-llama/Llama-2-7b-hf
 
 Trained on each item that a user had, among 19 random negatives (`--train_rows prefixes`, as the
-released code; README, MLLM4Rec), tested on the retriever's 20. What is kept has the highest NDCG@10
+released code; docs/mllm4rec.md), tested on the retriever's 20. What is kept has the highest NDCG@10
 on the validation users whose target was retrieved, after each epoch or every `--validation_steps`
 steps. `--adapter DIR` scores with weights that are there, `--adapter none` without any. `--lists
 users` needs no retriever: validation and test users have the candidates of users.jsonl, which

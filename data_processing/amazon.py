@@ -47,7 +47,7 @@ def find_files(raw_dir: str, category: str) -> list[Path]:
     files = []
     for prefix, endings in (("", ENDINGS), ("meta_", ENDINGS[:2])):
         missing = (
-            f"{raw_dir} has no {prefix}{category}.jsonl or .jsonl.gz; the README (Real data) says "
+            f"{raw_dir} has no {prefix}{category}.jsonl or .jsonl.gz; docs/data.md says "
             "where to get it, or name another --raw_dir"
         )
         names = [f"{prefix}{category}{ending}" for ending in endings]

@@ -51,7 +51,7 @@ def find_files(raw_dir: str, name: str) -> tuple[Path, Path, Path | None]:
     pairs = sorted(p for end in ("csv", "tsv") for p in folder.glob(f"{wanted}_pairs.{end}"))
     if not pairs:
         raise InputError(
-            f"{folder} has no {wanted}_pairs.csv or .tsv; the README (Real data) says where to get "
+            f"{folder} has no {wanted}_pairs.csv or .tsv; docs/data.md says where to get "
             "it, or name another --raw_dir"
         )
     if len(pairs) > 1:
@@ -64,7 +64,7 @@ def find_files(raw_dir: str, name: str) -> tuple[Path, Path, Path | None]:
     titles = [folder / f"{prefix}_{end}" for end in ("titles.csv", "title_en.csv", "title.csv")]
     existing = [path for path in titles if path.exists()]
     if not existing:
-        raise InputError(f"{titles[0]} is missing; the README (Real data) says where to get it")
+        raise InputError(f"{titles[0]} is missing; docs/data.md says where to get it")
     covers = folder / f"{prefix}_covers"
     files = check_raw_file(pairs[0]), check_raw_file(existing[0])
     return *files, covers if covers.is_dir() else None

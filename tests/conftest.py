@@ -35,7 +35,7 @@ PLACES = (ROOT / "data" / "raw" / "microlens", ROOT.parent / "shared" / "data" /
 REAL = next((place for place in PLACES if (place / "MicroLens-50k_pairs.tsv").exists()), None)
 skip_without_real_data = pytest.mark.skipif(
     REAL is None,
-    reason="MicroLens-50k_pairs.tsv and _titles.csv are not in data/raw/microlens (README)",
+    reason="MicroLens-50k_pairs.tsv and _titles.csv are not in data/raw/microlens (docs/data.md)",
 )
 STAGES = (
     "data_processing/sample.py",

@@ -13,10 +13,12 @@ from conftest import ROOT, call
 from pydantic import TypeAdapter
 
 from mllmrec.stage.options import NOT_SECTIONS, SECTIONS, CommonOptions, load_config, parse_options
+from mllmrec.stage.schema import schema_of
 from mllmrec.stage.scripts import load_script
 
 STAGE_FOLDERS = ("data_processing", "Inference", "MLLM-MSR", "MLLM4Rec")
-README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TEXT = "\n".join(path.read_text() for path in PAGES)
 CONFIGS = sorted(path.name for path in (ROOT / "configs").glob("*.yaml"))
 SHARED_CONFIGS = sorted(f"systems/{path.name}" for path in (ROOT / "configs/systems").iterdir())
 STAGE_SCRIPTS = {
@@ -37,18 +39,17 @@ def tracked():
     return [str(p.relative_to(ROOT)) for p in ROOT.rglob("*") if p.is_file()]
 
 
-def test_every_path_in_the_readme_exists():
-    text = README + "".join(path.read_text() for path in (ROOT / "docs").glob("*.md"))
+def test_every_path_in_the_pages_exists():
     folders = "|".join(("scripts", "configs", "mllmrec", "tests", "docs", *STAGE_FOLDERS))
-    named = set(re.findall(rf"\b((?:{folders})/[\w./-]+\.(?:sh|py|yaml|md))", text))
-    named |= {line.split()[1] for line in re.findall(r"^ +(?:bash|python) \S+", README, re.M)}
+    named = set(re.findall(rf"\b((?:{folders})/[\w./-]+\.(?:sh|py|yaml|md))", TEXT))
+    named |= {line.split()[1] for line in re.findall(r"^ +(?:bash|python) \S+", TEXT, re.M)}
     named = {name for name in named if "$" not in name and "*" not in name}
-    assert len(named) > 20
+    assert len(named) > 100
     assert sorted(name for name in named if not (ROOT / name).exists()) == []
 
 
 def test_every_file_of_the_tree_exists():
-    tree = README.split("## What is where")[1].split("## ")[0]
+    tree = (ROOT / "docs/layout.md").read_text()
     names = set(re.findall(r"[\w./-]+\.(?:py|sh|yaml|md|j2|sbatch)\b", tree))
     folders = set(re.findall(r"^ +([\w./-]+/) ", tree, re.M))
     paths = [f"/{path}" for path in tracked()]
@@ -65,24 +66,45 @@ def options_class(stage):
     )
 
 
-@pytest.mark.parametrize("name", [*CONFIGS, *SHARED_CONFIGS])
-def test_every_config_parses_in_every_stage(name):
-    config = load_config(ROOT / "configs" / name)
+def check_config(file, is_shared=False):
+    """Every stage parses it and has its values."""
+    config = load_config(file)
     assert set(config) <= {*NOT_SECTIONS, *SECTIONS}
     loader = f"data_processing/{config.get('dataset')}.py"
-    assert loader in STAGE_SCRIPTS or name in SHARED_CONFIGS
+    assert loader in STAGE_SCRIPTS or is_shared
     for path, section in STAGE_SCRIPTS.items():
         if section == "data" and path != loader:
             continue
-        words = ["--config", str(ROOT / "configs" / name)]
+        words = ["--config", str(file)]
         options = parse_options(options_class(load_script(path)), section, words)
         for key, value in (config.get(section) or {}).items():
             own = getattr(options, key)
             assert own == TypeAdapter(type(own)).validate_python(value), f"{section}.{key}"
+
+
+@pytest.mark.parametrize("name", [*CONFIGS, *SHARED_CONFIGS])
+def test_every_config_parses_in_every_stage(name):
+    check_config(ROOT / "configs" / name, name in SHARED_CONFIGS)
     if name in CONFIGS:
         head = (ROOT / "configs" / name).read_text().split("\ndataset:")[0]
         for word in ("Prerequisites:", "Command:", "Hardware:", "Numbers:"):
             assert word in head
+
+
+def test_the_config_for_data_of_your_own_is_one(tmp_path):
+    page = (ROOT / "docs/data.md").read_text()
+    text = re.search(r"```yaml\n(.*?)```", page, re.DOTALL)[1]
+    config = tmp_path / "mine.yaml"
+    config.write_text(text.replace("base: ", f"base: {ROOT}/"))
+    check_config(config)
+
+
+def test_each_line_of_the_page_about_files_is_one():
+    page = (ROOT / "docs/files.md").read_text()
+    found = re.findall(r"^\*\*`(\w+\.jsonl)`.*?```json\n(.*?)```", page, re.DOTALL | re.MULTILINE)
+    assert len(found) == 7
+    for name, line in found:
+        schema_of(name).row.validate_json(line)
 
 
 def test_no_absolute_path_token_or_large_file_is_in_the_repository():

@@ -1,6 +1,6 @@
 """The released code's lists, split and negatives, against a re-implementation from the facts.
 
-The facts are those of README, Deviations: six most popular items of a user, the last of them is the
+The facts are those of docs/fidelity.md: six most popular items of a user, the last of them is the
 target; `train_test_split` with seed 42 over users in the order of their first interaction.
 """
 

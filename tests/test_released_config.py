@@ -16,7 +16,7 @@ SECTIONS = {
     "train": "MLLM-MSR/train/train_llava_sft.py",
     "score": "MLLM-MSR/test/test_with_llava_sft.py",
 }
-# What is known of the released code (README, Deviations; paper_facts of the project).
+# What is known of the released code (docs/fidelity.md).
 FACTS = {
     "data": {
         "user_core": 6,

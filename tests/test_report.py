@@ -256,7 +256,7 @@ def test_published_rows_are_beside_ours_with_their_source():
     assert ("MGRASRec", "its paper, Table 2", ["89.55", "83.07", "62.65", "-"]) in rows
     row = ["MLLM-MSR", "paper, Table 3", 85.69, 79.58, 63.77]
     assert row in report.read_published("amazon_baby")
-    assert "published.yaml" in (ROOT / "README.md").read_text()
+    assert "published.yaml" in (ROOT / "docs/reading-results.md").read_text()
 
 
 def test_rows_are_grouped_and_the_page_says_what_it_is_about(small_run, pages):

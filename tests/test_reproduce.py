@@ -8,6 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -181,6 +182,23 @@ def test_statistics_of_data_that_are_there_and_not_run_where_they_are_not(tmp_pa
     assert re.search(r"\| c \| here \| 40 \| 60 \| [\d,]+ \|", text)
     assert (tmp_path / "out/c/bounds").is_dir(), "not in the folder of the config"
     assert "| absent | here | not run |" in text and "| absent | paper | 25,411 |" in text
+
+
+def test_a_signal_ends_all_runs_and_no_other_step_is_started(tmp_path, monkeypatch):
+    def command(run, step):
+        if run.repeat.seed == 1:
+            started.wait(60)
+            raise KeyboardInterrupt
+        started.set()
+        return ["sleep", "600"]
+
+    started = threading.Event()
+    monkeypatch.setattr(reproduction.Run, "command", command)
+    repeats = [reproduction.SeedAndFold(seed, None) for seed in (1, 2)]
+    args = SimpleNamespace(repeats=repeats, jobs=2, folds=0, output=tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        reproduction.run_rows({"popularity": TABLES["table3"].rows["popularity"]}, args)
+    assert (tmp_path / "logs/main-2.log").read_text() == "$ sleep 600\n"
 
 
 def test_a_wrong_command_is_refused(capsys):

@@ -99,7 +99,7 @@ def test_a_folder_a_missing_file_and_two_of_a_kind_are_one_sentence(tmp_path, wr
     assert "x.csv is a folder; put the file" in error_of(check_raw_file, tmp_path / "x.csv")
     (tmp_path / "w.csv").symlink_to("/dev/zero")
     assert "w.csv is no regular file; put a copy" in error_of(check_raw_file, tmp_path / "w.csv")
-    assert "y.csv is missing; the README" in error_of(check_raw_file, tmp_path / "y.csv")
+    assert "y.csv is missing; docs/data.md" in error_of(check_raw_file, tmp_path / "y.csv")
     names = ("z.csv", "z.csv.gz")
     assert error_of(only_file, tmp_path, names, "there is none") == "there is none"
     path = write(PLAIN, "z.csv")

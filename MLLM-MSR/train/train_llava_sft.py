@@ -13,7 +13,7 @@ Out, all in {output_dir}/{system}/:
     python MLLM-MSR/train/train_llava_sft.py --config configs/microlens.yaml
 
 A text model (`--model`) trains on rows without images. Sample: 552 steps in about 55 seconds on 2
-CPU cores. LLaVA-v1.6-Mistral-7B: a GPU (README, "Which card for what"); 2 to 3 rows a second on an
+CPU cores. LLaVA-v1.6-Mistral-7B: a GPU (docs/gpu.md); 2 to 3 rows a second on an
 H200 (docs/benchmarks.md).
 """
 

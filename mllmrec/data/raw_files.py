@@ -56,7 +56,7 @@ def check_raw_file(path: PathLike) -> Path:
         raise InputError(f"{path} is a folder; put the file of this name there")
     if not path.exists():
         raise InputError(
-            f"{path} is missing; the README (Real data) says where to get it and where to put it"
+            f"{path} is missing; docs/data.md says where to get it and where to put it"
         )
     if not path.is_file():  # a pipe or a device could be read for ever
         raise InputError(f"{path} is no regular file; put a copy of the data there")
@@ -233,7 +233,7 @@ def header_of(path: PathLike, wanted: Sequence[str] = (), delimiter: str = ",") 
             problem = "is missing" if name not in names else "is there twice"
             raise InputError(
                 f"{path}, line 1: column {name!r} {problem}; the header is {line.strip()[:300]!r}, "
-                f"the README (Real data) has the expected form, with {between} between columns"
+                f"docs/data.md has the expected form, with {between} between columns"
             )
     return names
 

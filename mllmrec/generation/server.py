@@ -159,7 +159,7 @@ class ServerEngine:
             answer = await self._probe()
         except openai.OpenAIError as error:
             status = getattr(error, "status_code", None)
-            remedy = "start a server (README, Servers), or name its address with --base_url"
+            remedy = "start a server (docs/servers.md), or name its address with --base_url"
             if status in (401, 403):
                 remedy = f"export as {KEY} the key that it was started with"
             elif status in (*REFUSED, 404):

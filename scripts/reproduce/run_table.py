@@ -75,6 +75,14 @@ class Run:
         self.log = args.output / "logs" / f"{self.folder.name}.log"
         self.failed: dict[str, str] = {}
         self.done: set[str] = set()
+        self.process: subprocess.Popen[bytes] | None = None
+        self.stopped = False
+
+    def stop(self) -> None:
+        """End the step that runs, and start no other one."""
+        self.stopped = True
+        if self.process:
+            self.process.terminate()
 
     def row(self, key: str, row: TableRow) -> None:
         """Run the steps of a row; a failure is kept in `failed`."""
@@ -112,8 +120,11 @@ class Run:
         with open(self.log, "a", encoding="utf-8") as log:
             log.write(f"$ {shlex.join(command)}\n")
             log.flush()
-            done = subprocess.run(command, stdout=log, stderr=log, env=environment)
-        if done.returncode == 0:
+            if self.stopped:
+                return "stopped"
+            self.process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+            code = self.process.wait()
+        if code == 0:
             return None
         # A progress bar ends its lines with a carriage return.
         text = self.log.read_text(encoding="utf-8", errors="replace").replace("\r", "\n")
@@ -141,7 +152,12 @@ def run_rows(rows: dict[str, TableRow], args: argparse.Namespace) -> Runs:
                 print(f"{n} of {total} rows, {minutes:.0f} min, {left:.0f} min left: {state}")
 
     with ThreadPoolExecutor(args.jobs) as pool:
-        list(pool.map(work, runs.values()))
+        try:
+            list(pool.map(work, runs.values()))
+        except BaseException:  # Ctrl-C, SIGTERM
+            for run in runs.values():
+                run.stop()
+            raise
     return runs
 
 
