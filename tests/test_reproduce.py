@@ -3,6 +3,7 @@
 import functools
 import itertools
 import json
+import math
 import os
 import re
 import shlex
@@ -247,6 +248,40 @@ def test_the_page_of_results_is_what_the_files_of_results_say():
     assert (ROOT / "docs/results.md").read_text() == page.render()
     with pytest.raises(KeyError, match="no_such_row"):
         page.row("sample/deviations", "no_such_row")
+
+
+def test_the_tour_is_what_its_files_say_and_names_functions_that_are_there():
+    tour = load_script("scripts/reproduce/tour.py")
+    page = tour.PAGE.read_text()
+    assert page == tour.render(tour.read_json(tour.FACTS))
+    named = re.findall(r"`(\w+)` in `([\w/.-]+\.py)`", page)
+    assert len(named) >= 8
+    for function, path in named:
+        assert f"\ndef {function}(" in (ROOT / path).read_text(), (function, path)
+
+
+def test_the_tour_shows_what_the_stages_used(small_run):
+    """Prompts, tokens and order of a run of the tests, beside its files."""
+    tour = load_script("scripts/reproduce/tour.py")
+    users = [row for row in read_rows(small_run.folder / "users.jsonl") if row["split"] == "test"]
+    user = max(users, key=lambda row: len(row["history"]))
+    facts = tour.collect(small_run.folder, user["user_id"])
+    assert len(facts["prompts"]) == len(facts["blocks"]) > 1
+    for prompt, before, block in zip(
+        facts["prompts"][1:], facts["blocks"], facts["blocks"][1:], strict=False
+    ):
+        assert before["preference"] in prompt
+        assert all(facts["titles"][item] in prompt for item in block["items"])
+    question = facts["question"]
+    assert question["tokens"][-2:] == question["predicted"] == ["ĠYes", "</s>"]
+    assert question["tokens"].count("<image>") == 1 < question["n_image_tokens"]
+    best, *_, worst = facts["sft"]
+    assert len(facts["sft"]) == 21 and best["score"] > worst["score"]
+    target = facts["sft"][tour.rank_of(facts["sft"]) - 1]
+    yes, no = (math.exp(target["logits"][name]) for name in ("Yes", "No"))
+    assert target["score"] == pytest.approx(yes / (yes + no), abs=1e-6)
+    assert tour.metrics(4, 5) == {"HR": 1, "MRR": 0.25, "NDCG": 1 / math.log2(5)}
+    assert tour.metrics(6, 5) == {"HR": 0, "MRR": 0, "NDCG": 0}
 
 
 def test_no_result_is_typed_into_the_page():
