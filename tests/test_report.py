@@ -4,16 +4,19 @@ import json
 import os
 import re
 import shutil
-import subprocess
 
 import numpy as np
 import pytest
 from conftest import ROOT
+from selenium import webdriver
+from selenium.webdriver.chrome.service import Service
+from selenium.webdriver.support.select import Select
 
+from mllmrec.evaluation.report_data import RunFiles, report_data
 from mllmrec.evaluation.report_page import stage_rows
 from mllmrec.evaluation.result_tables import difference_rows, metric_rows, score_files
 from mllmrec.stage.errors import InputError
-from mllmrec.stage.jsonl import read_rows, write_rows
+from mllmrec.stage.jsonl import read_by_id, read_rows, write_rows
 from mllmrec.stage.provenance import file_digest
 from mllmrec.stage.scripts import load_script
 
@@ -51,9 +54,9 @@ def test_a_title_with_a_script_is_shown_not_run(copy_of_run):
         path.unlink()  # they describe other files
     run("report", "--overwrite", "true")
     page = (folder / "report.html").read_text()
-    assert "&lt;script&gt;alert(" in page
+    assert "\\u003cscript>alert(" in page
     assert "<script>alert" not in page
-    assert "&lt;img src=x" in page
+    assert "\\u003cimg src=x" in page
     assert "<img src=x" not in page
 
 
@@ -260,7 +263,7 @@ def test_published_rows_are_beside_ours_with_their_source():
 
 
 def test_rows_are_grouped_and_the_page_says_what_it_is_about(small_run, pages):
-    found = re.findall(r'<tr class="group"><th>(\w+)</th>|<tr><td>(\w+)</td>', pages[0])
+    found = re.findall(r'<tr class="group"><th scope="row">(\w+)</th>|<tr><td>(\w+)</td>', pages[0])
     order = list(dict.fromkeys(group or variant for group, variant in found))
     groups = ["systems", "ablations", "baselines", "bounds"]
     assert [name for name in order if name in groups] == groups
@@ -288,55 +291,147 @@ def test_a_stage_that_was_not_run_is_marked(tmp_path):
     assert {seconds for _, seconds, _, _ in rows} == {"not run"}
 
 
-NAMES = ("chromium", "chromium-browser", "google-chrome")
-BROWSER = next((path for name in NAMES if (path := shutil.which(name))), None)
-PROBE = """
-<script>{
-const all = () => [...document.querySelectorAll(".example")];
-const shown = () => all().filter(e => e.offsetParent !== null).map(e => e.dataset.user).join(",");
-const seen = {
-  rows: document.querySelectorAll("#metrics tr").length,
-  first: shown(),
-  wide: document.documentElement.scrollWidth - innerWidth,
-};
-const buttons = [...document.querySelectorAll("#users button")];
-buttons[2].click();
-const filter = document.getElementById("filter");
-setTimeout(() => {
-  seen.picked = shown();
-  filter.value = buttons[1].textContent;
-  filter.oninput();
-  seen.filtered = shown();
-  const fetched = performance.getEntriesByType("resource").map(e => e.name);
-  seen.fetched = fetched.filter(n => !n.startsWith("data:"));
-  document.body.innerHTML = "<pre>" + JSON.stringify(seen) + "</pre>";
-}, 200);
-}</script>
-"""
+def page_data(page):
+    """The JSON of a page."""
+    return json.loads(re.search(r'id="data">(.*?)</script>', page)[1])
 
 
-def in_browser(page, tmp_path, width):
-    """(what the probe found, the browser's stderr) for a page in a window of `width` pixels."""
-    path = tmp_path / "probe.html"
-    path.write_text(page.replace("</body>", PROBE + "</body>"))
-    words = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr"]
-    words += [f"--window-size={width},900", "--virtual-time-budget=2000"]
-    words += [f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", path.as_uri()]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=120)
-    return json.loads(re.search(r"<pre>(.*)</pre>", done.stdout)[1]), done.stderr
+def test_the_page_has_every_user_with_what_led_to_the_ranks(small_run, pages):
+    data = page_data(pages[0])
+    users = {row["user_id"]: row for row in read_rows(small_run.folder / "users.jsonl")}
+    preferences = read_by_id(small_run.system / "user_preferences.jsonl", "user_id")
+    titles = read_by_id(small_run.folder / "items.jsonl", "item_id")
+    assert data["variants"][:3] == ["sft", "zero_shot", "popularity"]
+    assert "popularity_uniform_negatives" not in data["variants"], "other candidates"
+    assert len(data["users"]) == 9
+    scores = read_rows(small_run.system / "sft/scores.jsonl")
+    for user in data["users"]:
+        own, found = users[user["id"]], user["details"]
+        items = [data["items"][n]["id"] for block in found["blocks"] for n in block["items"]]
+        assert items == own["history"] and user["length"] == len(items)
+        assert [b["text"] for b in found["blocks"]] == [
+            block["preference"] for block in preferences[user["id"]]["blocks"]
+        ]
+        assert user["target"] == titles[own["target"]]["title"]
+        candidates = [data["items"][n]["id"] for n in found["candidates"]]
+        assert candidates == [own["target"], *sorted(own["negatives"])]
+        rows = {row["item_id"]: row["score"] for row in scores if row["user_id"] == user["id"]}
+        above = sum(score > rows[own["target"]] for score in rows.values())
+        assert user["ranks"][0] == found["ranks"][0][0] == 1 + above
+        assert found["scores"][0][0] == pytest.approx(rows[own["target"]], rel=1e-3)
+    title, times, lists = data["above"]["sft"][0]
+    had = [item for user in data["users"] for item in users[user["id"]]["negatives"]]
+    negatives = [titles[item]["title"] for item in had]
+    assert 0 < times <= lists <= negatives.count(title)
 
 
-@pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
-@pytest.mark.parametrize("width", [1300, 420])
-def test_in_a_browser_users_can_be_selected_and_filtered(small_run, pages, tmp_path, width):
-    users = re.findall(r'data-user="([^"]+)"', pages[0])
-    seen, stderr = in_browser(pages[0], tmp_path, width)
-    assert "CONSOLE" not in stderr, "no error in the console"
-    variants = len(json.loads((small_run.folder / "metrics.json").read_text()))
-    assert seen["rows"] == 1 + variants + 4, "header, rows, a line for each group"
-    assert (seen["first"], seen["picked"], seen["filtered"]) == (users[0], users[2], users[1])
-    assert seen["fetched"] == []
-    assert seen["wide"] <= 0, "no horizontal scrolling"
+def test_users_that_would_make_the_page_too_large_have_no_details(small_run):
+    scores = {"sft": small_run.system / "sft/scores.jsonl"}
+    files = RunFiles(small_run.folder, small_run.system, scores, [str(small_run.folder)])
+    whole = report_data(files)
+    assert all("details" in user for user in whole["users"])
+    part = report_data(files, limit=40_000)
+    shown = ["details" in user for user in part["users"]]
+    assert 0 < sum(shown) < 9 and shown == sorted(shown, reverse=True)
+    assert len(part["items"]) < len(whole["items"])
+    assert len(json.dumps(part)) < 60_000
+    assert [{**user, "details": 0} for user in part["users"]] == [
+        {**user, "details": 0} for user in whole["users"]
+    ]
+
+
+def test_another_run_stands_beside_and_must_have_the_same_lists(copy_of_run, tmp_path):
+    def compute_metrics(data, output):
+        words = ["--config", str(ROOT / "configs/sample.yaml"), "--data_dir", str(data)]
+        words += ["--output_dir", str(output), "--overwrite", "true"]
+        load_script("MLLM-MSR/test/compute_metrics.py").main(words)
+
+    folder, run = copy_of_run
+    other = shutil.copytree(folder, tmp_path / "other")
+    rows = read_rows(other / "mllm_msr/sft/scores.jsonl")
+    write_rows(other / "mllm_msr/sft/scores.jsonl", [{**r, "score": 1 - r["score"]} for r in rows])
+    (other / "mllm_msr/sft/scores.run.json").unlink()
+    compute_metrics(folder, other)
+    run("report", "--compare", str(other), "--overwrite", "true")
+    page = (folder / "report.html").read_text()
+    data = page_data(page)
+    assert "other/sft" in data["variants"] and "<td>other/sft</td>" in page
+    first, beside = data["variants"].index("sft"), data["variants"].index("other/sft")
+    assert all(user["ranks"][first] + user["ranks"][beside] == 22 for user in data["users"])
+    empty = scores_of(tmp_path / "empty", sft=1)
+    compute_metrics(empty, empty)
+    with pytest.raises(InputError, match="no variant there has the users and lists of"):
+        run("report", "--compare", str(empty))
+
+
+@pytest.fixture
+def browser():
+    """A Chromium without a window."""
+    if not (shutil.which("chromium") and shutil.which("chromedriver")):
+        pytest.skip("no chromium and chromedriver on this machine")
+    options = webdriver.ChromeOptions()
+    for word in ("--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1300,900"):
+        options.add_argument(word)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options, Service(shutil.which("chromedriver")))
+    yield driver
+    driver.quit()
+
+
+def test_in_a_browser_users_are_sorted_found_opened_and_compared(small_run, browser):
+    def cells(table, column):
+        """The texts of a column."""
+        found = browser.find_elements("css selector", f"#{table} tbody td:nth-child({column})")
+        return [cell.text for cell in found]
+
+    def click(selector):
+        browser.find_element("css selector", selector).click()
+
+    page = small_run.folder / "report.html"
+    browser.get(f"{page.as_uri()}#users")
+    data = page_data(page.read_text())
+    ids = [user["id"] for user in data["users"]]
+    assert sorted(cells("users", 1)) == sorted(ids)
+    ranks = sorted(user["ranks"][0] for user in data["users"])
+    click("#users th:nth-child(5) button")
+    assert [float(text) for text in cells("users", 5)] == ranks
+    click("#users th:nth-child(5) button")
+    assert [float(text) for text in cells("users", 5)] == ranks[::-1]
+    browser.find_element("id", "users-find").send_keys(ids[3])
+    assert cells("users", 1) == [ids[3]]
+    Select(browser.find_element("id", "right")).select_by_visible_text("popularity")
+    beside = data["variants"].index("popularity")
+    assert float(cells("users", 6)[0]) == data["users"][3]["ranks"][beside]
+    click("#users tbody a")
+    assert browser.find_element("css selector", "#page h2").text == f"User {ids[3]}"
+    left, right = browser.find_elements("css selector", ".candidates")
+    for side, variant in ((left, 0), (right, beside)):
+        items = side.find_elements("css selector", "li")
+        assert len(items) == 21
+        place = next(n for n, item in enumerate(items) if "(target)" in item.text)
+        assert abs(place + 1 - data["users"][3]["ranks"][variant]) < 11, "ties share a rank"
+    click(".block .cover")
+    assert browser.find_element("id", "enlarged").is_displayed()
+    for name in ("errors", "items", "rejected", "overview"):
+        browser.get(f"{page.as_uri()}#{name}")
+        current = browser.find_element("css selector", "nav [aria-current]")
+        assert current.text == name
+    fetched = "return performance.getEntriesByType('resource').map(e => e.name)"
+    assert [n for n in browser.execute_script(fetched) if not n.startswith("data:")] == []
+    assert browser.get_log("browser") == [], "no error in the console"
+
+
+@pytest.mark.parametrize("width", [1600, 420])
+def test_in_a_browser_no_page_is_wider_than_the_window(small_run, browser, width):
+    metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    page = small_run.folder / "report.html"
+    user = page_data(page.read_text())["users"][0]["id"]
+    for name in ("overview", "users", f"user-{user}", "errors", "items", "rejected"):
+        browser.get("about:blank")
+        browser.get(f"{page.as_uri()}#{name}")
+        wide = "return document.documentElement.scrollWidth - innerWidth"
+        assert browser.execute_script(wide) <= 0, name
 
 
 def test_the_report_says_which_differences_to_the_main_system_are_real(small_run, pages, tmp_path):

@@ -8,9 +8,9 @@ import pytest
 import torch
 from conftest import TINY
 
+from mllmrec.evaluation.texts import repeated_share
 from mllmrec.generation.text_quality import (
     asked_opening,
-    repeated_share,
     report_quality,
     text_quality,
 )

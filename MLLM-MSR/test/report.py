@@ -7,10 +7,11 @@ Out: {output_dir}/report.html   self-contained, opens offline
     python MLLM-MSR/test/report.py --config configs/microlens.yaml
 
 It shows the metrics of all systems beside the paper's and independent re-runs' (`published.yaml`),
-which differences between this run's systems are real (paired bootstrap over users),
-ROC curve, score histogram, training curve, time per stage, and for a dozen users the images of the
-history, the preference after each block, and the candidates in rank order; users can be filtered
-and selected, `report.html#user-17` opens at one. CPU, seconds.
+which differences between this run's systems are real (paired bootstrap over users), ROC curve,
+score histogram, training curve and time per stage; all test users in a table; of each user the
+history, the preference after each block, and the candidates under two variants side by side; where
+the model errs; the items with their summaries; rejected rows. `report.html#user-17` opens at one
+user. `--compare DIR` puts the variants of another run on the same candidates beside. CPU, seconds.
 """
 
 from mllmrec.stage.main import run_main
@@ -27,18 +28,19 @@ from mllmrec.evaluation.result_tables import (
     GROUPS,
     as_markdown,
     difference_rows,
+    list_digests,
     metric_rows,
     read_metrics,
     score_files,
 )
 from mllmrec.stage.errors import InputError
-from mllmrec.stage.jsonl import atomic_file, require
+from mllmrec.stage.jsonl import atomic_file, read_rows, require
 from mllmrec.stage.options import CommonOptions, option, parse_options, print_options
 from mllmrec.stage.output import WholeOutput
 from mllmrec.stage.record import Job, file_digests, named_digests, read_record
 
 SECTION = "report"
-PLOTTED = ("sft", "zero_shot", "popularity")  # variants with curves; the first one has the examples
+SHOWN_FIRST = ("sft", "zero_shot", "popularity")  # these have curves
 
 
 @dataclass
@@ -46,7 +48,7 @@ class Options(CommonOptions):
     published: str = option(
         "", "compare with the published rows for: microlens, amazon_games or amazon_baby"
     )
-    users: int = option(12, "users that are shown in detail", ge=0)
+    compare: str = option("", "the --output_dir of another run on the same candidates")
 
 
 def stage_outputs(options: Options) -> list[tuple[str, Path]]:
@@ -62,6 +64,12 @@ def stage_outputs(options: Options) -> list[tuple[str, Path]]:
     ]
 
 
+def in_order(variant: str) -> tuple[int, str]:
+    """What variants are sorted by: SHOWN_FIRST, then the others by name."""
+    known = variant in SHOWN_FIRST
+    return (SHOWN_FIRST.index(variant) if known else len(SHOWN_FIRST), variant)
+
+
 def read_published(name: str) -> list[Any]:
     """[(system, source, AUC, HR@5, MRR@5)] of one data set, x100."""
     text = (Path(__file__).parent / "published.yaml").read_text(encoding="utf-8")
@@ -71,6 +79,25 @@ def read_published(name: str) -> list[Any]:
             f"there are no published results for {name!r}; choose one of: {', '.join(known)}"
         )
     return known.get(name, [])
+
+
+def compared(folder: Path, scores: dict[str, Path]) -> tuple[dict[str, Path], dict[str, Any]]:
+    """(scores, metrics) of the variants of another run, called FOLDER/VARIANT.
+
+    scores: of this run. Raises InputError if no variant has the candidates of this run's.
+    """
+    path = require(folder / "metrics.json", maker="scripts/07_report.sh")
+    check_metrics(path)
+    metrics, first = read_metrics(path), next(iter(scores.values()))
+    own = list_digests(read_rows(first))
+    found = {
+        f"{folder.name}/{name}": other
+        for name, other in score_files(folder).items()
+        if name in metrics and list_digests(read_rows(other)) == own
+    }
+    if not found:
+        raise InputError(f"--compare {folder}: no variant there has the users and lists of {first}")
+    return found, {name: metrics[name.rpartition("/")[2]] for name in found}
 
 
 def check_metrics(metrics_path: Path) -> None:
@@ -92,15 +119,19 @@ def write_report(
 ) -> int:
     """Write report.html and report.md; return the number of variants. published: rows to show."""
     from mllmrec.evaluation import report_page as report
+    from mllmrec.evaluation.report_data import RunFiles, report_data
 
     folder, data_dir = Path(options.output_dir), Path(options.data_dir)
     metrics, scores = read_metrics(metrics_path), score_files(folder)
+    scores = {name: scores[name] for name in sorted(scores, key=in_order)}
+    if options.compare:
+        others, other_metrics = compared(Path(options.compare), scores)
+        scores, metrics = scores | others, metrics | other_metrics
     systems = {variant: path.parent.parent.name for variant, path in scores.items()}
     groups = metric_rows(metrics, published, systems)
     stages = report.stage_rows(stage_outputs(options))
     differences = difference_rows(scores)
-    plotted = {name: scores[name] for name in PLOTTED if name in scores}
-    files = report.RunFiles(data_dir, options.system_dir, plotted, options.image_roots)
+    files = RunFiles(data_dir, options.system_dir, scores, options.image_roots)
     facts = report.run_facts(files)
     page = report.render_page(
         facts=facts,
@@ -110,8 +141,7 @@ def write_report(
         explained=DIFFERENCES.format(reference=differences[0]),
         stages=stages,
         plots=report.plot_urls(files),
-        examples=report.user_examples(files, options.users),
-        variant=next(iter(plotted), None),
+        data=report_data(files),
         output_dir=options.output_dir,
     )
     markdown = as_markdown(facts, groups, differences, stages)
@@ -136,6 +166,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         data_dir / "users.jsonl",
         data_dir / "items.jsonl",
         options.system_dir / "user_preferences.jsonl",
+        *([Path(options.compare) / "metrics.json"] if options.compare else []),
     )
     job = Job.of(options, inputs, stage=SECTION)
     with WholeOutput(job, outputs) as output:

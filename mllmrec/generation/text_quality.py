@@ -8,6 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from mllmrec.evaluation.texts import loops
 from mllmrec.generation.preferences import PreferenceOptions
 from mllmrec.models.chat import ChatProcessor
 from mllmrec.models.model_options import MAX_TEXT_TOKENS
@@ -16,8 +17,6 @@ from mllmrec.stage.options import load_config
 from mllmrec.stage.output import RowOutput
 from mllmrec.stage.schema import Row
 
-WORDS = 4  # length of the word sequences whose repetition counts
-LOOPS = 0.5  # a text loops if more of its sequences occurred before in it
 WARN_ABOVE = 0.1  # share of the texts that are cut or loop
 UNCHANGED = 0.5  # share of the later blocks that change nothing
 ASKED = re.compile(r"Begin with: (?P<opening>.+)$")
@@ -31,13 +30,6 @@ def asked_opening(template: str) -> str:
     return found["opening"] if found else ""
 
 
-def repeated_share(text: str) -> float:
-    """Share of the word sequences of length WORDS that occurred before in the text; 0 to 1."""
-    words = text.split()
-    sequences = [tuple(words[n : n + WORDS]) for n in range(len(words) - WORDS + 1)]
-    return 1 - len(set(sequences)) / len(sequences) if sequences else 0.0
-
-
 def text_quality(texts: Sequence[str], cut: int, opening: str = "") -> dict[str, Any]:
     """Counts over generated texts, for a run record.
 
@@ -47,7 +39,7 @@ def text_quality(texts: Sequence[str], cut: int, opening: str = "") -> dict[str,
         "texts": len(texts),
         "mean_words": round(sum(len(text.split()) for text in texts) / max(1, len(texts)), 1),
         "cut": cut,
-        "loops": sum(repeated_share(text) > LOOPS for text in texts),
+        "loops": sum(map(loops, texts)),
     }
     if opening:
         quality["begin_as_asked"] = sum(text.startswith(opening) for text in texts)
