@@ -4,6 +4,7 @@ from mllmrec.stage.main import set_up_logging
 
 import json
 import os
+import shutil
 import socket
 import struct
 import subprocess
@@ -15,6 +16,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from PIL import Image
+from selenium import webdriver
+from selenium.webdriver.chrome.service import Service
 
 from mllmrec.stage.options import CommonOptions
 from mllmrec.stage.scripts import load_script
@@ -165,3 +168,17 @@ def bomb():
         + chunk(b"IDAT", zlib.compress(b""))
         + chunk(b"IEND", b"")
     )
+
+
+@pytest.fixture
+def browser():
+    """A Chromium without a window."""
+    if not (shutil.which("chromium") and shutil.which("chromedriver")):
+        pytest.skip("no chromium and chromedriver on this machine")
+    options = webdriver.ChromeOptions()
+    for word in ("--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1300,900"):
+        options.add_argument(word)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options, Service(shutil.which("chromedriver")))
+    yield driver
+    driver.quit()

@@ -8,8 +8,6 @@ import shutil
 import numpy as np
 import pytest
 from conftest import ROOT
-from selenium import webdriver
-from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.support.select import Select
 
 from mllmrec.evaluation.report_data import RunFiles, report_data
@@ -362,20 +360,6 @@ def test_another_run_stands_beside_and_must_have_the_same_lists(copy_of_run, tmp
     compute_metrics(empty, empty)
     with pytest.raises(InputError, match="no variant there has the users and lists of"):
         run("report", "--compare", str(empty))
-
-
-@pytest.fixture
-def browser():
-    """A Chromium without a window."""
-    if not (shutil.which("chromium") and shutil.which("chromedriver")):
-        pytest.skip("no chromium and chromedriver on this machine")
-    options = webdriver.ChromeOptions()
-    for word in ("--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1300,900"):
-        options.add_argument(word)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options, Service(shutil.which("chromedriver")))
-    yield driver
-    driver.quit()
 
 
 def test_in_a_browser_users_are_sorted_found_opened_and_compared(small_run, browser):
