@@ -1,7 +1,7 @@
 """kill -9 at every moment, and other faults: the next start finishes the job or refuses it.
 
 Toy jobs of all kinds of output run in forked processes, which are killed before each call that
-changes a folder. Real stages are killed amid their work in test_pipeline.py (2, 3, 6),
+changes a folder. Real stages are killed in the middle of their work in test_pipeline.py (2, 3, 6),
 test_training_run.py (5) and at the end of this file (the download).
 """
 
@@ -238,7 +238,7 @@ def test_a_killed_retry_of_rejected_rows_loses_no_row(tmp_path):
 
 
 def shard(folder, rank, world, kill=None):
-    """A started process of several; killed amid a row if `kill` rows are given."""
+    """A started process of several; killed in the middle of a row if `kill` rows are given."""
     prepare = partial(kill_after, kill) if kill else lambda: None
     return started(partial(append_rows, folder), prepare, RANK=str(rank), WORLD_SIZE=str(world))
 

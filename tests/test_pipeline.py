@@ -153,12 +153,12 @@ def test_a_template_is_checked_before_a_model_is_loaded(small_run, monkeypatch, 
     assert {path: path.read_bytes() for path in before} == before
 
 
-def test_without_the_raw_log_no_list_is_drawn_anew(small_run, tmp_path, capsys):
+def test_without_the_raw_log_no_list_is_redrawn(small_run, tmp_path, capsys):
     for name in ("users.jsonl", "items.jsonl"):
         shutil.copy(small_run.folder / name, tmp_path)
     small_run.run("MLLM-MSR/baselines/popularity.py", *folders(tmp_path))
     assert [path.name for path in (tmp_path / "baselines").iterdir()] == ["popularity"]
-    assert "no list is drawn anew: " in capsys.readouterr().err
+    assert "no list is redrawn: " in capsys.readouterr().err
 
 
 def test_rejecting_all_rows_overwrites_nothing(small_run):

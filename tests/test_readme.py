@@ -50,12 +50,18 @@ def test_every_path_in_the_pages_exists():
 
 def test_every_file_of_the_tree_exists():
     tree = (ROOT / "docs/layout.md").read_text()
-    names = set(re.findall(r"[\w./-]+\.(?:py|sh|yaml|md|j2|sbatch)\b", tree))
+    names = set(re.findall(r"[\w./-]+\.(?:py|sh|yaml|md|j2|js|css|sbatch)\b", tree))
     folders = set(re.findall(r"^ +([\w./-]+/) ", tree, re.M))
     paths = [f"/{path}" for path in tracked()]
     assert len(names) > 80 and len(folders) > 20
     assert [name for name in names if not any(p.endswith(f"/{name}") for p in paths)] == []
     assert [folder for folder in folders if not any(f"/{folder}" in p for p in paths)] == []
+    shown = ("mllmrec/", "scripts/", *(f"{folder}/" for folder in STAGE_FOLDERS))
+    kinds, unnamed = (".py", ".sh", ".j2", ".js", ".css", ".sbatch"), ("__init__.py",)
+    files = [name for name in tracked() if name.startswith(shown) and name.endswith(kinds)]
+    stages = re.compile(r"/0\d_\w+\.sh$")  # named as 01_….sh to 07_….sh
+    missing = [n for n in files if n.rpartition("/")[2] not in tree and not stages.search(n)]
+    assert [name for name in missing if not name.endswith(unnamed)] == []
 
 
 def options_class(stage):

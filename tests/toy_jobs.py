@@ -103,7 +103,7 @@ def train_adapter(folder, tone="low", stop_after=None, **options):
         for step in STEPS[len(weights) :]:
             weights.append(f"{tone} {step}")
             write_checkpoint(output.checkpoints / f"checkpoint-{step}", weights)
-            if step == stop_after:  # amid the checkpoint
+            if step == stop_after:  # in the middle of the checkpoint
                 (output.checkpoints / f"checkpoint-{step}" / "digests.json").unlink()
                 (output.checkpoints / f"checkpoint-{step}" / "weights.json").write_text("[")
                 stop()

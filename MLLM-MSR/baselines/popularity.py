@@ -4,7 +4,7 @@ In:  {data_dir}/users.jsonl, items.jsonl, touched.jsonl
 Out: {output_dir}/baselines/popularity/scores.jsonl   score = interactions in all histories and in
                                                       the training users' targets
      popularity_uniform_negatives/scores.jsonl, popularity_weighted_negatives/scores.jsonl, beside
-     it: the same for test lists whose negatives are drawn anew, uniformly or in proportion to their
+     it: the same for test lists whose negatives are redrawn, uniformly or in proportion to their
      interactions, because what popularity alone reaches depends on that. Never an item that the
      user had in the raw log; without touched.jsonl (released lists have no log) they are not made
 
@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     users, items = read_users_and_items(users_path, users_path.with_name("items.jsonl"))
     had = read_touched(touched_path, users) if has_log else {}
     if not has_log:
-        logger.info(f"no list is drawn anew: {touched_path}, the users' raw log, is not there")
+        logger.info(f"no list is redrawn: {touched_path}, the users' raw log, is not there")
     for variant, sampling in VARIANTS.items():
         if sampling and not has_log:
             continue

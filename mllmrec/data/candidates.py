@@ -193,7 +193,7 @@ def redraw_negatives(
     sampling: str,
     seed: int,
 ) -> list[Row]:
-    """The lines of users.jsonl, those of the test with negatives drawn anew.
+    """The lines of users.jsonl, those of the test with redrawn negatives.
 
     As many as before, among all items (item_ids) but those of the user's own lines and those that
     it had in the log (`had`, see `read_touched`); sampling: uniform, or popularity, in proportion

@@ -15,7 +15,7 @@ Out: {output}/{world}-{seed}/   one run per seed (and per world: other options o
      {output}/{table}.png       the same as a chart
      {output}/{table}_costs.png AUC over seconds per user, of a table with costs
 
-Started again, it resumes, as the stages do. A row whose stages do not end well is "not run" in the
+Started again, it resumes, as the stages do. A row with a stage that fails is "not run" in the
 table, its reason is printed, and the exit code is 1 at the end.
 """
 
