@@ -118,8 +118,8 @@ def cache_of(layers: Sequence[Any]) -> Cache:
 def packed_linears(model: torch.nn.Module, rows: int) -> Iterator[None]:
     """Within: linear layers of a model on a CPU hold their weights in MKL's layout, too.
 
-    A product of `rows` rows reads that copy, with other numbers of rows the usual weight; with twelve rows that took
-    two thirds of the time (docs/benchmarks.md). Nothing changes on a GPU, for dtypes but float32,
+    A product of `rows` rows reads that copy, another one the usual weight; with twelve rows that
+    took two thirds of the time (docs/benchmarks.md). Nothing changes on a GPU, for dtypes but float32,
     and for models whose copy would be large. `torch.ops.mkl` is private, inductor uses it; checked
     with torch 2.13.
     """
