@@ -119,9 +119,9 @@ def packed_linears(model: torch.nn.Module, rows: int) -> Iterator[None]:
     """Within: linear layers of a model on a CPU hold their weights in MKL's layout, too.
 
     A product of `rows` rows reads that copy, another one the usual weight; with twelve rows that
-    took two thirds of the time (docs/benchmarks.md). Nothing changes on a GPU, for dtypes but float32,
-    and for models whose copy would be large. `torch.ops.mkl` is private, inductor uses it; checked
-    with torch 2.13.
+    took two thirds of the time (docs/benchmarks.md). Nothing changes on a GPU, for other dtypes
+    than float32, and for models whose copy would be large. `torch.ops.mkl` is private, inductor
+    uses it; checked with torch 2.13.
     """
     layers = [
         module
