@@ -66,6 +66,16 @@ def test_both_forms_of_pairs_give_the_same_data(tmp_path, pairs, name):
         Image.open(tmp_path / "data" / row["image"]).verify()
 
 
+def test_items_without_a_cover_are_counted_whether_they_stay_or_not(tmp_path, capsys):
+    folder = raw_folder(tmp_path)
+    (folder / "MicroLens-50k_covers/a.jpg").unlink()
+    for require, says in (("true", "removed before the k-core"), ("false", "kept")):
+        prepare(tmp_path, folder, "--require_image", require)
+        assert f"1 items of the raw log have no image: {says}" in capsys.readouterr().out
+    prepare(tmp_path, folder, "--require_image", "false", "--with_images", "false")
+    assert "have no image" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("titles_name", ["MicroLens-50k_titles.csv", "MicroLens-50k_title_en.csv"])
 @pytest.mark.parametrize("header", [True, False])
 def test_titles_with_and_without_header(tmp_path, titles_name, header):

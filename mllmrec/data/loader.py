@@ -161,6 +161,10 @@ def report(statistics: dict[str, Any], options: DataOptions) -> None:
         shown = format(paper, ",") if paper else "-" if has_paper else ""
         line = f"{name:16}{statistics['raw'][name]:>12,}{statistics[name]:>12,}{shown:>12}"
         print(line.rstrip())
+    without = statistics.get("items_without_image")
+    if without and isinstance(options, SplitOptions) and options.with_images:
+        removed = "removed before the k-core" if options.require_image else "kept"
+        print(f"{without:,} items of the raw log have no image: {removed} (--require_image)")
     if tied := statistics.get("tied_interactions"):
         by_hash = isinstance(options, SplitOptions) and options.ties == "hash"
         order = "in an order of the seed" if by_hash else "in the raw file's order"
