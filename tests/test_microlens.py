@@ -67,7 +67,9 @@ def test_both_forms_of_pairs_give_the_same_data(tmp_path, pairs, name):
 
 
 def test_items_without_a_cover_are_counted_whether_they_stay_or_not(tmp_path, capsys):
-    folder = raw_folder(tmp_path)
+    pairs = "1\ta b c\n2\tb c d\n3\tc d a e\n"
+    folder = raw_folder(tmp_path, pairs, TITLES + "e,five\n")
+    Image.new("RGB", (4, 6)).save(folder / "MicroLens-50k_covers/e.jpg")
     (folder / "MicroLens-50k_covers/a.jpg").unlink()
     for require, says in (("true", "removed before the k-core"), ("false", "kept")):
         prepare(tmp_path, folder, "--require_image", require)
