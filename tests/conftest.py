@@ -4,6 +4,7 @@ from mllmrec.stage.main import set_up_logging
 
 import json
 import os
+import re
 import shutil
 import socket
 import struct
@@ -168,6 +169,11 @@ def bomb():
         + chunk(b"IDAT", zlib.compress(b""))
         + chunk(b"IEND", b"")
     )
+
+
+def report_data_of(path):
+    """The JSON in a report.html."""
+    return json.loads(re.search(r'id="data">(.*?)</script>', path.read_text())[1])
 
 
 @pytest.fixture

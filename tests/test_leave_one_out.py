@@ -1,6 +1,7 @@
 """A leave-one-out split through stages 1, 3, 4 and 7: one line per user and split."""
 
 import pytest
+from conftest import report_data_of
 
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import read_rows, write_rows
@@ -57,10 +58,10 @@ def test_rows_ask_about_the_splits_own_target_and_preference(folder):
 
 
 def test_the_report_shows_the_test_lines(folder):
-    page = (folder / "report.html").read_text()
+    shown = report_data_of(folder / "report.html")["users"]
     users = {u["user_id"]: u for u in read_rows(folder / "users.jsonl") if u["split"] == "test"}
     blocks = sum(-(-len(user["history"]) // 3) for user in users.values())
-    assert page.count('class="block"') == blocks
+    assert sum(len(user["details"]["blocks"]) for user in shown) == blocks
 
 
 def test_a_repeated_line_is_refused(folder, small_run, tmp_path):

@@ -7,7 +7,7 @@ import shutil
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, report_data_of
 from selenium.webdriver.support.select import Select
 
 from mllmrec.evaluation.report_data import RunFiles, report_data
@@ -289,13 +289,8 @@ def test_a_stage_that_was_not_run_is_marked(tmp_path):
     assert {seconds for _, seconds, _, _ in rows} == {"not run"}
 
 
-def page_data(page):
-    """The JSON of a page."""
-    return json.loads(re.search(r'id="data">(.*?)</script>', page)[1])
-
-
-def test_the_page_has_every_user_with_what_led_to_the_ranks(small_run, pages):
-    data = page_data(pages[0])
+def test_the_page_has_every_user_with_what_led_to_the_ranks(small_run):
+    data = report_data_of(small_run.folder / "report.html")
     users = {row["user_id"]: row for row in read_rows(small_run.folder / "users.jsonl")}
     preferences = read_by_id(small_run.system / "user_preferences.jsonl", "user_id")
     titles = read_by_id(small_run.folder / "items.jsonl", "item_id")
@@ -351,9 +346,9 @@ def test_another_run_stands_beside_and_must_have_the_same_lists(copy_of_run, tmp
     (other / "mllm_msr/sft/scores.run.json").unlink()
     compute_metrics(folder, other)
     run("report", "--compare", str(other), "--overwrite", "true")
-    page = (folder / "report.html").read_text()
-    data = page_data(page)
-    assert "other/sft" in data["variants"] and "<td>other/sft</td>" in page
+    data = report_data_of(folder / "report.html")
+    assert "other/sft" in data["variants"]
+    assert "<td>other/sft</td>" in (folder / "report.html").read_text()
     first, beside = data["variants"].index("sft"), data["variants"].index("other/sft")
     assert all(user["ranks"][first] + user["ranks"][beside] == 22 for user in data["users"])
     empty = scores_of(tmp_path / "empty", sft=1)
@@ -373,7 +368,7 @@ def test_in_a_browser_users_are_sorted_found_opened_and_compared(small_run, brow
 
     page = small_run.folder / "report.html"
     browser.get(f"{page.as_uri()}#users")
-    data = page_data(page.read_text())
+    data = report_data_of(page)
     ids = [user["id"] for user in data["users"]]
     assert sorted(cells("users", 1)) == sorted(ids)
     ranks = sorted(user["ranks"][0] for user in data["users"])
@@ -410,7 +405,7 @@ def test_in_a_browser_no_page_is_wider_than_the_window(small_run, browser, width
     metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
     page = small_run.folder / "report.html"
-    user = page_data(page.read_text())["users"][0]["id"]
+    user = report_data_of(page)["users"][0]["id"]
     for name in ("overview", "users", f"user-{user}", "errors", "items", "rejected"):
         browser.get("about:blank")
         browser.get(f"{page.as_uri()}#{name}")

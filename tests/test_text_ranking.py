@@ -8,7 +8,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 import transformers
-from conftest import TINY, saved
+from conftest import TINY, report_data_of, saved
 from random_models import random_llama, special_ids
 
 from mllmrec.data.candidates import candidates, users_of_split
@@ -93,7 +93,8 @@ def test_a_text_model_trains_and_scores_through_the_same_stages(text_run):
     assert 0 < evaluate(scored, resamples=2)["auc"] < 1
     page = (text_run.parent / "report.html").read_text()
     assert "text_sft" in page
-    assert 'class="block"' in page, "histories are shown without preferences, too"
+    users = report_data_of(text_run.parent / "report.html")["users"]
+    assert users[0]["details"]["blocks"][0]["items"], "histories are shown without preferences, too"
     log = read_rows(text_run / "training_log.jsonl")
     assert [row for row in log if "eval_auc" in row], "validated by ranking"
     model, _ = load_with_lora(FineTuningOptions(model=str(TINY / "llama"), lora_layers=["q_proj"]))

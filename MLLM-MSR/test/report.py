@@ -28,6 +28,7 @@ from mllmrec.evaluation.result_tables import (
     GROUPS,
     as_markdown,
     difference_rows,
+    group_of,
     list_digests,
     metric_rows,
     read_metrics,
@@ -40,7 +41,7 @@ from mllmrec.stage.output import WholeOutput
 from mllmrec.stage.record import Job, file_digests, named_digests, read_record
 
 SECTION = "report"
-SHOWN_FIRST = ("sft", "zero_shot", "popularity")  # these have curves
+SHOWN_FIRST = ("sft", "zero_shot")
 
 
 @dataclass
@@ -64,10 +65,16 @@ def stage_outputs(options: Options) -> list[tuple[str, Path]]:
     ]
 
 
-def in_order(variant: str) -> tuple[int, str]:
-    """What variants are sorted by: SHOWN_FIRST, then the others by name."""
-    known = variant in SHOWN_FIRST
-    return (SHOWN_FIRST.index(variant) if known else len(SHOWN_FIRST), variant)
+def in_order(scores: dict[str, Path]) -> dict[str, Path]:
+    """The variants as the page has them: SHOWN_FIRST, other systems, popularity, the others."""
+
+    def place(variant: str) -> tuple[int, bool, str]:
+        if variant in SHOWN_FIRST:
+            return SHOWN_FIRST.index(variant), False, variant
+        is_system = group_of(variant, scores[variant].parent.parent.name) == "systems"
+        return len(SHOWN_FIRST) + (not is_system), variant != "popularity", variant
+
+    return {variant: scores[variant] for variant in sorted(scores, key=place)}
 
 
 def read_published(name: str) -> list[Any]:
@@ -122,8 +129,7 @@ def write_report(
     from mllmrec.evaluation.report_data import RunFiles, report_data
 
     folder, data_dir = Path(options.output_dir), Path(options.data_dir)
-    metrics, scores = read_metrics(metrics_path), score_files(folder)
-    scores = {name: scores[name] for name in sorted(scores, key=in_order)}
+    metrics, scores = read_metrics(metrics_path), in_order(score_files(folder))
     if options.compare:
         others, other_metrics = compared(Path(options.compare), scores)
         scores, metrics = scores | others, metrics | other_metrics
