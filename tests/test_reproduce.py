@@ -232,6 +232,10 @@ def test_a_table_of_new_items_has_both_groups_and_compares_the_new_ones(tmp_path
     lines = read_rows(run.folder / rows["a"].scores / "scores.jsonl")
     own = evaluate([row for row in lines if row["user_id"] in new], resamples=1)
     assert metrics["auc_new"] == own["auc"]
+    assert "weights" not in found["b"]["last_stage"][0]
+    record = {"seconds": 2, "inputs": {"m/model.safetensors": "ab", "m/config.json": "c"}}
+    kept = {"seconds": 2, "weights": {"m/model.safetensors": "ab"}}
+    assert reproduction.last_stage(record) == kept
 
 
 def test_costs_are_drawn_over_the_seconds_of_a_user():

@@ -189,7 +189,7 @@ def measure(
             "per_seed": dict(zip(map(str, args.repeats), per_seed, strict=True)),
             "steps": row.steps,
             "stage_1": row.stage_1,
-            "last_stage": [{k: found[k] for k in LAST_STAGE if k in found} for found in records],
+            "last_stage": [last_stage(record) for record in records],
         }
         if table.costs:
             from costs import costs_per_user  # which loads torch
@@ -205,6 +205,14 @@ def measure(
                 name: {**asdict(value), "is_real": value.is_real} for name, value in found.items()
             }
     return report
+
+
+def last_stage(record: dict[str, Any]) -> dict[str, Any]:
+    """What a table's file keeps of the run that scored: LAST_STAGE, and the digests of weights."""
+    kept = {key: record[key] for key in LAST_STAGE if key in record}
+    inputs = record.get("inputs", {})
+    weights = {name: digest for name, digest in inputs.items() if name.endswith(".safetensors")}
+    return kept | ({"weights": weights} if weights else {})
 
 
 def write_report(
