@@ -311,7 +311,7 @@ def test_the_page_has_every_user_with_what_led_to_the_ranks(small_run):
         rows = {row["item_id"]: row["score"] for row in scores if row["user_id"] == user["id"]}
         above = sum(score > rows[own["target"]] for score in rows.values())
         assert user["ranks"][0] == found["ranks"][0][0] == 1 + above
-        assert found["scores"][0][0] == pytest.approx(rows[own["target"]], rel=1e-3)
+        assert found["scores"][0][0] == pytest.approx(rows[own["target"]], abs=6e-5)
     title, times, lists = data["above"]["sft"][0]
     had = [item for user in data["users"] for item in users[user["id"]]["negatives"]]
     negatives = [titles[item]["title"] for item in had]
@@ -331,6 +331,30 @@ def test_users_that_would_make_the_page_too_large_have_no_details(small_run):
     assert [{**user, "details": 0} for user in part["users"]] == [
         {**user, "details": 0} for user in whole["users"]
     ]
+
+
+def test_users_of_all_variants_and_lists_without_target_are_shown(small_run, tmp_path):
+    """A pilot leads, and a retriever has not found a target."""
+    rows = read_rows(small_run.system / "sft/scores.jsonl")
+    users = list(dict.fromkeys(row["user_id"] for row in rows))
+    pilot = [row for row in rows if row["user_id"] in users[:2]]
+    lost = [{**row, "label": row["label"] * (row["user_id"] != users[4])} for row in rows]
+    others = [{**row, "item_id": row["item_id"][::-1]} for row in rows]
+    scores = {}
+    for name, kept in (("pilot", pilot), ("whole", lost), ("others", others)):
+        scores[name] = tmp_path / name / "scores.jsonl"
+        write_rows(scores[name], kept)
+    files = RunFiles(small_run.folder, small_run.system, scores, [str(small_run.folder)])
+    data = report_data(files)
+    assert data["variants"] == ["pilot", "whole"], "other candidates"
+    found = {user["id"]: user for user in data["users"]}
+    assert found.keys() == set(users)
+    assert all(
+        (user["ranks"][0] is None) == (name not in users[:2]) for name, user in found.items()
+    )
+    without = found[users[4]]
+    assert without["target"] is None and without["ranks"] == [None, None]
+    assert not without["details"]["has_target"] and len(without["details"]["candidates"]) == 21
 
 
 def test_another_run_stands_beside_and_must_have_the_same_lists(copy_of_run, tmp_path):
@@ -353,8 +377,10 @@ def test_another_run_stands_beside_and_must_have_the_same_lists(copy_of_run, tmp
     assert all(user["ranks"][first] + user["ranks"][beside] == 22 for user in data["users"])
     empty = scores_of(tmp_path / "empty", sft=1)
     compute_metrics(empty, empty)
-    with pytest.raises(InputError, match="no variant there has the users and lists of"):
+    with pytest.raises(InputError, match="no variant there has the lists of"):
         run("report", "--compare", str(empty))
+    with pytest.raises(InputError, match="is this run's own folder; name that of another run"):
+        run("report", "--compare", str(folder))
 
 
 def test_in_a_browser_users_are_sorted_found_opened_and_compared(small_run, browser):

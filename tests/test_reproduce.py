@@ -9,7 +9,7 @@ import re
 import shlex
 import subprocess
 import sys
-import threading
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -185,21 +185,33 @@ def test_statistics_of_data_that_are_there_and_not_run_where_they_are_not(tmp_pa
     assert "| absent | here | not run |" in text and "| absent | paper | 25,411 |" in text
 
 
+def wait_until(holds):
+    """At most a minute."""
+    for _ in range(1200):
+        if holds():
+            return
+        time.sleep(0.05)
+    raise AssertionError("it does not come about")
+
+
 def test_a_signal_ends_all_runs_and_no_other_step_is_started(tmp_path, monkeypatch):
+    """Also what a step has started itself, as a numbered script starts its stage."""
+
     def command(run, step):
         if run.repeat.seed == 1:
-            started.wait(60)
+            wait_until(lambda: number.exists() and number.read_text())
             raise KeyboardInterrupt
-        started.set()
-        return ["sleep", "600"]
+        return ["bash", "-c", f"sleep 600 & echo $! > {number}; wait"]
 
-    started = threading.Event()
+    number = tmp_path / "pid"
     monkeypatch.setattr(reproduction.Run, "command", command)
     repeats = [reproduction.SeedAndFold(seed, None) for seed in (1, 2)]
     args = SimpleNamespace(repeats=repeats, jobs=2, folds=0, output=tmp_path)
     with pytest.raises(KeyboardInterrupt):
         reproduction.run_rows({"popularity": TABLES["table3"].rows["popularity"]}, args)
-    assert (tmp_path / "logs/main-2.log").read_text() == "$ sleep 600\n"
+    assert (tmp_path / "logs/main-2.log").read_text().count("$ bash") == 1
+    running = tmp_path.joinpath("/proc", number.read_text().strip(), "cmdline")
+    wait_until(lambda: not running.exists() or "sleep" not in running.read_text())
 
 
 def test_a_wrong_command_is_refused(capsys):

@@ -16,6 +16,7 @@ user. `--compare DIR` puts the variants of another run on the same candidates be
 
 from mllmrec.stage.main import run_main
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from typing import Any
 import yaml
 from pydantic.dataclasses import dataclass
 
+from mllmrec.evaluation.report_data import RunFiles, rejected_files, report_data
 from mllmrec.evaluation.result_tables import (
     DIFFERENCES,
     GROUPS,
@@ -40,8 +42,10 @@ from mllmrec.stage.options import CommonOptions, option, parse_options, print_op
 from mllmrec.stage.output import WholeOutput
 from mllmrec.stage.record import Job, file_digests, named_digests, read_record
 
+logger = logging.getLogger(__name__)
+
 SECTION = "report"
-SHOWN_FIRST = ("sft", "zero_shot")
+SHOWN_FIRST = ("sft", "zero_shot", "ranker", "ranked", "retriever")  # the first that is there leads
 
 
 @dataclass
@@ -94,16 +98,23 @@ def compared(folder: Path, scores: dict[str, Path]) -> tuple[dict[str, Path], di
     scores: of this run. Raises InputError if no variant has the candidates of this run's.
     """
     path = require(folder / "metrics.json", maker="scripts/07_report.sh")
+    if any(own.resolve().is_relative_to(folder.resolve()) for own in scores.values()):
+        raise InputError(f"--compare {folder} is this run's own folder; name that of another run")
     check_metrics(path)
-    metrics, first = read_metrics(path), next(iter(scores.values()))
-    own = list_digests(read_rows(first))
-    found = {
-        f"{folder.name}/{name}": other
-        for name, other in score_files(folder).items()
-        if name in metrics and list_digests(read_rows(other)) == own
-    }
+    metrics, first = read_metrics(path), next(iter(scores))
+    own = list_digests(read_rows(scores[first]))
+    found, left_out = {}, []
+    for name, other in in_order(score_files(folder)).items():
+        lists = list_digests(read_rows(other))
+        shared = own.keys() & lists.keys()
+        if name in metrics and shared and all(own[user] == lists[user] for user in shared):
+            found[f"{folder.resolve().name}/{name}"] = other
+        else:
+            left_out.append(name)
     if not found:
-        raise InputError(f"--compare {folder}: no variant there has the users and lists of {first}")
+        raise InputError(f"--compare {folder}: no variant there has the lists of {scores[first]}")
+    if left_out:
+        logger.info(f"--compare: other lists than {first}, left out: {', '.join(left_out)}")
     return found, {name: metrics[name.rpartition("/")[2]] for name in found}
 
 
@@ -126,7 +137,6 @@ def write_report(
 ) -> int:
     """Write report.html and report.md; return the number of variants. published: rows to show."""
     from mllmrec.evaluation import report_page as report
-    from mllmrec.evaluation.report_data import RunFiles, report_data
 
     folder, data_dir = Path(options.output_dir), Path(options.data_dir)
     metrics, scores = read_metrics(metrics_path), in_order(score_files(folder))
@@ -174,6 +184,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         options.system_dir / "user_preferences.jsonl",
         *([Path(options.compare) / "metrics.json"] if options.compare else []),
     )
+    files = RunFiles(data_dir, options.system_dir, {})
+    inputs |= file_digests(options.system_dir / "image_summaries.jsonl", *rejected_files(files))
     job = Job.of(options, inputs, stage=SECTION)
     with WholeOutput(job, outputs) as output:
         if output.is_needed:

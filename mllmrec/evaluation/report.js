@@ -38,17 +38,15 @@ function table(key, caption, columns, rows, words) {
     byId(key).querySelectorAll("th button")[n].focus();
   } }, own.name)));
   const body = kept.map(row => el("tr", {}, ...columns.map(own => el("td", { class: own.text ? null : "n" }, own.cell(row)))));
-  const filled = el("table", { id: key }, el("caption", {}, caption(kept.length)), el("thead", {}, el("tr", {}, ...head)), el("tbody", {}, ...body));
+  const filled = el("table", { id: key, class: "sorted" }, el("caption", {}, caption(kept.length)), el("thead", {}, el("tr", {}, ...head)), el("tbody", {}, ...body));
   return el("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": caption(kept.length) }, filled);
 }
 
 function search(key, label) {
   const input = el("input", { type: "search", value: state.find[key] ?? "", id: key + "-find", oninput: event => {
     state.find[key] = event.target.value;
-    show();
-    const own = byId(key + "-find");
-    own.focus();
-    own.setSelectionRange(own.value.length, own.value.length);
+    const found = pages[key]().find(part => part.classList.contains("scroll"));
+    byId(key).closest(".scroll").replaceWith(found); // not the field: it keeps its cursor
   } });
   return el("label", {}, label + " ", input);
 }
@@ -216,12 +214,16 @@ function rejectedPage() {
 const pages = { users: usersPage, errors: errorsPage, items: itemsPage, rejected: rejectedPage };
 
 function show() {
-  const wanted = decodeURIComponent(location.hash.slice(1));
-  const user = wanted.startsWith("user-") && data.users.find(other => other.details && other.id === wanted.slice(5));
-  const name = user ? "users" : wanted in pages ? wanted : "overview";
+  let wanted = location.hash.slice(1);
+  try { wanted = decodeURIComponent(wanted); } catch { /* no address of this page */ }
+  const asked = wanted.startsWith("user-") ? wanted.slice(5) : null;
+  const user = asked === null ? null : data.users.find(other => other.id === asked);
+  const name = asked !== null ? "users" : Object.hasOwn(pages, wanted) ? wanted : "overview";
   byId("overview").hidden = name !== "overview";
   byId("page").hidden = name === "overview";
-  if (name !== "overview") byId("page").replaceChildren(...(user ? userPage(user) : pages[name]()));
+  const missing = asked !== null && !user?.details;
+  const note = missing ? [el("p", {}, user ? `User ${asked} is not in this file, which would be too large with all.` : `There is no user ${asked}.`)] : [];
+  if (name !== "overview") byId("page").replaceChildren(...note, ...(user?.details ? userPage(user) : pages[name]()));
   for (const link of document.querySelectorAll("nav a")) {
     if (link.hash === "#" + name) link.setAttribute("aria-current", "page");
     else link.removeAttribute("aria-current");
@@ -229,6 +231,12 @@ function show() {
 }
 
 byId("enlarged").addEventListener("click", event => { if (event.target === byId("enlarged")) byId("enlarged").close(); });
-window.addEventListener("hashchange", () => { show(); window.scrollTo(0, 0); });
+window.addEventListener("hashchange", () => {
+  show();
+  window.scrollTo(0, 0);
+  const heading = document.querySelector("#page:not([hidden]) h2, #overview:not([hidden]) h2");
+  heading?.setAttribute("tabindex", "-1");
+  heading?.focus();
+});
 document.querySelector("nav").hidden = false;
 show();

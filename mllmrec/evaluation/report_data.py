@@ -12,13 +12,13 @@ from scipy.stats import rankdata
 from mllmrec.data.candidates import read_users, users_of_split
 from mllmrec.data.images import ImageError, check_item_images, data_url, open_image
 from mllmrec.evaluation.metrics import ranking_scores
-from mllmrec.evaluation.result_tables import list_digests, own_lists
+from mllmrec.evaluation.result_tables import list_digests
 from mllmrec.evaluation.texts import loops
 from mllmrec.stage.errors import InputError
-from mllmrec.stage.jsonl import read_by_id, read_rows
+from mllmrec.stage.jsonl import read_by_id, read_lines, read_rows
 from mllmrec.stage.schema import Row
 
-LIMIT = 14_000_000  # bytes of the users that are shown in detail, with their items
+LIMIT = 14_000_000  # bytes of the data; what else is in the page has less than a megabyte
 THUMBNAIL = (96, 96)  # pixels
 MOST = 20  # negatives that are named, those most often above a target
 MOST_REJECTED = 200  # rejected rows that are shown of a file
@@ -66,17 +66,19 @@ def _lists(rows: Sequence[Row]) -> dict[str, _List]:
 
 
 def comparable_lists(scores: Mapping[str, Path]) -> dict[str, dict[str, _List]]:
-    """variant -> user -> ranked list, of the variants with the candidates of the first one."""
+    """variant -> user -> ranked list, of the variants with the candidates of the first one.
+
+    A variant may have fewer or more users than another one, as a pilot has.
+    """
     found: dict[str, dict[str, _List]] = {}
     digests: dict[str, int] = {}
     for variant, path in scores.items():
-        if own_lists(path):
-            continue
         rows = read_rows(path)
         own = list_digests(rows)
-        digests = digests or own
-        if all(digests.get(user, digest) == digest for user, digest in own.items()):
+        shared = own.keys() & digests.keys()
+        if not digests or (shared and all(own[user] == digests[user] for user in shared)):
             found[variant] = _lists(rows)
+            digests |= own
     return found
 
 
@@ -87,6 +89,7 @@ class _Items:
     files: RunFiles
     popularity: Counter[str]
     rows: list[dict[str, Any]] = field(default_factory=list)
+    size: int = 0  # of the rows, in bytes
     numbers: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -103,25 +106,25 @@ class _Items:
             summary = self.summaries.get(item_id, {})
             text, name = summary.get("summary", ""), item["image"]
             self.numbers[item_id] = len(self.rows)
-            self.rows.append(
-                {
-                    "id": item_id,
-                    "title": item["title"],
-                    "image": _thumbnail(self.path.parent / name) if name else None,
-                    "summary": text,
-                    "loops": loops(text),
-                    "cut": bool(summary.get("cut")),
-                    "popularity": self.popularity[item_id],
-                }
-            )
+            row = {
+                "id": item_id,
+                "title": item["title"],
+                "image": _thumbnail(self.path.parent / name) if name else None,
+                "summary": text,
+                "loops": loops(text),
+                "cut": bool(summary.get("cut")),
+                "popularity": self.popularity[item_id],
+            }
+            self.rows.append(row)
+            self.size += _size(row)
         return self.numbers[item_id]
 
 
 def report_data(files: RunFiles, limit: int = LIMIT) -> dict[str, Any] | None:
     """The data of report.js; None without scores.
 
-    All test users of the main variant are in `users`; those that fit into `limit` bytes, with the
-    items that they need, have their `details`.
+    All users that a variant has scored are in `users`. As many of them as fit into `limit` bytes,
+    with the items that they need, have their `details`.
     """
     lists = comparable_lists(files.scores)
     if not lists:
@@ -131,47 +134,62 @@ def report_data(files: RunFiles, limit: int = LIMIT) -> dict[str, Any] | None:
     train = [item for u in users_of_split(lines, "train") for item in (*u["history"], u["target"])]
     popularity = Counter(train)
     test = {user["user_id"]: user for user in users_of_split(lines, "test")}
-    main = next(iter(lists.values()))
     items = _Items(files, popularity)
-    users = []
-    for user_id, own in main.items():
-        user = _known(user_id, test, users_path, scores_path)
+    users: list[dict[str, Any]] = []
+    everyone = {
+        user_id: own for found in reversed(lists.values()) for user_id, own in found.items()
+    }
+    for user_id in dict.fromkeys(user_id for found in lists.values() for user_id in found):
+        own, user = everyone[user_id], _known(user_id, test, users_path, scores_path)
         target = None if own.target is None else items.known.get(own.target, {}).get("title", "")
         ranks = [variant.get(user_id) for variant in lists.values()]
-        row = {"id": user_id, "length": len(user["history"]), "target": target}
+        row: dict[str, Any] = {"id": user_id, "length": len(user["history"]), "target": target}
         row["popularity"] = popularity[user["target"]]
         row["ranks"] = [found and found.target_rank for found in ranks]
         users.append(row)
-    size = 0
-    for row, details in zip(users, _details(files, test, lists, items), strict=False):
-        size += len(json.dumps(details))
-        if size + sum(map(_size, items.rows)) > limit:
-            break
-        row["details"] = details
-    return {
+    data = {
         "variants": list(lists),
         "users": users,
         "items": items.rows,
         "above": {name: _most_above(found, items.known) for name, found in lists.items()},
         "rejected": _rejected(files),
     }
+    size = _size(data)
+    lists_of = [(row["id"], everyone[row["id"]]) for row in users]
+    for row, details in zip(users, _details(files, test, lists, lists_of, items), strict=True):
+        size += _size(details)
+        if size + items.size > limit:
+            break
+        row["details"] = details
+    return data
 
 
-def _size(item: Mapping[str, Any]) -> int:
-    return len(item["image"] or "") + len(item["summary"]) + len(item["title"]) + 100
+def _size(content: Mapping[str, Any]) -> int:
+    """Bytes of a part of the page."""
+    return len(as_script(content).encode())
+
+
+def as_script(content: Any) -> str:
+    """JSON that may stand in a script element, which "<" would end, or begin a comment in."""
+    text = json.dumps(content, ensure_ascii=False, separators=(",", ":"))
+    return text.replace("<", "\\u003c")
 
 
 def _details(
     files: RunFiles,
     test: Mapping[str, Row],
     lists: Mapping[str, Mapping[str, _List]],
+    lists_of: Sequence[tuple[str, _List]],
     items: _Items,
 ) -> Iterator[dict[str, Any]]:
-    """Of each user: blocks of the history with the preference after them, candidates, scores."""
+    """Of each user: blocks of the history with the preference after them, candidates, scores.
+
+    lists_of: (user, one of its lists).
+    """
     preferences_path = files.system_dir / "user_preferences.jsonl"
     preferences = _read_preferences(preferences_path)
     users_path, scores_path = files.data_dir / "users.jsonl", next(iter(files.scores.values()))
-    for user_id, own in next(iter(lists.values())).items():
+    for user_id, own in lists_of:
         history = test[user_id]["history"]
         # A system without preferences: the history as one block.
         whole = {"blocks": [{"items": history, "preference": ""}]}
@@ -193,9 +211,7 @@ def _details(
             "has_target": own.target is not None,
             "candidates": [items.number(item, scores_path) for item in candidates],
             "ranks": [one and [one.ranks[item] for item in candidates] for one in found],
-            "scores": [
-                one and [float(f"{one.scores[item]:.4g}") for item in candidates] for one in found
-            ],
+            "scores": [one and [round(one.scores[i], 4) for i in candidates] for one in found],
         }
 
 
@@ -216,15 +232,24 @@ def _most_above(lists: Mapping[str, _List], items: Mapping[str, Row]) -> list[li
 def _rejected(files: RunFiles) -> list[dict[str, Any]]:
     """Of each file of rejected rows: name, number of rows, and the first rows with reasons."""
     found = []
-    for folder in dict.fromkeys((files.data_dir, files.system_dir)):
-        for path in sorted(folder.glob("**/*.rejected.jsonl")):
-            rows = read_rows(path)
-            first = []
-            for row in rows[:MOST_REJECTED]:
+    for path in rejected_files(files):
+        first: list[list[str]] = []
+        number = 0
+        for number, row in read_lines(path):
+            if number <= MOST_REJECTED:
                 ids = [str(value) for key, value in row.items() if key != "reason"]
                 first.append([", ".join(ids), row["reason"]])
-            found.append({"file": path.name, "rows": len(rows), "first": first})
+        found.append({"file": path.name, "rows": number, "first": first})
     return found
+
+
+def rejected_files(files: RunFiles) -> list[Path]:
+    """The rejected rows of the data and of the system."""
+    found = [
+        *files.data_dir.glob("*.rejected.jsonl"),
+        *files.system_dir.glob("**/*.rejected.jsonl"),
+    ]
+    return list({path.resolve(): path for path in sorted(found)}.values())
 
 
 def _known(row_id: str, rows: Mapping[str, Row], path: Path, named_by: Path) -> Row:

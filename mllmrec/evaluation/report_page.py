@@ -1,6 +1,5 @@
 """The contents of report.html: tables, plots, and the data that report.js shows."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from jinja2 import Environment, FileSystemLoader
 from mllmrec.data.images import encoded_url
 from mllmrec.evaluation import plots
 from mllmrec.evaluation.metrics import SHOWN, ranking_scores
-from mllmrec.evaluation.report_data import RunFiles
+from mllmrec.evaluation.report_data import RunFiles, as_script
 from mllmrec.stage.jsonl import read_rows
 from mllmrec.stage.record import read_record
 
@@ -74,13 +73,11 @@ def plot_urls(files: RunFiles) -> dict[str, str]:
 
 def render_page(data: Mapping[str, Any] | None, **values: Any) -> str:
     """report.html.j2, filled; every value is escaped. data: of `report_data`, for report.js."""
-    # "<" would end the script element, or begin a comment.
-    text = json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
     environment = Environment(autoescape=True, loader=FileSystemLoader(FOLDER))
     return environment.get_template("report.html.j2").render(
         names=[name.upper() for name in SHOWN],
         style=(FOLDER / "report.css").read_text(encoding="utf-8"),
         script=(FOLDER / "report.js").read_text(encoding="utf-8"),
-        data=text if data else None,
+        data=as_script(data) if data else None,
         **values,
     )

@@ -12,16 +12,21 @@ from mllmrec.stage.main import run_main
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
 from pydantic.dataclasses import dataclass
+from scipy.stats import rankdata
 
+from mllmrec.data.images import check_item_images, open_image
+from mllmrec.prompts.templates import plain_text
 from mllmrec.ranking.datasets import DatasetOptions
 from mllmrec.ranking.questions import Candidate, QuestionFormat, candidate_row
+from mllmrec.ranking.row_checks import check_row_images
 from mllmrec.ranking.rows import replace_preference
 from mllmrec.ranking.training_options import RankerOptions
+from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import read_by_id, read_rows
 from mllmrec.stage.options import option, parse_options, print_options
 from mllmrec.stage.schema import Row
@@ -51,6 +56,8 @@ class Recommender:
         self.lists: dict[str, list[Row]] = {}
         for row in read_rows(folder / "test.jsonl"):
             self.lists.setdefault(row["user_id"], []).append(row)
+        check_item_images(self.items, self.items_path, options.data_dir, options.image_roots)
+        check_row_images(read_rows(folder / "test.jsonl"), folder / "test.jsonl", options)
         rows = read_rows(folder / "user_preferences.jsonl")
         self.preferences = {row["user_id"]: row["preference"] for row in rows}
         adapter = Path(options.adapter or folder / "adapter")
@@ -86,15 +93,15 @@ class Recommender:
 
     def rank(self, user: str, preference: str) -> list[list[Any]]:
         """The user's candidates as lines of HEADERS, the best after SFT first."""
-        rows = [replace_preference(row, preference) for row in self.lists[user]]
+        rows = [replace_preference(row, plain_text(preference)) for row in self.lists[user]]
         scores = self.scores(rows)
-        places = [sorted(range(len(rows)), key=lambda n: -scores[n][side]) for side in (0, 1)]
-        return [
-            [places[0].index(n) + 1, place, self.items[rows[n]["item_id"]]["title"]]
-            + [round(p, 3) for p in scores[n]]
-            + ["target" if rows[n]["label"] else ""]
-            for place, n in enumerate(places[1], start=1)
-        ]
+        # Ties: their mean rank, as in the report.
+        ranks = [rankdata([-pair[side] for pair in scores]).tolist() for side in (0, 1)]
+        lines = []
+        for before, after, row, pair in zip(*ranks, rows, scores, strict=True):
+            title, mark = self.items[row["item_id"]]["title"], "target" if row["label"] else ""
+            lines.append([before, after, title, round(pair[0], 3), round(pair[1], 3), mark])
+        return sorted(lines, key=lambda line: line[1])
 
     def image(self, item_id: str) -> str | None:
         """Path of an item's image."""
@@ -119,11 +126,10 @@ def page(recommender: Recommender) -> Any:
 
     def choose_item(item: str) -> tuple[str, Any]:
         path = recommender.image(item)
-        return recommender.items[item]["title"], Image.open(path).convert("RGB") if path else None
+        return recommender.items[item]["title"], open_image(path) if path else None
 
     def ask(preference: str, item: str, title: str, upload: str | None) -> tuple[str, str, str]:
-        own = recommender.items[item]["title"] == title
-        image = upload or (recommender.image(item) if own else None)
+        image = upload or recommender.image(item)
         question, before, after = recommender.ask(preference, title, image)
         return question, f"{before:.6f}", f"{after:.6f}"
 
@@ -158,8 +164,10 @@ def page(recommender: Recommender) -> Any:
 def main(argv: Sequence[str] | None = None) -> None:
     options = parse_options(Options, SECTION, argv, __doc__)
     print_options(options, "demo")
-    words = ["--config", options.config, "--data_dir", options.data_dir]
-    questions = parse_options(DatasetOptions, "datasets", words)
+    if options.hide != ["nothing"] or options.split != "test" or options.pad_images:
+        raise InputError("the demo has no --hide, --split and --pad_images; leave them out")
+    questions = parse_options(DatasetOptions, "datasets", ["--config", options.config])
+    questions = replace(questions, domain=options.domain)
     recommender = Recommender(options, questions)
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     page(recommender).launch(server_name="127.0.0.1", server_port=options.port, share=False)

@@ -24,8 +24,10 @@ from mllmrec.stage.main import run_main
 import argparse
 import os
 import shlex
+import signal
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -76,13 +78,14 @@ class Run:
         self.failed: dict[str, str] = {}
         self.done: set[str] = set()
         self.process: subprocess.Popen[bytes] | None = None
-        self.stopped = False
+        self.stopped, self.lock = False, threading.Lock()
 
     def stop(self) -> None:
-        """End the step that runs, and start no other one."""
-        self.stopped = True
-        if self.process:
-            self.process.terminate()
+        """End the step that runs, with all its processes, and start no other one."""
+        with self.lock:
+            self.stopped = True
+            if self.process and self.process.poll() is None:
+                os.killpg(self.process.pid, signal.SIGTERM)
 
     def row(self, key: str, row: TableRow) -> None:
         """Run the steps of a row; a failure is kept in `failed`."""
@@ -120,9 +123,12 @@ class Run:
         with open(self.log, "a", encoding="utf-8") as log:
             log.write(f"$ {shlex.join(command)}\n")
             log.flush()
-            if self.stopped:
-                return "stopped"
-            self.process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+            with self.lock:
+                if self.stopped:
+                    return "stopped"
+                self.process = subprocess.Popen(
+                    command, stdout=log, stderr=log, env=environment, start_new_session=True
+                )
             code = self.process.wait()
         if code == 0:
             return None

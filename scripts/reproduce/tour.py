@@ -23,6 +23,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from table_writer import markdown_table
 
+from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import atomic_file, read_by_id, read_json, read_rows, write_json
 from mllmrec.stage.options import ROOT, parse_options
 from mllmrec.stage.schema import Row
@@ -37,11 +38,10 @@ CONFIG = ("--config", str(ROOT / "configs/sample.yaml"))
 
 def row_of(path: Path, user: str, **wanted: Any) -> Row:
     """The user's line of a file, the first one whose keys have the wanted values."""
-    return next(
-        row
-        for row in read_rows(path)
-        if row["user_id"] == user and all(row.get(k) == v for k, v in wanted.items())
-    )
+    for row in read_rows(path):
+        if row["user_id"] == user and all(row.get(k) == v for k, v in wanted.items()):
+            return row
+    raise InputError(f"{path} has no line of user {user!r} with {wanted}; name another --user")
 
 
 def ranked(path: Path, user: str) -> list[Row]:
@@ -126,6 +126,8 @@ def collect_lists(run: Path, data: Path, user: str) -> dict[str, Any]:
     system = run / "mllm4rec"
     titles = {row["item_id"]: row["title"] for row in read_rows(data / "items.jsonl")}
     found = row_of(system / "retriever/candidates.jsonl", user, split="test")
+    if not found["has_target"]:
+        raise InputError(f"the target of user {user!r} was not retrieved; name another --user")
     row = row_of(system / "test.jsonl", user)
     captions = read_by_id(system / "image_summaries.jsonl", "item_id")
     return {
