@@ -1,12 +1,15 @@
 """The demo asks what stage 4 asks, and its p(yes) are those of stage 6."""
 
 import importlib.util
+from types import SimpleNamespace
 
 import pytest
+from conftest import ROOT
 from PIL import Image
 from selenium.webdriver.support.ui import WebDriverWait as wait
 
 from mllmrec.ranking.datasets import DatasetOptions
+from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import read_by_id, read_rows
 from mllmrec.stage.options import parse_options
 from mllmrec.stage.scripts import load_script
@@ -64,6 +67,19 @@ def test_the_ranked_list_is_that_of_stage_6(recommender, small_run):
     assert [line[1] for line in lines] == list(range(1, 22))
     assert sorted(line[0] for line in lines) == list(range(1, 22))
     assert [line[5] for line in lines].count("target") == 1
+
+
+def test_the_demo_of_the_sample_starts_and_refuses_what_it_would_ignore(demo, monkeypatch):
+    """configs/sample.yaml has `hide`, for stage 6."""
+    launched = []
+    page = SimpleNamespace(launch=lambda **options: launched.append(options))
+    monkeypatch.setattr(demo, "Recommender", lambda options, questions: questions.domain)
+    monkeypatch.setattr(demo, "page", lambda domain: launched.append(domain) or page)
+    words = ["--config", str(ROOT / "configs/sample.yaml"), "--domain", "product"]
+    demo.main(words)
+    assert launched[0] == "product" and launched[1]["server_name"] == "127.0.0.1"
+    with pytest.raises(InputError, match="the demo has no --hide; leave it out"):
+        demo.main([*words, "--hide", "preference"])
 
 
 @pytest.mark.skipif(

@@ -33,6 +33,7 @@ from mllmrec.stage.schema import Row
 from mllmrec.stage.scripts import load_script
 
 SECTION = "score"
+NOT_HERE = {"--hide", "--split", "--pad_images"}  # options of stage 6
 HEADERS = ["rank before", "rank after", "candidate", "p(yes) before", "p(yes) after", ""]
 StageOptions = load_script("MLLM-MSR/test/test_with_llava_sft.py").Options
 
@@ -164,8 +165,9 @@ def page(recommender: Recommender) -> Any:
 def main(argv: Sequence[str] | None = None) -> None:
     options = parse_options(Options, SECTION, argv, __doc__)
     print_options(options, "demo")
-    if options.hide != ["nothing"] or options.split != "test" or options.pad_images:
-        raise InputError("the demo has no --hide, --split and --pad_images; leave them out")
+    # Configs may set them for stage 6.
+    if refused := {word.split("=")[0] for word in options.words} & NOT_HERE:
+        raise InputError(f"the demo has no {', '.join(sorted(refused))}; leave it out")
     questions = parse_options(DatasetOptions, "datasets", ["--config", options.config])
     questions = replace(questions, domain=options.domain)
     recommender = Recommender(options, questions)
