@@ -179,12 +179,16 @@ def report_data_of(path):
 @pytest.fixture
 def browser():
     """A Chromium without a window."""
-    if not (shutil.which("chromium") and shutil.which("chromedriver")):
-        pytest.skip("no chromium and chromedriver on this machine")
+    names = ("chromium", "chromium-browser", "google-chrome")
+    program = next((path for name in names if (path := shutil.which(name))), None)
+    driver_program = shutil.which("chromedriver")
+    if not (program and driver_program):
+        pytest.skip("no Chromium and chromedriver on this machine")
     options = webdriver.ChromeOptions()
+    options.binary_location = program
     for word in ("--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1300,900"):
         options.add_argument(word)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options, Service(shutil.which("chromedriver")))
+    driver = webdriver.Chrome(options, Service(driver_program))
     yield driver
     driver.quit()

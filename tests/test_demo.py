@@ -85,8 +85,7 @@ def test_the_demo_of_the_sample_starts_and_refuses_what_it_would_ignore(demo, mo
 @pytest.mark.skipif(
     importlib.util.find_spec("gradio") is None, reason="scripts/demo.sh installs it"
 )
-def test_in_a_browser_one_question_is_asked(demo, recommender, small_run, browser, monkeypatch):
-    monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
+def test_in_a_browser_one_question_is_asked(demo, recommender, small_run, browser):
     page = demo.page(recommender)
     _, address, _ = page.launch(server_name="127.0.0.1", prevent_thread_lock=True, quiet=True)
     try:

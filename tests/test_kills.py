@@ -304,7 +304,7 @@ def test_a_disk_that_is_full_at_any_byte_is_one_sentence(tmp_path, kind):
     """By a limit of the size of files: what does not fit is cut, as on a full disk."""
     job = JOBS[kind]
     _, whole = finished(tmp_path, job)
-    for size in range(0, 10_000, 50):
+    for size in range(0, 10_000, 20):
         folder, _ = finished(tmp_path)
         limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (size, size))
         code, text = ended(*started(partial(job, folder), limit))

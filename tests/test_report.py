@@ -421,6 +421,9 @@ def test_in_a_browser_users_are_sorted_found_opened_and_compared(small_run, brow
         browser.get(f"{page.as_uri()}#{name}")
         current = browser.find_element("css selector", "nav [aria-current]")
         assert current.text == name
+    variants = len(json.loads((small_run.folder / "metrics.json").read_text()))
+    rows = browser.find_elements("css selector", "#metrics tr")
+    assert len(rows) == 1 + variants + 4, "header, rows, a line for each group"
     fetched = "return performance.getEntriesByType('resource').map(e => e.name)"
     assert [n for n in browser.execute_script(fetched) if not n.startswith("data:")] == []
     assert browser.get_log("browser") == [], "no error in the console"

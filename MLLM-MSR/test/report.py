@@ -35,6 +35,7 @@ from mllmrec.evaluation.result_tables import (
     metric_rows,
     read_metrics,
     score_files,
+    share_lists,
 )
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import atomic_file, read_rows, require
@@ -105,9 +106,7 @@ def compared(folder: Path, scores: dict[str, Path]) -> tuple[dict[str, Path], di
     own = list_digests(read_rows(scores[first]))
     found, left_out = {}, []
     for name, other in in_order(score_files(folder)).items():
-        lists = list_digests(read_rows(other))
-        shared = own.keys() & lists.keys()
-        if name in metrics and shared and all(own[user] == lists[user] for user in shared):
+        if name in metrics and share_lists(own, list_digests(read_rows(other))):
             found[f"{folder.resolve().name}/{name}"] = other
         else:
             left_out.append(name)
@@ -182,10 +181,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         data_dir / "users.jsonl",
         data_dir / "items.jsonl",
         options.system_dir / "user_preferences.jsonl",
+        options.system_dir / "image_summaries.jsonl",
+        *rejected_files(data_dir, options.system_dir),
         *([Path(options.compare) / "metrics.json"] if options.compare else []),
     )
-    files = RunFiles(data_dir, options.system_dir, {})
-    inputs |= file_digests(options.system_dir / "image_summaries.jsonl", *rejected_files(files))
     job = Job.of(options, inputs, stage=SECTION)
     with WholeOutput(job, outputs) as output:
         if output.is_needed:

@@ -38,7 +38,7 @@ function table(key, caption, columns, rows, words) {
     byId(key).querySelectorAll("th button")[n].focus();
   } }, own.name)));
   const body = kept.map(row => el("tr", {}, ...columns.map(own => el("td", { class: own.text ? null : "n" }, own.cell(row)))));
-  const filled = el("table", { id: key, class: "sorted" }, el("caption", {}, caption(kept.length)), el("thead", {}, el("tr", {}, ...head)), el("tbody", {}, ...body));
+  const filled = el("table", { id: key }, el("caption", {}, caption(kept.length)), el("thead", {}, el("tr", {}, ...head)), el("tbody", {}, ...body));
   return el("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": caption(kept.length) }, filled);
 }
 
@@ -77,7 +77,7 @@ const figure = (item, attributes, ...more) => el("figure", attributes, cover(ite
 function usersPage() {
   const { left, right } = state;
   const moved = user => (user.ranks[left] === null || user.ranks[right] === null ? null : user.ranks[right] - user.ranks[left]);
-  const number = (name, value, cell = value) => ({ name, value, cell: row => rankText(cell(row)) });
+  const number = (name, value) => ({ name, value, cell: row => rankText(value(row)) });
   const columns = [
     { name: "user", text: true, value: user => user.id, cell: user => (user.details ? el("a", { href: "#user-" + encodeURIComponent(user.id) }, user.id) : user.id) },
     number("history", user => user.length),
@@ -168,8 +168,7 @@ function errorsPage() {
   const most = Math.max(1, ...counts.values());
   const rows = [...counts].map(([rank, n]) => ({ rank, n }));
   const bar = n => el("span", { class: "bar", style: `width:${(100 * n / most).toFixed(1)}%` });
-  const columns = [{ name: "rank", value: row => row.rank, cell: row => String(row.rank) }, { name: "users", value: row => row.n, cell: row => String(row.n) }, { name: "", text: true, value: row => row.n, cell: row => bar(row.n) }];
-  columns[2].name = "share of the largest";
+  const columns = [{ name: "rank", value: row => row.rank, cell: row => String(row.rank) }, { name: "users", value: row => row.n, cell: row => String(row.n) }, { name: "share of the largest", text: true, value: row => row.n, cell: row => bar(row.n) }];
   const above = data.above[data.variants[state.left]].map(([title, times, lists]) => ({ title, times, lists, share: 100 * times / lists }));
   const aboveColumns = [
     { name: "negative", text: true, value: row => row.title, cell: row => row.title },

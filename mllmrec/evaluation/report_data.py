@@ -12,7 +12,7 @@ from scipy.stats import rankdata
 from mllmrec.data.candidates import read_users, users_of_split
 from mllmrec.data.images import ImageError, check_item_images, data_url, open_image
 from mllmrec.evaluation.metrics import ranking_scores
-from mllmrec.evaluation.result_tables import list_digests
+from mllmrec.evaluation.result_tables import list_digests, share_lists
 from mllmrec.evaluation.texts import loops
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import read_by_id, read_lines, read_rows
@@ -75,8 +75,7 @@ def comparable_lists(scores: Mapping[str, Path]) -> dict[str, dict[str, _List]]:
     for variant, path in scores.items():
         rows = read_rows(path)
         own = list_digests(rows)
-        shared = own.keys() & digests.keys()
-        if not digests or (shared and all(own[user] == digests[user] for user in shared)):
+        if not digests or share_lists(own, digests):
             found[variant] = _lists(rows)
             digests |= own
     return found
@@ -136,11 +135,12 @@ def report_data(files: RunFiles, limit: int = LIMIT) -> dict[str, Any] | None:
     test = {user["user_id"]: user for user in users_of_split(lines, "test")}
     items = _Items(files, popularity)
     users: list[dict[str, Any]] = []
-    everyone = {
-        user_id: own for found in reversed(lists.values()) for user_id, own in found.items()
-    }
-    for user_id in dict.fromkeys(user_id for found in lists.values() for user_id in found):
-        own, user = everyone[user_id], _known(user_id, test, users_path, scores_path)
+    everyone: dict[str, _List] = {}  # user -> its list under the first variant that has one
+    for found in lists.values():
+        for user_id, own in found.items():
+            everyone.setdefault(user_id, own)
+    for user_id, own in everyone.items():
+        user = _known(user_id, test, users_path, scores_path)
         target = None if own.target is None else items.known.get(own.target, {}).get("title", "")
         ranks = [variant.get(user_id) for variant in lists.values()]
         row: dict[str, Any] = {"id": user_id, "length": len(user["history"]), "target": target}
@@ -155,8 +155,7 @@ def report_data(files: RunFiles, limit: int = LIMIT) -> dict[str, Any] | None:
         "rejected": _rejected(files),
     }
     size = _size(data)
-    lists_of = [(row["id"], everyone[row["id"]]) for row in users]
-    for row, details in zip(users, _details(files, test, lists, lists_of, items), strict=True):
+    for row, details in zip(users, _details(files, test, lists, everyone, items), strict=True):
         size += _size(details)
         if size + items.size > limit:
             break
@@ -179,17 +178,17 @@ def _details(
     files: RunFiles,
     test: Mapping[str, Row],
     lists: Mapping[str, Mapping[str, _List]],
-    lists_of: Sequence[tuple[str, _List]],
+    everyone: Mapping[str, _List],
     items: _Items,
 ) -> Iterator[dict[str, Any]]:
     """Of each user: blocks of the history with the preference after them, candidates, scores.
 
-    lists_of: (user, one of its lists).
+    everyone: user -> one of its lists.
     """
     preferences_path = files.system_dir / "user_preferences.jsonl"
     preferences = _read_preferences(preferences_path)
     users_path, scores_path = files.data_dir / "users.jsonl", next(iter(files.scores.values()))
-    for user_id, own in lists_of:
+    for user_id, own in everyone.items():
         history = test[user_id]["history"]
         # A system without preferences: the history as one block.
         whole = {"blocks": [{"items": history, "preference": ""}]}
@@ -232,7 +231,7 @@ def _most_above(lists: Mapping[str, _List], items: Mapping[str, Row]) -> list[li
 def _rejected(files: RunFiles) -> list[dict[str, Any]]:
     """Of each file of rejected rows: name, number of rows, and the first rows with reasons."""
     found = []
-    for path in rejected_files(files):
+    for path in rejected_files(files.data_dir, files.system_dir):
         first: list[list[str]] = []
         number = 0
         for number, row in read_lines(path):
@@ -243,12 +242,9 @@ def _rejected(files: RunFiles) -> list[dict[str, Any]]:
     return found
 
 
-def rejected_files(files: RunFiles) -> list[Path]:
+def rejected_files(data_dir: Path, system_dir: Path) -> list[Path]:
     """The rejected rows of the data and of the system."""
-    found = [
-        *files.data_dir.glob("*.rejected.jsonl"),
-        *files.system_dir.glob("**/*.rejected.jsonl"),
-    ]
+    found = [*data_dir.glob("*.rejected.jsonl"), *system_dir.glob("**/*.rejected.jsonl")]
     return list({path.resolve(): path for path in sorted(found)}.values())
 
 

@@ -93,6 +93,15 @@ def list_digests(rows: Iterable[Row]) -> dict[str, int]:
     return {user: hash(frozenset(candidates)) for user, candidates in lists.items()}
 
 
+def share_lists(own: Mapping[str, int], other: Mapping[str, int]) -> bool:
+    """Whether two variants have users in common, and the same candidates for all of these.
+
+    own, other: `list_digests` of each.
+    """
+    shared = own.keys() & other.keys()
+    return bool(shared) and all(own[user] == other[user] for user in shared)
+
+
 def check_same_lists(digests: Mapping[Path, Mapping[str, int]]) -> None:
     """Raise InputError unless the variants of one table have the same candidates for each user.
 

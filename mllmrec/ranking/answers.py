@@ -95,7 +95,7 @@ def answer_tokens(chat: ChatProcessor, answers: AnswerSet = YES_NO) -> AnswerTok
 
 
 def _bare_ids(chat: ChatProcessor, answers: AnswerSet) -> list[int]:
-    """Ids of the literal tokens `Yes` and `No`, which the released code reads."""
+    """Ids of the answers as literal tokens, e.g. `Yes`, which the released code reads."""
     ids = chat.tokenizer.convert_tokens_to_ids(list(answers.answers))
     for answer, token_id in zip(answers.answers, ids, strict=True):
         if token_id is None or token_id == chat.tokenizer.unk_token_id:

@@ -12,7 +12,6 @@ from mllmrec.stage.main import run_main
 
 import os
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -54,13 +53,14 @@ class Recommender:
         folder = options.system_dir
         self.items_path = Path(options.data_dir) / "items.jsonl"
         self.items = read_by_id(self.items_path, "item_id")
-        self.lists: dict[str, list[Row]] = {}
-        for row in read_rows(folder / "test.jsonl"):
-            self.lists.setdefault(row["user_id"], []).append(row)
         check_item_images(self.items, self.items_path, options.data_dir, options.image_roots)
-        check_row_images(read_rows(folder / "test.jsonl"), folder / "test.jsonl", options)
-        rows = read_rows(folder / "user_preferences.jsonl")
-        self.preferences = {row["user_id"]: row["preference"] for row in rows}
+        rows = read_rows(folder / "test.jsonl")
+        check_row_images(rows, folder / "test.jsonl", options)
+        self.lists: dict[str, list[Row]] = {}
+        for row in rows:
+            self.lists.setdefault(row["user_id"], []).append(row)
+        preferences = read_rows(folder / "user_preferences.jsonl")
+        self.preferences = {row["user_id"]: row["preference"] for row in preferences}
         adapter = Path(options.adapter or folder / "adapter")
         check_adapter(adapter, options.model)
         check_use(adapter, options, options.allow_other)
@@ -76,13 +76,13 @@ class Recommender:
         """(p(yes) before, after SFT) of each row, as stage 6 computes them."""
         from mllmrec.ranking.scoring import probability, score_rows
 
-        found: list[list[float]] = [[] for _ in rows]
+        def score() -> list[float]:
+            found = dict(score_rows(self.model, self.reader, rows))
+            return [probability(yes, no) for no, yes in (found[n] for n in range(len(rows)))]
+
         with self.model.disable_adapter():
-            for index, (no, yes) in score_rows(self.model, self.reader, rows):
-                found[index].append(probability(yes, no))
-        for index, (no, yes) in score_rows(self.model, self.reader, rows):
-            found[index].append(probability(yes, no))
-        return [(before, after) for before, after in found]
+            before = score()
+        return list(zip(before, score(), strict=True))
 
     def ask(self, preference: str, title: str, image: str | None) -> tuple[str, float, float]:
         """(question as the model gets it, p(yes) before, after SFT). image: path, None without."""
@@ -168,10 +168,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Configs may set them for stage 6.
     if refused := {word.split("=")[0] for word in options.words} & NOT_HERE:
         raise InputError(f"the demo has no {', '.join(sorted(refused))}; leave it out")
-    questions = parse_options(DatasetOptions, "datasets", ["--config", options.config])
-    questions = replace(questions, domain=options.domain)
-    recommender = Recommender(options, questions)
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    words = ["--config", options.config, "--domain", options.domain]
+    recommender = Recommender(options, parse_options(DatasetOptions, "datasets", words))
     page(recommender).launch(server_name="127.0.0.1", server_port=options.port, share=False)
 
 

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
-from table_writer import markdown_table
 
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import atomic_file, read_by_id, read_json, read_rows, write_json
@@ -33,7 +32,12 @@ FACTS = ROOT / "docs/tour.json"
 TEMPLATE = ROOT / "docs/tour.md.j2"
 PAGE = ROOT / "docs/tour.md"
 COVERS = ROOT / "docs/covers"
-CONFIG = ("--config", str(ROOT / "configs/sample.yaml"))
+
+
+def words_of(run: Path) -> list[str]:
+    """The command line of a stage of the run."""
+    config = str(ROOT / "configs/sample.yaml")
+    return ["--config", config, "--data_dir", str(run), "--output_dir", str(run)]
 
 
 def row_of(path: Path, user: str, **wanted: Any) -> Row:
@@ -59,8 +63,7 @@ def preference_prompts(run: Path, user: str) -> list[str]:
     from mllmrec.models.loading import load_processor, max_prompt_tokens, read_config
 
     stage = load_script("Inference/preference_recurrent.py")
-    words = (*CONFIG, "--data_dir", str(run), "--output_dir", str(run))
-    options = parse_options(stage.Options, "preference", words)
+    options = parse_options(stage.Options, "preference", words_of(run))
     chat = ChatProcessor(load_processor(options.model, options), False, options.prompt_format)
     longest = max_prompt_tokens(read_config(options.model), options.max_new_tokens)
     histories = read_histories(options)
@@ -84,8 +87,7 @@ def question(run: Path, row: Row) -> dict[str, Any]:
     from mllmrec.ranking.reader import RowReader, chat_processor
     from mllmrec.ranking.training_options import FineTuningOptions
 
-    words = (*CONFIG, "--data_dir", str(run), "--output_dir", str(run))
-    options = parse_options(FineTuningOptions, "train", words)
+    options = parse_options(FineTuningOptions, "train", words_of(run))
     chat = chat_processor(load_processor(options.model, options, multimodal=True), options)
     reader = RowReader(chat, run / "mllm_msr", options.max_text_tokens)
     batch = Collator(reader, loss=options.loss)([row])
@@ -111,7 +113,6 @@ def collect(run: Path, user: str) -> dict[str, Any]:
     target_row = row_of(system / "test.jsonl", user, item_id=own["target"])
     return {
         "user": {key: own[key] for key in ("user_id", "history", "target", "negatives", "split")},
-        "touched": row_of(run / "touched.jsonl", user),
         "titles": {item: titles[item] for item in shown},
         "summaries": {item: summaries[item]["summary"] for item in shown},
         "prompts": preference_prompts(run, user),
@@ -132,7 +133,6 @@ def collect_lists(run: Path, data: Path, user: str) -> dict[str, Any]:
     captions = read_by_id(system / "image_summaries.jsonl", "item_id")
     return {
         "retrieved": found["item_ids"],
-        "asked": row["item_ids"],
         "titles": {item: titles[item] for item in found["item_ids"]},
         "captions": {item: captions[item]["summary"] for item in found["item_ids"]},
         "question": row["messages"][0]["content"][0]["text"],
@@ -155,7 +155,7 @@ def render(facts: dict[str, Any]) -> str:
     """The page as text."""
     environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True)
     environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False}
-    functions = {"rank_of": rank_of, "metrics": metrics, "exp": math.exp, "table": markdown_table}
+    functions = {"rank_of": rank_of, "metrics": metrics, "exp": math.exp}
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     return template.render(**facts, **functions)
 
