@@ -133,7 +133,10 @@ def load_adapter(model: Any, folder: PathLike, name: str) -> Any:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Found missing adapter keys")
             warnings.filterwarnings("ignore", category=FutureWarning)  # renamings inside peft
-            adapted = PeftModel.from_pretrained(model, str(folder)).eval()
+            # In the model's dtype, as training computes them: in float32 each input is converted.
+            adapted = PeftModel.from_pretrained(
+                model, str(folder), autocast_adapter_dtype=False
+            ).eval()
         with safe_open(Path(folder) / WEIGHTS, "pt") as file:
             in_file = set(file.keys())
     except SafetensorError as error:

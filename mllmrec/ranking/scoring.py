@@ -278,24 +278,25 @@ def _prefill_prefixes(
 def _answer_logits(model: Any, reader: RowReader, **inputs: Any) -> torch.Tensor:
     """float32 (rows, answers): logits of the answers at the last position.
 
-    The last hidden state is multiplied by the answers' rows of the LM head in float32: in bfloat16
-    a logit near 20 has a resolution of an eighth, and many candidates would tie.
+    In 16 bit, the last hidden state is multiplied by the answers' rows of the LM head in float32,
+    and by no others: in bfloat16 a logit near 20 has a resolution of an eighth, and many candidates
+    would tie; and where LoRA has frozen the weights, torch would copy the LM head for every row.
     """
     token_ids = reader.answer_tokens.first_ids
     kept: list[torch.Tensor] = []
 
-    def keep(layer: Any, hidden: Any, logits: torch.Tensor) -> None:
+    def keep(layer: Any, inputs: Any) -> tuple[torch.Tensor] | None:
         # Inside the pass, where weights that are sharded over GPUs are whole.
-        if logits.dtype == torch.float32:
-            kept.append(logits[:, -1, token_ids])
-            return
-        # Training computes in 16 bit around it.
-        with torch.autocast(logits.device.type, enabled=False):
-            kept.append(hidden[0][:, -1].float() @ layer.weight[token_ids].float().T)
+        hidden, device = inputs[0], inputs[0].device.type
+        if layer.weight.dtype == torch.float32 and not torch.is_autocast_enabled(device):
+            return None
+        with torch.autocast(device, enabled=False):  # training computes in 16 bit around it
+            kept.append(hidden[:, -1].float() @ layer.weight[token_ids].float().T)
+        return (hidden[:, :0],)
 
-    hook = model.get_output_embeddings().register_forward_hook(keep)
+    hook = model.get_output_embeddings().register_forward_pre_hook(keep)
     try:
-        model(**inputs, logits_to_keep=1)
+        output = model(**inputs, logits_to_keep=1)
     finally:
         hook.remove()
-    return kept[0]
+    return kept[0] if kept else output.logits[:, -1, token_ids]

@@ -15,6 +15,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from accelerate.utils import gather_object
+from peft.helpers import disable_input_dtype_casting
 from torch.utils.data import DataLoader
 from transformers import (
     EarlyStoppingCallback,
@@ -221,7 +222,9 @@ class RankingTrainer(Trainer):
         if last:  # a run that stopped early goes no further
             stopped = stopped_after(last)
             self.args.num_train_epochs = self.args.num_train_epochs if stopped is None else stopped
-        self.train(resume_from_checkpoint=last)
+        # PEFT would convert each input of LoRA to float32, and autocast back to 16 bit.
+        with disable_input_dtype_casting(self.model):
+            self.train(resume_from_checkpoint=last)
 
 
 def needs_equal_passes(trainer: Trainer) -> bool:

@@ -20,6 +20,12 @@ from mllmrec.stage.record import read_record
 from mllmrec.stage.schema import Row
 from mllmrec.stage.scripts import load_script
 
+# Stage script of a user_preferences.jsonl -> its function that makes a user's dialogue.
+DIALOGUES = {
+    "preference_recurrent": "recurrent_preference",
+    "preference_direct": "direct_preference",
+}
+
 
 def costs_per_user(row: TableRow, folder: Path) -> dict[str, float]:
     """{name of TokenCounts or "seconds": mean over the users} of a row that ran in `folder`.
@@ -58,9 +64,10 @@ def scoring_costs(scores: Path) -> dict[str, float]:
 
 
 def preference_costs(path: Path) -> dict[str, float]:
-    """Costs of the recurrence that wrote user_preferences.jsonl."""
-    stage = load_script("Inference/preference_recurrent.py")
+    """Costs of the dialogues that wrote user_preferences.jsonl."""
     record = read_record(path) or {}
+    stage = load_script(f"Inference/{record['stage']}.py")
+    new_dialogue = getattr(stage, DIALOGUES[record["stage"]])
     options = options_of(stage.Options, record["arguments"])
     chat, limit = load_chat(options.model, options)
     limit = min(options.max_prompt_tokens or limit, limit)
@@ -70,7 +77,7 @@ def preference_costs(path: Path) -> dict[str, float]:
     def dialogue(row: Row) -> tuple[Dialogue, list[str]]:
         user = histories[row["user_id"]]
         texts = [block["preference"] for block in row["blocks"]]
-        return stage.recurrent_preference(user, new_writer(user.ids), options), texts
+        return new_dialogue(user, new_writer(user.ids), options), texts
 
     counts = dialogue_tokens(map(dialogue, rows), chat, options.max_new_tokens)
     return per_user(counts, record["seconds"], len(rows))
