@@ -12,6 +12,7 @@ from mllmrec.data import sample_world as world
 from mllmrec.models.adapters import load_adapter
 from mllmrec.models.chat import ChatProcessor
 from mllmrec.models.loading import load_multimodal
+from mllmrec.models.model_options import ModelOptions
 from mllmrec.ranking.answers import answer_tokens
 from mllmrec.ranking.questions import Candidate, QuestionFormat, candidate_row
 from mllmrec.ranking.reader import PromptTooLongError, RowReader
@@ -125,6 +126,27 @@ def test_prefix_reuse_changes_no_score_with_an_adapter(model, data, tmp_path):
     wanted = one_by_one(adapted, processor, *data)
     assert np.abs(wanted - scored(*model, *data)).max() > 0.1, "the adapter does something"
     assert_exact(scored(adapted, processor, *data), wanted)
+
+
+def test_scores_in_16_bit_are_those_that_training_validates_with(data, tmp_path):
+    """LoRA in float32 computed under autocast; and no logits but the answers' are computed."""
+    options = ModelOptions(dtype="bfloat16")
+    base, processor = load_multimodal(str(TINY / "llava"), options)
+    torch.manual_seed(1)
+    config = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    trained = get_peft_model(base, config).eval()
+    trained.save_pretrained(tmp_path)
+    with torch.autocast("cpu", torch.bfloat16):
+        wanted = scored(trained, processor, *data)
+    adapted = load_adapter(load_multimodal(str(TINY / "llava"), options)[0], tmp_path, "llava")
+    positions = []
+    adapted.get_output_embeddings().register_forward_hook(
+        lambda layer, inputs, logits: positions.append(logits.shape[1])
+    )
+    assert np.array_equal(scored(adapted, processor, *data), wanted)
+    assert 0 in positions, "but for the prefixes, whose logits nobody reads"
+    float32 = load_adapter(load_multimodal(str(TINY / "llava"))[0], tmp_path, "llava")
+    assert np.abs(scored(float32, processor, *data) - wanted).max() > 1e-3, "digits of 16 bit"
 
 
 def test_the_prefix_of_an_item_is_computed_once(model, data):

@@ -220,6 +220,19 @@ def test_validations_by_steps_are_every_so_many_and_at_the_end(small_run, tmp_pa
     assert np.argmax(rates) == 4 and rates[0] == 0, "four steps of warm-up"
 
 
+def test_max_steps_end_a_training_in_the_order_of_its_epochs(small_run, tmp_path):
+    words = ["--limit", "8", "--batch_size", "2", "--accumulation", "1", "--validation_users", "2"]
+    words += ["--logging_steps", "1", "--schedule", "constant"]
+    train(prepared(small_run, tmp_path / "two"), *words, "--epochs", "2")
+    train(prepared(small_run, tmp_path / "some"), *words, "--epochs", "1", "--max_steps", "11")
+    wanted, found = values(tmp_path / "two", "loss"), values(tmp_path / "some", "loss")
+    assert (len(wanted), len(found)) == (16, 11)
+    assert found == wanted[:11], "the second epoch has an order of its own"
+    assert "eval_auc" in log_of(tmp_path / "some")[-2]
+    with pytest.raises(InputError, match="leave --max_steps out"):
+        train(prepared(small_run, tmp_path / "both"), "--max_steps", "3", "--patience", "1")
+
+
 @pytest.mark.parametrize("keep", ["best", pytest.param("last", marks=pytest.mark.slow)])
 def test_the_best_adapter_is_kept_or_the_last(small_run, tmp_path, monkeypatch, keep):
     aucs = iter([0.6, 0.9, 0.7, 0.8])

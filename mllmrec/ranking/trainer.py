@@ -78,6 +78,7 @@ def training_arguments(
     arguments = TrainingArguments(
         output_dir=str(options.system_dir / "checkpoints"),
         num_train_epochs=options.epochs,
+        max_steps=options.max_steps or -1,
         learning_rate=options.learning_rate,
         per_device_train_batch_size=options.batch_size,
         gradient_accumulation_steps=options.accumulation,
@@ -219,9 +220,9 @@ class RankingTrainer(Trainer):
             if is_first:
                 output.begin()
             last = last_complete_checkpoint(output.checkpoints, may_delete=is_first)
-        if last:  # a run that stopped early goes no further
-            stopped = stopped_after(last)
-            self.args.num_train_epochs = self.args.num_train_epochs if stopped is None else stopped
+        stopped = stopped_after(last) if last and self.args.max_steps < 0 else None
+        if stopped is not None:  # a run that stopped early goes no further
+            self.args.num_train_epochs = stopped
         # PEFT would convert each input of LoRA to float32, and autocast back to 16 bit.
         with disable_input_dtype_casting(self.model):
             self.train(resume_from_checkpoint=last)

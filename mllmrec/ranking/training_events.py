@@ -23,6 +23,7 @@ class TrainingEvents(TrainerCallback):
 
     def __init__(self, sampler: EpochSampler, options: FineTuningOptions) -> None:
         self.sampler, self.folder = sampler, options.system_dir
+        self.steps_per_epoch = len(sampler) // sampler.settings.step
         self.checkpoint_steps = options.checkpoint_steps
         self.progress: Progress | None = None
         self.overwritten: WholeOutput | None = None  # deleted when there is a first step
@@ -34,7 +35,7 @@ class TrainingEvents(TrainerCallback):
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Derive the sampler's epoch from the step: resumed in mid-epoch, the loader would not."""
-        self.sampler.set_epoch(state.global_step // _steps_per_epoch(args, state))
+        self.sampler.set_epoch(state.global_step // self.steps_per_epoch)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Save every `checkpoint_steps` steps; the last of an epoch is saved when it is validated.
@@ -46,7 +47,7 @@ class TrainingEvents(TrainerCallback):
             self.overwritten = None
         if self.progress is not None:
             self.progress.update()
-        ends_epoch = state.global_step % _steps_per_epoch(args, state) == 0
+        ends_epoch = state.global_step % self.steps_per_epoch == 0
         steps = self.checkpoint_steps
         if steps and state.global_step % steps == 0 and not ends_epoch:
             control.should_save = control.should_log = True
@@ -92,10 +93,6 @@ class TrainingEvents(TrainerCallback):
         """Print the last line of the progress."""
         if self.progress is not None:
             self.progress.close()
-
-
-def _steps_per_epoch(args: Any, state: Any) -> int:
-    return state.max_steps // int(args.num_train_epochs)
 
 
 def mean_loss(log: Sequence[Row]) -> float:

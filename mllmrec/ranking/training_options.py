@@ -66,6 +66,9 @@ class FineTuningOptions(RankerOptions, LoraOptions):
     """How a ranker is fine-tuned."""
 
     epochs: int = option(10, "epochs over train.jsonl (paper: 10, released code: 4)", ge=1)
+    max_steps: int = option(
+        0, "stop after this many optimizer steps, which the schedule ends with; 0 = as epochs says", ge=0
+    )
     learning_rate: float = option(
         2e-5, "of AdamW (paper and released code: 2e-5)", ge=0, allow_inf_nan=False
     )
@@ -130,6 +133,8 @@ def check_training_options(options: FineTuningOptions) -> None:
         )
     if options.patience and options.keep == "last":
         raise InputError("--patience stops at the best epoch, which --keep last would not keep")
+    if options.patience and options.max_steps:
+        raise InputError("--patience stops a training of whole epochs; leave --max_steps out")
     if options.report_to != "none" and importlib.util.find_spec(options.report_to) is None:
         raise InputError(
             f"--report_to {options.report_to} needs the package {options.report_to}; pip install "

@@ -196,6 +196,7 @@ def measure(
             "steps": row.steps,
             "stage_1": row.stage_1,
             "last_stage": [last_stage(record) for record in records],
+            "validations": list(map(learning_curve, records, paths)),
         }
         if table.costs:
             from costs import costs_per_user  # which loads torch
@@ -219,6 +220,14 @@ def last_stage(record: dict[str, Any]) -> dict[str, Any]:
     inputs = record.get("inputs", {})
     weights = {name: digest for name, digest in inputs.items() if name.endswith(".safetensors")}
     return kept | ({"weights": weights} if weights else {})
+
+
+def learning_curve(record: dict[str, Any], scores: Path) -> list[dict[str, Any]]:
+    """The validations of the training whose adapter scored; none without an adapter."""
+    if not any(name.endswith("adapter_model.safetensors") for name in record.get("inputs", {})):
+        return []
+    lines = read_rows(scores.parent.parent / "training_log.jsonl")
+    return [line for line in lines if any(key.startswith("eval_") for key in line)]
 
 
 def write_report(
