@@ -14,11 +14,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mllmrec.models.chat import ChatProcessor
 from mllmrec.prompts.templates import user_turn
+from mllmrec.stage.errors import InputError
 from mllmrec.stage.scripts import load_script
 
 limits = load_script("scripts/benchmarks/limits.py")
 inference = load_script("scripts/benchmarks/time_inference.py")
 scoring = load_script("scripts/benchmarks/time_scoring.py")
+card = load_script("scripts/benchmarks/time_card.py")
 SPEEDS = limits.Speeds(flops=1e9, bandwidth=1e8)
 
 
@@ -98,3 +100,40 @@ def test_the_benchmark_of_stage_5_runs(tmp_path):
     assert done.returncode == 0, done.stderr.decode()
     [row, *_] = json.loads((tmp_path / "outputs/benchmark/train.json").read_text())["rows"]
     assert 0 < row["ours_mfu"] < 1 and 0 < row["baseline_mfu"] < 1
+
+
+@pytest.mark.slow
+def test_the_check_of_a_card_runs(tmp_path):
+    words = ["--size", "tiny", "--parts", "numbers", "text", "images", "training"]
+    script = str(ROOT / "scripts/benchmarks/time_card.py")
+    done = subprocess.run([sys.executable, script, *words], cwd=tmp_path, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+    rows = json.loads((tmp_path / "outputs/benchmark/gpu_check.json").read_text())["rows"]
+    assert [row.get("note") for row in rows[:3]] == ["right"] * 3
+    speeds = {row["what"]: row["value"] for row in rows[3:]}
+    assert len(speeds) == 8 and all(value > 0 for value in speeds.values())
+    assert all(0 < row["share"] < 1 for row in rows if "share" in row)
+    assert (tmp_path / "outputs/benchmark/gpu_check.md").read_text().count("\n") == 2 + len(rows)
+
+
+def test_parts_of_the_check_that_do_not_run_say_why(tmp_path, monkeypatch, capsys):
+    def full(args):
+        yield card.line("a speed", 3, 4)
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    def missing(args):
+        raise InputError("no package trl")
+        yield
+
+    monkeypatch.setattr(card, "PARTS", {"text": full, "trl": missing})
+    args = card.Options("tiny")
+    first = {"what": "a speed", "value": 3.0, "limit": 4.0, "share": 0.75}
+    stopped = {"what": "text", "value": "not run", "note": "out of memory"}
+    assert card.measure("text", args) == [first, stopped]
+    assert card.measure("trl", args)[0]["note"] == "no package trl"
+    monkeypatch.chdir(tmp_path)
+    card.main(["--size", "tiny", "--minutes", "0"])
+    assert capsys.readouterr().out.count("| not run |  |  | after 0 min |") == 5
+    wrong = card.line("a change", 1.0) | {"note": "WRONG: above 0.02"}
+    with pytest.raises(InputError, match="wrong numbers on this card: a change"):
+        card.refuse_wrong([first, wrong])

@@ -67,7 +67,9 @@ class FineTuningOptions(RankerOptions, LoraOptions):
 
     epochs: int = option(10, "epochs over train.jsonl (paper: 10, released code: 4)", ge=1)
     max_steps: int = option(
-        0, "stop after this many optimizer steps, which the schedule ends with; 0 = as epochs says", ge=0
+        0,
+        "stop after this many optimizer steps, which the schedule ends with; 0 = as epochs says",
+        ge=0,
     )
     learning_rate: float = option(
         2e-5, "of AdamW (paper and released code: 2e-5)", ge=0, allow_inf_nan=False
