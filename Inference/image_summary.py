@@ -108,7 +108,7 @@ def write_summaries(
 
     sizes: item id -> the size to which its image is padded.
     """
-    from mllmrec.generation.engine import load_engine, read_ahead, run_dialogues
+    from mllmrec.generation.engine import load_engine, read_ahead
     from mllmrec.generation.prompt_writer import ImagePrompts, PromptWriter
     from mllmrec.generation.text_quality import measure_texts, report_quality
 
@@ -135,7 +135,7 @@ def write_summaries(
     )
     template = options.image_prompt if options.summary == "image" else options.fusion_prompt
     measure_texts(output, "summary", template, engine)
-    output.write_results(run_dialogues(engine, dialogues), "image summaries", "item")
+    output.write_results(engine.run(dialogues), "image summaries", "item")
     report_quality(output)
 
 

@@ -73,7 +73,7 @@ def write_questions(options: ListOptions) -> None:
     with WholeOutput(job, outputs) as output:
         if not output.is_needed:
             return
-        from mllmrec.models.loading import load_processor
+        from mllmrec.models.processors import load_processor
         from mllmrec.ranking import lists
         from mllmrec.ranking.reader import chat_processor
 

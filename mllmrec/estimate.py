@@ -20,8 +20,8 @@ from mllmrec.data.candidates import read_users, users_of_split
 from mllmrec.data.images import size_or_none
 from mllmrec.generation.preferences import PreferenceOptions
 from mllmrec.models.chat import ChatProcessor
-from mllmrec.models.loading import load_processor, read_config
 from mllmrec.models.model_options import ModelOptions
+from mllmrec.models.processors import load_processor, read_config
 from mllmrec.models.size import WEIGHT_BYTES, ModelSize, model_size
 from mllmrec.prompts.mllm_msr import BLOCK_LINE, IMAGE, PREFERENCE_NEXT
 from mllmrec.prompts.templates import user_turn

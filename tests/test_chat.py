@@ -16,8 +16,8 @@ from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerFast
 from mllmrec.generation.dialogues import RejectedError
 from mllmrec.generation.prompt_writer import PromptWriter
 from mllmrec.models.chat import ChatProcessor, shorten_to_fit
-from mllmrec.models.loading import load_processor
 from mllmrec.models.model_options import ModelOptions
+from mllmrec.models.processors import load_processor
 from mllmrec.prompts import mllm_msr as prompts
 from mllmrec.prompts.templates import assistant_turn, cut, plain_text, user_turn
 from mllmrec.ranking.answers import YES_NO, answer_tokens

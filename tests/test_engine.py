@@ -11,16 +11,17 @@ from PIL import Image
 from random_models import random_llama, random_llava, random_qwen3, random_qwen_vl
 
 from mllmrec.data import sample_world as world
-from mllmrec.generation import engine as engine_module
-from mllmrec.generation import sampling
+from mllmrec.generation import local_engine, sampling
 from mllmrec.generation.dialogues import (
     GeneratedText,
     Prompt,
     RejectedError,
     advance,
     first_request,
+    stream_id,
 )
-from mllmrec.generation.engine import GenerationEngine, read_ahead, run_dialogues
+from mllmrec.generation.engine import read_ahead
+from mllmrec.generation.local_engine import GenerationEngine
 from mllmrec.generation.preferences import HistoryItem, UserHistory
 from mllmrec.generation.prompt_writer import EncodedImage, ImagePrompts, PromptWriter
 from mllmrec.models import compat
@@ -102,7 +103,7 @@ def new_engine(model, chat, max_new_tokens=40, chunk_tokens=None, **options):
 
 def ended_dialogues(engine, dialogues):
     """Name -> what each of a dict of dialogues ended with."""
-    return {name: found for name, found, _ in run_dialogues(engine, dialogues.items())}
+    return {name: found for name, found, _ in engine.run(dialogues.items())}
 
 
 def preferences(model, chat, histories, batch_tokens=20_000, order=None, **options):
@@ -141,7 +142,7 @@ def test_samples_follow_the_softmax(top_p):
     rows = scores.repeat(n, 1)
     for warp in sampling.warpers(0.7, top_p):
         rows = warp(None, rows)
-    streams = [sampling.stream_id(42, str(user), 0) for user in range(n)]
+    streams = [stream_id(42, str(user), 0) for user in range(n)]
     sampler = sampling.GumbelMaxSampler(streams, 3)
     chosen = sampler(torch.zeros(n, 3), rows).argmax(1)
     share, wanted = torch.bincount(chosen, minlength=5) / n, rows[0].softmax(0)
@@ -169,8 +170,8 @@ def test_images_that_wait_have_a_limit_in_memory():
     def enough(n_pixels, n_prompts, batch_tokens=10**6):
         prompt = Prompt("", 10, {"pixel_values": np.zeros((1, n_pixels))})
         settings = SimpleNamespace(batch_tokens=batch_tokens, max_new_tokens=10)
-        waiting = [engine_module.Request("", 0, None, prompt)] * n_prompts
-        return engine_module._enough(settings, waiting)
+        waiting = [local_engine.Request("", 0, None, prompt)] * n_prompts
+        return local_engine._enough(settings, waiting)
 
     assert not enough(100, 300)
     assert not enough(1 << 20, 300)
@@ -372,7 +373,7 @@ def test_a_rejected_dialogue_has_its_reason_and_the_others_continue(llama):
 
     engine = new_engine(model, chat, max_new_tokens=3)
     dialogues = [("a", good()), ("b", bad()), ("c", good())]
-    ended = {name: (result, reason) for name, result, reason in run_dialogues(engine, dialogues)}
+    ended = {name: (result, reason) for name, result, reason in engine.run(dialogues)}
     assert ended["b"] == (None, "no good")
     assert ended["a"] == ended["c"] != (None, None)
 

@@ -9,9 +9,10 @@ from conftest import ROOT, TINY
 from random_models import llama_config, llava_config
 
 from mllmrec.estimate import bytes_beside_weights, main, stage_options
-from mllmrec.models.loading import load_multimodal, load_processor, load_text, read_config
+from mllmrec.models.loading import load_multimodal, load_text
 from mllmrec.models.lora import add_lora
 from mllmrec.models.model_options import LoraOptions, ModelOptions
+from mllmrec.models.processors import load_processor, read_config
 from mllmrec.models.size import model_size
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.options import load_config

@@ -17,7 +17,8 @@ from safetensors.numpy import load_file, save_file
 from transformers import AutoTokenizer
 
 from mllmrec.generation.dialogues import Prompt
-from mllmrec.generation.engine import GenerationEngine, load_engine, run_dialogues
+from mllmrec.generation.engine import load_engine
+from mllmrec.generation.local_engine import GenerationEngine
 from mllmrec.models.adapters import adapter_base, check_adapter, load_adapter
 from mllmrec.models.chat import ChatProcessor
 from mllmrec.models.loading import load_multimodal, load_text
@@ -230,7 +231,7 @@ def test_generation_stops_at_logits_that_are_not_finite(broken_head):
         return (yield Prompt(text, chat.count(text)))
 
     with pytest.raises(InputError, match="logits for 'item 7' are not finite"):
-        list(run_dialogues(engine, [("item 7", dialogue())]))
+        list(engine.run([("item 7", dialogue())]))
 
 
 def test_scoring_stops_at_logits_that_are_not_finite(small_run, broken_head):

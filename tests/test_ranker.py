@@ -17,7 +17,8 @@ from conftest import REAL, ROOT, TINY, skip_without_real_data
 from mllmrec.data.candidates import own_candidates
 from mllmrec.evaluation.metrics import evaluate
 from mllmrec.models.chat import ChatProcessor
-from mllmrec.models.loading import load_processor, load_text
+from mllmrec.models.loading import load_text
+from mllmrec.models.processors import load_processor
 from mllmrec.ranking import reader, trainer
 from mllmrec.ranking.batches import EpochSampler, EpochSettings
 from mllmrec.ranking.list_options import ListOptions

@@ -9,7 +9,7 @@ import torch
 from conftest import TINY
 from PIL import Image
 
-from mllmrec.generation.engine import GenerationEngine
+from mllmrec.generation.local_engine import GenerationEngine
 from mllmrec.models.chat import ChatProcessor
 from mllmrec.models.loading import load_multimodal, load_text
 from mllmrec.models.lora import add_lora

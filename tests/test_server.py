@@ -17,9 +17,8 @@ from conftest import ROOT, TINY, call, free_port
 from pydantic import ValidationError
 from transformers import AutoTokenizer
 
-from mllmrec.generation.dialogues import Prompt
-from mllmrec.generation.engine import load_engine, run_dialogues
-from mllmrec.generation.sampling import stream_id
+from mllmrec.generation.dialogues import Prompt, stream_id
+from mllmrec.generation.engine import load_engine
 from mllmrec.generation.server import ServerEngine, messages
 from mllmrec.models.chat import ChatProcessor
 from mllmrec.models.model_options import GenerationStageOptions
@@ -122,7 +121,7 @@ def results(chat, url, users=6, texts=2, begun=None, **options):
                 begun.append(n)
             yield f"u{n}", dialogue(f"u{n}")
 
-    return run_dialogues(ServerEngine("tiny", chat, GenerationStageOptions(**options)), dialogues())
+    return ServerEngine("tiny", chat, GenerationStageOptions(**options)).run(dialogues())
 
 
 def ask(chat, url, **options):
@@ -382,6 +381,18 @@ def test_a_stage_resumes_without_asking_for_finished_rows(small_run, tmp_path):
     left = [len(row["blocks"]) for row in read_rows(found) if row["user_id"] not in done]
     assert 5 <= len(done) < 30 == len(done) + len(left) and len(asked) == 1 + sum(left)
     assert read_record(found)["server"] == {"model": "tiny", "version": "1.2.3"}
+
+
+def test_a_client_of_a_server_imports_no_torch(small_run, tmp_path):
+    words = "import sys; from mllmrec.stage.scripts import load_script"
+    words += "; load_script('Inference/preference_recurrent.py').main(sys.argv[1:])"
+    words += "; assert sys.modules['torch'] is None"
+    with serving(lambda text: answer("music")) as (url, _):
+        command = [sys.executable, "-c", words, *stage_3(small_run, tmp_path, url)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "PyTorch" not in done.stderr
+    assert len(read_rows(tmp_path / "mllm_msr/user_preferences.jsonl")) == 30
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ from conftest import TINY
 from test_scoring import data, model  # noqa: F401  (fixtures)
 
 from mllmrec.generation.dialogues import Prompt
-from mllmrec.generation.engine import GenerationEngine, run_dialogues
+from mllmrec.generation.local_engine import GenerationEngine
 from mllmrec.models.chat import ChatProcessor
 from mllmrec.models.loading import load_text
 from mllmrec.models.model_options import GenerationStageOptions
@@ -65,7 +65,7 @@ def test_a_dialogue_has_the_tokens_that_the_engine_saw():
         return ids
 
     llama.generate = count
-    results = run_dialogues(engine, ((user, dialogue(words)) for user, words in asked.items()))
+    results = engine.run((user, dialogue(words)) for user, words in asked.items())
     found = {row_id: texts for row_id, texts, _ in results}
     again = ((dialogue(asked[user]), texts) for user, texts in found.items())
     counts = dialogue_tokens(again, chat, 12)

@@ -81,7 +81,7 @@ def exported(path: Path, options: Options) -> tuple[list[Row], int]:
     As in stage 5, users with a question that is too long are rejected.
     """
 
-    from mllmrec.models.loading import load_processor
+    from mllmrec.models.processors import load_processor
     from mllmrec.ranking.reader import RowReader, chat_processor
 
     rows = read_rows(path)

@@ -6,6 +6,8 @@ runs many dialogues together: as soon as one has its text, its next prompt can b
 waits for the slowest one, and a stage reads like the paper's recurrence.
 """
 
+import hashlib
+import json
 import re
 from collections.abc import Generator, Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -102,3 +104,9 @@ def advance(
         yield request.row_id, row, None
     except RejectedError as reason:
         yield request.row_id, None, str(reason)
+
+
+def stream_id(*names: Any) -> int:
+    """31-bit number of the random numbers that belong to `names`, e.g. (seed, user id, block)."""
+    digest = hashlib.sha256(json.dumps(names).encode()).digest()
+    return int.from_bytes(digest[:4]) & ((1 << 31) - 1)

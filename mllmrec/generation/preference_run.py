@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any
 
 from mllmrec.generation.dialogues import Dialogue
-from mllmrec.generation.engine import load_engine, run_dialogues
+from mllmrec.generation.engine import load_engine
 from mllmrec.generation.preferences import PreferenceOptions, UserHistory
 from mllmrec.generation.prompt_writer import PromptWriter
 from mllmrec.generation.text_quality import measure_texts, report_quality, warn_of_long_texts
@@ -39,7 +39,7 @@ def run_preferences(
     warn_of_long_texts(engine.chat, options)
     texts = sum(n_texts(histories[user]) for user in output.todo)
     progress = progress_bar(texts, "preferences", "block")
-    results = run_dialogues(engine, dialogues, progress)
+    results = engine.run(dialogues, progress)
     output.write_results(results, "preferences", "user", progress)
     if output.is_complete and not output.n_rows:
         raise InputError(f"no user has a preference; {output.rejected_path} says why")

@@ -7,10 +7,6 @@ interruption changes the noise. (In bfloat16 the scores themselves differ a litt
 in float32 on a CPU they do not, as far as texts can tell.)
 """
 
-import hashlib
-import json
-from typing import Any
-
 import torch
 from transformers import LogitsProcessor, TemperatureLogitsWarper, TopPLogitsWarper
 
@@ -25,11 +21,6 @@ _STEP = _signed(0x9E3779B97F4A7C15)
 _TOKEN = _signed(0xD1B54A32D192ED03)
 _MIX_FACTORS = (_signed(0xFF51AFD7ED558CCD), _signed(0xC4CEB9FE1A85EC53))
 _MASK = (1 << 31) - 1
-
-
-def stream_id(*names: Any) -> int:
-    """31-bit number of the stream of noise that belongs to `names`, e.g. (seed, user id, block)."""
-    return int.from_bytes(hashlib.sha256(json.dumps(names).encode()).digest()[:4]) & _MASK
 
 
 def counter(stream: int, position: int) -> int:

@@ -24,9 +24,9 @@ from mllmrec.generation.dialogues import (
     Prompt,
     RejectedError,
     Result,
+    stream_id,
     usable_text,
 )
-from mllmrec.generation.sampling import stream_id
 from mllmrec.models.chat import ChatProcessor
 from mllmrec.models.model_options import KEY, GenerationStageOptions
 from mllmrec.prompts.templates import turn_text
@@ -109,7 +109,7 @@ class ServerEngine:
     def run(
         self, dialogues: Iterable[tuple[Any, Dialogue]], progress: Progress | None = None
     ) -> Generator[Result, None, None]:
-        """Run dialogues to their ends, see `mllmrec.generation.engine.run_dialogues`."""
+        """Run dialogues to their ends, see `GenerationEngine.run`."""
         coming, tasks = iter(dialogues), set[asyncio.Task[Result]]()
         self.client = openai.AsyncOpenAI(
             base_url=self.options.base_url,

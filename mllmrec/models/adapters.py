@@ -8,8 +8,9 @@ from typing import Any
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 
-from mllmrec.models.loading import cannot, check_finite, listed, read_config
+from mllmrec.models.loading import check_finite, listed
 from mllmrec.models.model_options import ModelOptions
+from mllmrec.models.processors import cannot, read_config
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import PathLike, read_json, write_json
 from mllmrec.stage.record import check_described, file_digests, first_difference, read_record

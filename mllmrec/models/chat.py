@@ -8,21 +8,19 @@ position is read (generation, scoring) and on the right for training.
 Text that is data stays data: `plain` and `break_markers` break the control tokens of the model's
 own tokenizer in a text, and `control_token_difference` compares the token ids of a rendered prompt
 with those of the same turns without data.
+
+Imports torch only where tensors are made: a client of a server needs none.
 """
 
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from PIL import Image
-from transformers import BatchFeature
 
-from mllmrec.models import compat
-from mllmrec.models.padding import pad_rows
 from mllmrec.prompts.templates import (
     Turn,
     break_markers,
@@ -34,6 +32,9 @@ from mllmrec.prompts.templates import (
     user_turn,
 )
 from mllmrec.stage.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import BatchFeature
 
 Arrays = dict[str, Any]  # name -> NumPy array
 # Characters of markup: an added token with one of them is a control token, even if it is not marked
@@ -201,6 +202,8 @@ class ChatProcessor:
         if self.single_tile:
             side = self._tile_size // self.processor.patch_size
             return side * side + 1  # the model also appends its end-of-row token to the only tile
+        from mllmrec.models import compat
+
         return compat.num_image_tokens(self.processor, width, height)
 
     def encode(
@@ -233,7 +236,9 @@ class ChatProcessor:
 
     def _encode_single_tiles(
         self, texts: Sequence[str], images: Sequence[Image.Image], options: dict[str, Any]
-    ) -> BatchFeature:
+    ) -> "BatchFeature":
+        from transformers import BatchFeature
+
         token, tile = self.processor.image_token, self._tile_size
         encoded = self.processor.image_processor(
             images, image_grid_pinpoints=[[tile, tile]], return_tensors="pt"
@@ -259,8 +264,13 @@ class ChatProcessor:
             )
         )
 
-    def collate_arrays(self, encoded: Sequence[Arrays]) -> BatchFeature:
+    def collate_arrays(self, encoded: Sequence[Arrays]) -> "BatchFeature":
         """What `encode_arrays` made of several prompts, as the left-padded batch of `encode`."""
+        import torch
+        from transformers import BatchFeature
+
+        from mllmrec.models.padding import pad_rows
+
         batch = {}
         for name, first in encoded[0].items():
             arrays = [one[name] for one in encoded]

@@ -6,7 +6,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from mllmrec.models.loading import read_config, takes_images
+from mllmrec.models.processors import read_config, takes_images
 from mllmrec.prompts.mllm4rec import INSTRUCTION
 from mllmrec.stage.jsonl import PathLike
 from mllmrec.stage.record import read_record

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-from mllmrec.models.loading import takes_images
 from mllmrec.models.parts import module_path
+from mllmrec.models.processors import takes_images
 
 # Bytes of a weight with its scales: bitsandbytes' int8 (one float32 for each row is next to
 # nothing), and nf4 with double quantisation (blocks of 64, one byte each, and of 256).

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from mllmrec.models.chat import ChatProcessor, to_model
-from mllmrec.models.loading import REMEDY, cannot
+from mllmrec.models.processors import REMEDY, cannot
 from mllmrec.prompts.templates import user_turn
 from mllmrec.stage.errors import InputError
 

@@ -9,7 +9,8 @@ from PIL import Image
 
 from mllmrec.data.images import ImageError, open_image, pad_black, padded_sizes, size_or_none
 from mllmrec.models.chat import ChatProcessor, shorten_to_fit
-from mllmrec.models.loading import load_multimodal, load_text, one_line, read_config, takes_images
+from mllmrec.models.loading import load_multimodal, load_text
+from mllmrec.models.processors import one_line, read_config, takes_images
 from mllmrec.models.trial import check_trial
 from mllmrec.prompts.templates import valid_text
 from mllmrec.ranking.answers import YES_NO, AnswerSet, AnswerTokens, answer_tokens

@@ -224,7 +224,7 @@ class RankingTrainer(Trainer):
         if stopped is not None:  # a run that stopped early goes no further
             self.args.num_train_epochs = stopped
         # PEFT would convert each input of LoRA to float32, and autocast back to 16 bit.
-        with disable_input_dtype_casting(self.model):
+        with disable_input_dtype_casting(cast(Any, self.model)):
             self.train(resume_from_checkpoint=last)
 
 

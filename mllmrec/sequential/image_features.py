@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from mllmrec.data.images import ImageError, open_image
-from mllmrec.models.loading import cannot, read_config
+from mllmrec.models.processors import cannot, read_config
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.progress import progress_bar
 

@@ -30,7 +30,7 @@ from PIL.Image import Image
 
 from mllmrec.data.images import pad_to_largest
 from mllmrec.generation.dialogues import Dialogue, Prompt
-from mllmrec.generation.engine import GenerationEngine, run_dialogues
+from mllmrec.generation.local_engine import GenerationEngine
 from mllmrec.generation.preferences import HistoryItem, UserHistory
 from mllmrec.generation.prompt_writer import EncodedImage, PromptWriter
 from mllmrec.models.chat import ChatProcessor, to_model
@@ -147,7 +147,7 @@ def ours(
         return ids
 
     with mock.patch.object(model, "generate", noted):
-        rows = {number: row for number, row, _ in run_dialogues(engine, enumerate(dialogues))}
+        rows = {number: row for number, row, _ in engine.run(enumerate(dialogues))}
     return [rows[number] for number in sorted(rows)], batches
 
 

@@ -11,7 +11,7 @@ from mllmrec.generation.dialogues import Dialogue
 from mllmrec.generation.engine import load_chat
 from mllmrec.generation.preferences import read_histories
 from mllmrec.generation.prompt_writer import PromptWriter
-from mllmrec.models.loading import load_processor
+from mllmrec.models.processors import load_processor
 from mllmrec.ranking.reader import RowReader, chat_processor
 from mllmrec.ranking.token_counts import TokenCounts, dialogue_tokens, scoring_tokens
 from mllmrec.ranking.training_options import RankerOptions

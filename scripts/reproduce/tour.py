@@ -60,7 +60,7 @@ def preference_prompts(run: Path, user: str) -> list[str]:
     from mllmrec.generation.preferences import read_histories
     from mllmrec.generation.prompt_writer import PromptWriter
     from mllmrec.models.chat import ChatProcessor
-    from mllmrec.models.loading import load_processor, max_prompt_tokens, read_config
+    from mllmrec.models.processors import load_processor, max_prompt_tokens, read_config
 
     stage = load_script("Inference/preference_recurrent.py")
     options = parse_options(stage.Options, "preference", words_of(run))
@@ -82,7 +82,7 @@ def question(run: Path, row: Row) -> dict[str, Any]:
     tokens: of question and answer, the image's as one; n_image_tokens: how many those are;
     predicted: the tokens that the loss is on.
     """
-    from mllmrec.models.loading import load_processor
+    from mllmrec.models.processors import load_processor
     from mllmrec.ranking.batches import Collator
     from mllmrec.ranking.reader import RowReader, chat_processor
     from mllmrec.ranking.training_options import FineTuningOptions
