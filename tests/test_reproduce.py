@@ -262,6 +262,7 @@ def test_costs_are_drawn_over_the_seconds_of_a_user():
 def test_the_page_of_results_is_what_the_files_of_results_say():
     page = load_script("scripts/reproduce/results_page.py")
     assert (ROOT / "docs/results.md").read_text() == page.render()
+    assert page.CHARTS and all(path.exists() for path in page.CHARTS)
     with pytest.raises(KeyError, match="no_such_row"):
         page.row("sample/deviations", "no_such_row")
 

@@ -11,13 +11,14 @@ those of today; the commit is that of the run.
 from mllmrec.stage.main import run_main
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import yaml
 from data_statistics import markdown as statistics_table
 from definitions import read_table
 from jinja2 import Environment, StrictUndefined
-from table_writer import markdown, markdown_table
+from table_writer import cost_chart, markdown, markdown_table
 
 from mllmrec.stage.jsonl import atomic_file, read_json
 from mllmrec.stage.options import ROOT
@@ -25,6 +26,8 @@ from mllmrec.stage.options import ROOT
 RESULTS = ROOT / "results"
 TEMPLATE = ROOT / "docs/results.md.j2"
 PAGE = ROOT / "docs/results.md"
+FIGURES = ROOT / "docs/figures"
+CHARTS: dict[Path, str] = {}  # file -> name of the results that it shows
 
 
 def result(name: str) -> dict[str, Any]:
@@ -53,6 +56,27 @@ def table(name: str) -> str:
     versions = f"torch {packages['torch']}, transformers {packages['transformers']}"
     made = f"{made_by(report, report['table'], words)}, {devices(report)}, {versions}."
     return f"{made}\n{markdown(report)}".rstrip("\n")
+
+
+def chart(name: str) -> str:
+    """AUC over the seconds of a user, of results/NAME.json; the file is written by `main`."""
+    file = f"{name.replace('/', '_')}_costs.png"
+    CHARTS[FIGURES / file] = name
+    return f"![AUC over seconds per user, a point per row](figures/{file})"
+
+
+def learning_curve(name: str, key: str, step: int) -> str:
+    """The validations of a row's training as a table. step: rows in an optimizer step."""
+    lines = [["rows of training", "AUC", "NDCG@10"]]
+    for found in row(name, key)["validations"][0]:
+        lines.append(
+            [
+                f"{step * found['step']:,}",
+                figures(found, "eval_auc"),
+                figures(found, "eval_ndcg@10"),
+            ]
+        )
+    return "\n".join(markdown_table(lines))
 
 
 def statistics(name: str) -> str:
@@ -151,14 +175,18 @@ def render() -> str:
     environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True)
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     functions: list[Callable[..., Any]] = [result, row, table, statistics, figures, per_seed, gap]
-    functions += [difference_over_seeds, cost, published, published_lists, chosen, choice]
+    functions += [difference_over_seeds, cost, published, published_lists, chosen, choice, chart]
+    functions += [learning_curve]
     return template.render({function.__name__: function for function in functions})
 
 
 def main() -> None:
-    """Write the page."""
+    """Write the page, and the figures that it shows."""
     with atomic_file(PAGE) as file:
         file.write(render().encode())
+    for path, name in CHARTS.items():
+        with atomic_file(path) as file:
+            file.write(cost_chart(result(name)))
     print(f"wrote {PAGE.relative_to(ROOT)}")
 
 

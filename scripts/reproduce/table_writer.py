@@ -2,8 +2,8 @@
 
 import csv
 import io
-import math
 from collections.abc import Mapping
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -134,16 +134,13 @@ def dot_chart(report: Report) -> bytes:
 
 def cost_chart(report: Report) -> bytes:
     """A PNG: AUC over the seconds that one user takes, a point per row with its 95% interval."""
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    rows = report["rows"].values()
-    costs = [mean_cost(row, "seconds") for row in rows]
-    middle = math.sqrt(min(costs) * max(costs))
-    for row, seconds in zip(rows, costs, strict=True):
-        side, shift = ("right", -6) if seconds > middle else ("left", 6)
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    for row, marker in zip(report["rows"].values(), cycle("osD^v<>Pp*"), strict=False):
         auc, half = 100 * row["metrics"]["auc"], half_width(row["metrics"], "auc") or 0.0
-        axes.errorbar(seconds, auc, yerr=half, fmt="o", color=COLOURS[0], capsize=3)
-        axes.annotate(row["label"], (seconds, auc), (shift, 6), ha=side, textcoords="offset points")
+        seconds, words = mean_cost(row, "seconds"), {"fmt": marker, "capsize": 3}
+        axes.errorbar(seconds, auc, yerr=half, label=row["label"], **words)
+    figure.legend(loc="outside right upper", frameon=False)
     axes.set(xscale="log", xlabel="seconds per user", ylabel="AUC x100")
-    axes.set_ylim(top=min(101, axes.get_ylim()[1]))
+    axes.set_ylim(max(0, axes.get_ylim()[0]), min(101, axes.get_ylim()[1]))
     axes.grid(color="#ddd")
     return png(figure, dpi=120)
