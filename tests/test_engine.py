@@ -143,7 +143,7 @@ def test_samples_follow_the_softmax(top_p):
     for warp in sampling.warpers(0.7, top_p):
         rows = warp(None, rows)
     streams = [stream_id(42, str(user), 0) for user in range(n)]
-    sampler = sampling.GumbelMaxSampler(streams, 3)
+    sampler = sampling.GumbelMaxSampler(streams, 3, 9)
     chosen = sampler(torch.zeros(n, 3), rows).argmax(1)
     share, wanted = torch.bincount(chosen, minlength=5) / n, rows[0].softmax(0)
     assert ((share - wanted).abs() <= 4 * (wanted * (1 - wanted) / n).sqrt() + 1e-9).all()

@@ -155,7 +155,7 @@ class GenerationEngine:
             streams = [stream_id(self.options.seed, r.row_id, r.number) for r in requests]
             processors += [
                 *sampling.warpers(self.options.temperature, self.options.top_p),
-                sampling.GumbelMaxSampler(streams, prompt_length),
+                sampling.GumbelMaxSampler(streams, prompt_length, self.max_new_tokens),
             ]
         with packed_linears(self.model.get_decoder(), len(requests)):
             ids = self.model.generate(**batch, logits_processor=LogitsProcessorList(processors))

@@ -59,14 +59,19 @@ def warpers(temperature: float, top_p: float) -> list[LogitsProcessor]:
 class GumbelMaxSampler(LogitsProcessor):
     """For greedy `generate`: makes each row's largest score a sample from its softmax.
 
-    streams: one number for each row; prompt_length: columns of the padded prompts.
+    streams: one number for each row; prompt_length: columns of the padded prompts. The counters of
+    all new tokens are made at once, so that no step waits for a copy to the GPU.
     """
 
-    def __init__(self, streams: list[int], prompt_length: int) -> None:
-        self.streams, self.prompt_length = streams, prompt_length
+    def __init__(self, streams: list[int], prompt_length: int, max_new_tokens: int) -> None:
+        positions = range(max_new_tokens)
+        self.counters = torch.tensor(
+            [[counter(s, position) for s in streams] for position in positions]
+        )
+        self.prompt_length = prompt_length
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         """scores: (rows, vocabulary); the same with noise added."""
+        self.counters = self.counters.to(scores.device)  # the first step copies
         position = input_ids.shape[1] - self.prompt_length
-        counters = [counter(stream, position) for stream in self.streams]
-        return scores + gumbel_noise(torch.tensor(counters, device=scores.device), scores.shape[1])
+        return scores + gumbel_noise(self.counters[position], scores.shape[1])
