@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import TINY
+from PIL import Image
 
 from mllmrec.data.candidates import candidates, users_of_split
 from mllmrec.evaluation.metrics import evaluate
@@ -221,6 +222,11 @@ def test_mmrec_gets_numbers_features_and_the_split(small_run, tmp_path):
         assert own["x_label"].tolist() == [0] * len(user["history"]) + [label]
     for name, width in (("text", 384), ("image", 96)):
         assert np.load(folder / f"{name}_feat.npy").shape == (len(items), width)
+    before = np.load(folder / "image_feat.npy")
+    Image.new("RGB", (48, 64), "red").save(tmp_path / "d" / items[0]["image"])
+    load_script(EXPORT).main(["--config", str(small_run.config), *words])
+    changed = (np.load(folder / "image_feat.npy") != before).any(1)
+    assert changed.tolist() == [True] + [False] * (len(items) - 1), "made again"
     mapping = pd.read_csv(folder / "i_id_mapping.csv", sep="\t", dtype=str)
     assert mapping["item_id"].tolist() == ids
 

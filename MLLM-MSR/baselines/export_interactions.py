@@ -30,7 +30,7 @@ from mllmrec.data.candidates import (
     read_users_and_items,
     users_of_split,
 )
-from mllmrec.data.images import check_item_images, item_images
+from mllmrec.data.images import item_images
 from mllmrec.prompts.templates import plain_text
 from mllmrec.sequential.sequential_options import EncoderOptions
 from mllmrec.stage.jsonl import atomic_file, require
@@ -114,7 +114,6 @@ def features(items: dict[str, Row], items_path: Path, options: Options) -> dict[
     found = {"text_feat.npy": encode(titles, options.encoder).numpy()}
     paths = list(item_images(items, items_path).values())
     if options.with_images and any(paths):
-        check_item_images(items, items_path, options.data_dir, options.image_roots)
         found["image_feat.npy"] = encode_images(paths, options.image_encoder).numpy()
     return found
 
@@ -156,7 +155,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     print_options(options, f"export for {options.format}")
     data_dir = Path(options.data_dir)
     users_path, items_path = (require(data_dir / f"{n}.jsonl") for n in ("users", "items"))
-    job = Job.of(options, file_digests(users_path, items_path), stage=SECTION)
+    digests = file_digests(users_path, items_path)
+    if options.format == "mmrec" and options.with_images:
+        from mllmrec.sequential.baseline_run import image_inputs  # which loads torch
+
+        digests |= image_inputs(items_path, options)
+    job = Job.of(options, digests, stage=SECTION)
     folder = data_dir / "export" / options.format / options.name
     with WholeOutput(job, [folder]) as output:
         if output.is_needed:

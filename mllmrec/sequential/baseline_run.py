@@ -19,10 +19,10 @@ from mllmrec.data.candidates import (
 from mllmrec.data.images import check_item_images, image_digests, item_images
 from mllmrec.sequential.items import read_features
 from mllmrec.sequential.sequences import CandidateNumbers, SequenceData
-from mllmrec.sequential.sequential_options import SequentialOptions
 from mllmrec.sequential.training import CHOSEN_BY, fit, score_candidates, validation_metrics
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import read_by_id, require, write_rows
+from mllmrec.stage.options import CommonOptions
 from mllmrec.stage.output import WholeOutput
 from mllmrec.stage.provenance import short_digest
 from mllmrec.stage.record import Job, file_digests
@@ -45,7 +45,8 @@ def run_baseline(name: str, new_model: NewModel, options: Any) -> None:
     summaries = options.summaries or Path(options.output_dir) / "mllm_msr/image_summaries.jsonl"
     inputs = [require(users_path), require(items_path)]
     inputs += [require(summaries)] if "summary" in options.features else []
-    digests = file_digests(*inputs) | image_inputs(items_path, options)
+    digests = file_digests(*inputs)
+    digests |= image_inputs(items_path, options) if "image" in options.features else {}
     job = Job.of(options, digests, ignore=("threads",), stage=name)
     default = name if options.control == "none" else f"{name}_{options.control}"
     folder = options.system_dir / (options.variant or default)
@@ -91,10 +92,8 @@ def run_baseline(name: str, new_model: NewModel, options: Any) -> None:
         logger.info(f"wrote {path}: {len(rows):,} scores, epoch {found.best['epoch']}")
 
 
-def image_inputs(items_path: Path, options: SequentialOptions) -> dict[str, str]:
-    """{"images": digest of all images} for `--features image`, else nothing."""
-    if "image" not in options.features:
-        return {}
+def image_inputs(items_path: Path, options: CommonOptions) -> dict[str, str]:
+    """{"images": digest of all images of items.jsonl}, after a check of where they are."""
     items = read_by_id(items_path, "item_id")
     check_item_images(items, items_path, options.data_dir, options.image_roots)
     digests = image_digests(item_images(items, items_path).values())
