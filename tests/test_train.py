@@ -447,7 +447,8 @@ def test_with_several_gpus_in_sight_a_process_uses_one(tmp_path, monkeypatch):
 
 def test_no_checkpoint_is_saved_between_an_epochs_last_step_and_its_validation():
     saves, logs, two_epochs = [], [], TrainingArguments("x", num_train_epochs=2)
-    events = TrainingEvents(None, FineTuningOptions(checkpoint_steps=5))
+    sampler = EpochSampler([{}] * 80, None, EpochSettings(8, 8, "none", 0))  # ten steps
+    events = TrainingEvents(sampler, FineTuningOptions(checkpoint_steps=5))
     for step in range(1, 21):
         control, state = TrainerControl(), TrainerState(global_step=step, max_steps=20)
         events.on_step_end(two_epochs, state, control)
