@@ -30,7 +30,7 @@ from mllmrec.data.candidates import (
     read_users_and_items,
     users_of_split,
 )
-from mllmrec.data.images import item_images
+from mllmrec.data.images import image_inputs, item_images
 from mllmrec.prompts.templates import plain_text
 from mllmrec.sequential.sequential_options import EncoderOptions
 from mllmrec.stage.jsonl import atomic_file, require
@@ -157,9 +157,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     users_path, items_path = (require(data_dir / f"{n}.jsonl") for n in ("users", "items"))
     digests = file_digests(users_path, items_path)
     if options.format == "mmrec" and options.with_images:
-        from mllmrec.sequential.baseline_run import image_inputs  # which loads torch
-
-        digests |= image_inputs(items_path, options)
+        digests |= image_inputs(items_path, options.data_dir, options.image_roots)
     job = Job.of(options, digests, stage=SECTION)
     folder = data_dir / "export" / options.format / options.name
     with WholeOutput(job, [folder]) as output:

@@ -13,7 +13,8 @@ from typing import Any
 from PIL import Image, ImageOps
 
 from mllmrec.stage.errors import InputError
-from mllmrec.stage.provenance import file_digest
+from mllmrec.stage.jsonl import read_by_id
+from mllmrec.stage.provenance import file_digest, short_digest
 from mllmrec.stage.schema import Row
 
 # Pillow knows more, and starts other programs for some of them.
@@ -189,6 +190,16 @@ def check_item_images(
     """`check_image_paths` of the lines of items.jsonl that have an image."""
     names = [item["image"] for item in items.values() if item["image"] is not None]
     check_image_paths(names, of_file, data_dir, roots)
+
+
+def image_inputs(
+    items_path: str | Path, data_dir: str | Path, roots: Sequence[str]
+) -> dict[str, str]:
+    """{"images": digest of all images of items.jsonl}, after a check of where they are."""
+    items = read_by_id(items_path, "item_id")
+    check_item_images(items, items_path, data_dir, roots)
+    digests = image_digests(item_images(items, items_path).values())
+    return {"images": short_digest(list(digests.values()))}
 
 
 def image_index(folder: str | Path | None) -> dict[str, str]:

@@ -28,6 +28,7 @@ from mllmrec.models.processors import (
     one_line,
     read_config,
     takes_images,
+    without_key_table,
 )
 from mllmrec.stage.errors import InputError
 
@@ -112,22 +113,21 @@ def _load_model(auto_class: Any, name: str, config: Any, options: ModelOptions) 
     device = pick_device()
     dtype = pick_dtype(options.dtype, device)
     transformers_logging.disable_progress_bar()
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # its table of keys: `check_keys` refuses instead
     try:
-        model, keys = auto_class.from_pretrained(
-            name,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # refused below, by name
-            trust_remote_code=False,  # else a folder may ask on the terminal to run its code
-            use_safetensors=True,  # other formats can hold code
-            dtype=dtype,
-            attn_implementation=pick_attention(options.attention, device, dtype),
-            device_map={"": device},
-            quantization_config=quantization_config(
-                options.quantization, auto_class, config, dtype
-            ),
-        )
+        with without_key_table():  # `check_keys` refuses instead
+            model, keys = auto_class.from_pretrained(
+                name,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # refused below, by name
+                trust_remote_code=False,  # else a folder may ask on the terminal to run its code
+                use_safetensors=True,  # other formats can hold code
+                dtype=dtype,
+                attn_implementation=pick_attention(options.attention, device, dtype),
+                device_map={"": device},
+                quantization_config=quantization_config(
+                    options.quantization, auto_class, config, dtype
+                ),
+            )
     except ImportError as error:
         wanted = f"--quantization {options.quantization} --attention {options.attention}"
         raise InputError(
@@ -136,8 +136,6 @@ def _load_model(auto_class: Any, name: str, config: Any, options: ModelOptions) 
         ) from None
     except Exception as error:  # a wrong number in config.json can fail in any line of the model
         raise cannot(f"the model {name} cannot be loaded", error) from None
-    finally:
-        transformers_logging.set_verbosity(verbosity)
     keep_4bit_layout(model)
     check_keys(name, keys)
     check_finite(name, model)

@@ -4,11 +4,14 @@ Imports no torch by itself: a stage whose model is on a server needs none for te
 """
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoConfig, AutoProcessor, AutoTokenizer
+from transformers.utils import logging as transformers_logging
 
 from mllmrec.models.model_options import ModelOptions
 from mllmrec.stage.errors import InputError, machine_fault
@@ -140,6 +143,17 @@ def _append_nothing(tokenizer: Any) -> None:
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single=[*names, "$A"], special_tokens=list(zip(names, before, strict=True))
     )
+
+
+@contextmanager
+def without_key_table() -> Iterator[None]:
+    """Within: transformers prints no table of weights that do not fit; the caller refuses them."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
 
 
 def one_line(error: BaseException) -> str:

@@ -16,15 +16,13 @@ from mllmrec.data.candidates import (
     score_row,
     users_of_split,
 )
-from mllmrec.data.images import check_item_images, image_digests, item_images
+from mllmrec.data.images import image_inputs
 from mllmrec.sequential.items import read_features
 from mllmrec.sequential.sequences import CandidateNumbers, SequenceData
 from mllmrec.sequential.training import CHOSEN_BY, fit, score_candidates, validation_metrics
 from mllmrec.stage.errors import InputError
-from mllmrec.stage.jsonl import read_by_id, require, write_rows
-from mllmrec.stage.options import CommonOptions
+from mllmrec.stage.jsonl import require, write_rows
 from mllmrec.stage.output import WholeOutput
-from mllmrec.stage.provenance import short_digest
 from mllmrec.stage.record import Job, file_digests
 from mllmrec.stage.schema import Row
 
@@ -46,7 +44,8 @@ def run_baseline(name: str, new_model: NewModel, options: Any) -> None:
     inputs = [require(users_path), require(items_path)]
     inputs += [require(summaries)] if "summary" in options.features else []
     digests = file_digests(*inputs)
-    digests |= image_inputs(items_path, options) if "image" in options.features else {}
+    if "image" in options.features:
+        digests |= image_inputs(items_path, options.data_dir, options.image_roots)
     job = Job.of(options, digests, ignore=("threads",), stage=name)
     default = name if options.control == "none" else f"{name}_{options.control}"
     folder = options.system_dir / (options.variant or default)
@@ -90,14 +89,6 @@ def run_baseline(name: str, new_model: NewModel, options: Any) -> None:
             scoring_seconds=scoring_seconds,
         )
         logger.info(f"wrote {path}: {len(rows):,} scores, epoch {found.best['epoch']}")
-
-
-def image_inputs(items_path: Path, options: CommonOptions) -> dict[str, str]:
-    """{"images": digest of all images of items.jsonl}, after a check of where they are."""
-    items = read_by_id(items_path, "item_id")
-    check_item_images(items, items_path, options.data_dir, options.image_roots)
-    digests = image_digests(item_images(items, items_path).values())
-    return {"images": short_digest(list(digests.values()))}
 
 
 def peak_gb() -> float:

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from mllmrec.data.images import ImageError, open_image
-from mllmrec.models.processors import cannot, read_config
+from mllmrec.models.processors import cannot, read_config, without_key_table
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.progress import progress_bar
 
@@ -54,19 +54,15 @@ def _opened(path: Path | None) -> Image.Image:
 def _of_transformers(name: str) -> Callable[[list[Image.Image]], torch.Tensor]:
     """Images -> (images, features): CLIP's and SigLIP's projected vectors, else pooled ones."""
     from transformers import AutoImageProcessor, AutoModel
-    from transformers.utils import logging as transformers_logging
 
     read_config(name)
     safe = {"trust_remote_code": False, "use_safetensors": True}
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # its table of keys: an LM head is not needed here
     try:
         processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
-        model, info = AutoModel.from_pretrained(name, output_loading_info=True, **safe)
+        with without_key_table():  # it has an LM head that is not needed here
+            model, info = AutoModel.from_pretrained(name, output_loading_info=True, **safe)
     except Exception as error:  # each model's class has checks of its own, and errors of their own
         raise cannot(f"--image_encoder {name} cannot be loaded", error) from None
-    finally:
-        transformers_logging.set_verbosity(verbosity)
     if info["missing_keys"]:
         raise InputError(
             f"--image_encoder {name} lacks the weight {min(info['missing_keys'])}; name a complete "

@@ -82,6 +82,22 @@ def prefill_seconds(
     return operations / speeds.flops
 
 
+def generation_seconds(
+    model: Any,
+    batches: Sequence[Sequence[int]],
+    new_tokens: int,
+    speeds: Speeds,
+    passes: Iterable[Pass] = (),
+) -> tuple[float, float]:
+    """(prefill, decoding) of `new_tokens` tokens for every prompt of these batches.
+
+    batches: of prompt lengths; passes: as from `vision_passes`.
+    """
+    lengths = [length for batch in batches for length in batch]
+    prefill = prefill_seconds(model, lengths, speeds, passes)
+    return prefill, decoding_seconds(model, batches, new_tokens, speeds)
+
+
 def decoding_seconds(
     model: Any, batches: Iterable[Sequence[int]], new_tokens: int, speeds: Speeds
 ) -> float:

@@ -30,7 +30,7 @@ import time_scoring
 import time_train
 import tools
 import torch
-from limits import decoding_seconds, measure_speeds, prefill_seconds, vision_passes
+from limits import decoding_seconds, generation_seconds, measure_speeds, vision_passes
 
 from mllmrec.generation.prefill import chunked_prefill
 from mllmrec.models.chat import ChatProcessor
@@ -146,8 +146,7 @@ def text(args: Options) -> Iterator[Line]:
     seconds, (_, batches) = tools.timed(
         lambda: time_inference.ours(model, chat, dialogues, options)
     )
-    least = prefill_seconds(model, [n for batch in batches for n in batch], speeds)
-    least += decoding_seconds(model, batches, sizes.new_tokens, speeds)
+    least = sum(generation_seconds(model, batches, sizes.new_tokens, speeds))
     yield line("stage 3, blocks/s", 2 * len(users) / seconds, 2 * len(users) / least)
 
 
@@ -166,8 +165,7 @@ def images(args: Options) -> Iterator[Line]:
         lambda: time_inference.ours(model, chat, dialogues, options)
     )
     passes = vision_passes(model, chat, [(prompt, image) for image in covers])
-    least = prefill_seconds(model, [n for batch in batches for n in batch], speeds, passes)
-    least += decoding_seconds(model, batches, sizes.new_tokens, speeds)
+    least = sum(generation_seconds(model, batches, sizes.new_tokens, speeds, passes))
     yield line("stage 2, images/s", sizes.covers / seconds, sizes.covers / least)
     with tempfile.TemporaryDirectory() as folder:
         reader = RowReader(chat, folder)
@@ -213,9 +211,7 @@ def measure(part: str, args: Options) -> list[Line]:
     found: list[Line] = []
     try:
         found += PARTS[part](args)
-    except InputError as error:
-        return [{"what": part, "value": "not run", "note": str(error)}]
-    except RuntimeError as error:
+    except (InputError, RuntimeError) as error:
         reason = "out of memory" if is_out_of_memory(error) else " ".join(str(error).split())[:200]
         return [*found, {"what": part, "value": "not run", "note": reason}]
     peak = torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else 0.0

@@ -25,7 +25,7 @@ from unittest import mock
 import numpy as np
 import tools
 import torch
-from limits import Pass, decoding_seconds, measure_speeds, prefill_seconds, vision_passes
+from limits import Pass, generation_seconds, measure_speeds, vision_passes
 from PIL.Image import Image
 
 from mllmrec.data.images import pad_to_largest
@@ -161,9 +161,8 @@ def report_row(
     speeds = measure_speeds(model.device, model.dtype)
     seconds, results = tools.timed_interleaved(works, args.repeats)
     rows, batches = results["ours"]
-    lengths = [length for batch in batches for length in batch]
-    prefill = prefill_seconds(model, lengths, speeds, passes)
-    limit = prefill + decoding_seconds(model, batches, args.new_tokens, speeds)
+    prefill, decoding = generation_seconds(model, batches, args.new_tokens, speeds, passes)
+    limit = prefill + decoding
     tokens = n_texts * args.new_tokens
     row = {
         "case": case,
