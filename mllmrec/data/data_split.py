@@ -293,6 +293,7 @@ def prepare(log: InteractionLog, catalogue: pd.DataFrame, options: SplitOptions)
     user_ids, item_ids = log.user_ids[users], log.item_ids[items]
     touched = _touched(user_rank[log.user[earliest]], item_rank[log.item[earliest]], len(item_ids))
     own = Sequences(user_rank[log.user[keep]], item_rank[log.item[keep]], log.time[keep])
+    del earliest, keep  # each as long as the log
     starts, ends = own.spans(len(user_ids))
     one_time = own.times[starts] == own.times[ends - 1]
     _check_times(own, (user_ids, one_time), options)

@@ -56,6 +56,7 @@ def run_loader(
             if has_urls:
                 catalogue["image"] = _image_files(catalogue["url"], failed, options)
             data = rules(log, catalogue, options)
+            del log  # a large one takes a gigabyte
             output.begin()
             counts = write_data_set(data, rejected, options)
             if has_urls:
