@@ -104,14 +104,14 @@ def test_the_benchmark_of_stage_5_runs(tmp_path):
 
 @pytest.mark.slow
 def test_the_check_of_a_card_runs(tmp_path):
-    words = ["--size", "tiny", "--parts", "numbers", "text", "images", "training"]
+    words = ["--size", "tiny", "--parts", "numbers", "text", "images", "training", "graphs"]
     script = str(ROOT / "scripts/benchmarks/time_card.py")
     done = subprocess.run([sys.executable, script, *words], cwd=tmp_path, capture_output=True)
     assert done.returncode == 0, done.stderr.decode()
     rows = json.loads((tmp_path / "outputs/benchmark/gpu_check.json").read_text())["rows"]
     assert [row.get("note") for row in rows[:3]] == ["right"] * 3
     speeds = {row["what"]: row["value"] for row in rows[3:]}
-    assert len(speeds) == 8 and all(value > 0 for value in speeds.values())
+    assert len(speeds) == 9 and all(value > 0 for value in speeds.values())
     assert all(0 < row["share"] < 1 for row in rows if "share" in row)
     assert (tmp_path / "outputs/benchmark/gpu_check.md").read_text().count("\n") == 2 + len(rows)
 

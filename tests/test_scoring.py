@@ -92,16 +92,17 @@ def wanted(model, data):
 
 @pytest.mark.parametrize("batch_tokens", [1, 400, 65536])
 def test_prefix_reuse_and_batches_change_no_score(model, data, wanted, batch_tokens):
-    for reuse in (True, False):
-        found = scored(*model, *data, batch_tokens=batch_tokens, reuse_prefix=reuse)
-        assert_exact(found, wanted)
+    for reuse, packed in ((True, False), (True, True), (False, False)):
+        options = {"reuse_prefix": reuse, "pack_rows": packed}
+        assert_exact(scored(*model, *data, batch_tokens=batch_tokens, **options), wanted)
 
 
+@pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("kind", ["next", "1.5"])
-def test_prefix_reuse_changes_no_score_of_another_model(data, kind):
+def test_prefix_reuse_changes_no_score_of_another_model(data, kind, packed):
     """Random weights, grouped-query attention; several tiles (next) or one square image (1.5)."""
     model = random_llava("tiny", kind)
-    wanted, found = one_by_one(*model, *data), scored(*model, *data)
+    wanted, found = one_by_one(*model, *data), scored(*model, *data, pack_rows=packed)
     assert np.abs(found - wanted).max() < 1e-5
     difference = wanted[:, 0] - wanted[:, 1]
     assert difference.std() > 1e-3
@@ -147,6 +148,31 @@ def test_scores_in_16_bit_are_those_that_training_validates_with(data, tmp_path)
     assert 0 in positions, "but for the prefixes, whose logits nobody reads"
     float32 = load_adapter(load_multimodal(str(TINY / "llava"))[0], tmp_path, "llava")
     assert np.abs(scored(float32, processor, *data) - wanted).max() > 1e-3, "digits of 16 bit"
+
+
+def test_in_16_bit_the_texts_behind_a_prefix_are_one_sequence(data):
+    """Not where the attention takes no mask of pairs: eager, sliding windows."""
+
+    def rows_behind_prefixes(dtype, change=lambda config: None):
+        """How many sequences continue a cache: each has a copy of its prefix's keys and values."""
+        model, processor = random_llava("tiny", dtype=dtype)
+        change(model.config.text_config)
+        behind = []
+
+        def watch(_, args, words):
+            held = words["past_key_values"].get_seq_length() if words["past_key_values"] else 0
+            behind.extend([held] * words["inputs_embeds"].shape[0] if held else [])
+
+        model.model.language_model.register_forward_pre_hook(watch, with_kwargs=True)
+        scored(model, processor, *data)
+        return len(behind)
+
+    shared = sum(len(group) for group in group_rows(data[1]) if len(group) > 1)
+    assert rows_behind_prefixes(torch.float32) == shared
+    assert rows_behind_prefixes(torch.bfloat16) < 0.8 * shared
+    for setting in ({"sliding_window": 4096}, {"_attn_implementation": "eager"}):
+        change = lambda config, words=setting: [setattr(config, *word) for word in words.items()]  # noqa: E731
+        assert rows_behind_prefixes(torch.bfloat16, change) == shared
 
 
 def test_the_prefix_of_an_item_is_computed_once(model, data):

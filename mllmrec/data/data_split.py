@@ -286,14 +286,13 @@ def prepare(log: InteractionLog, catalogue: pd.DataFrame, options: SplitOptions)
     log = log.only_items(catalogue.index)
     pair = log.user.astype(np.int64) * len(log.item_ids) + log.item
     earliest = np.unique(pair, return_index=True)[1]  # of each pair, sorted by user and item
-    del pair  # as large as the log
     keep, statistics = _core(log, catalogue, earliest, options)
     user_rank, users = ranks_in_use(log.user[keep], len(log.user_ids))
     item_rank, items = ranks_in_use(log.item[keep], len(log.item_ids))
     user_ids, item_ids = log.user_ids[users], log.item_ids[items]
     touched = _touched(user_rank[log.user[earliest]], item_rank[log.item[earliest]], len(item_ids))
     own = Sequences(user_rank[log.user[keep]], item_rank[log.item[keep]], log.time[keep])
-    del earliest, keep  # each as long as the log
+    del pair, earliest, keep  # each as long as the log
     starts, ends = own.spans(len(user_ids))
     one_time = own.times[starts] == own.times[ends - 1]
     _check_times(own, (user_ids, one_time), options)

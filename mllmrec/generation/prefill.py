@@ -12,17 +12,19 @@ from typing import Any
 
 import torch
 
-from mllmrec.models.compat import PreallocatedLayer, cache_of, has_plain_positions
+from mllmrec.models.compat import (
+    PreallocatedLayer,
+    cache_of,
+    has_full_attention,
+    has_plain_positions,
+)
 from mllmrec.models.size import kv_numbers_per_token
 
 
 def supports_chunked_prefill(model: Any) -> bool:
     """False for models with M-RoPE or sliding windows, or that take no position ids."""
-    config = model.config.get_text_config()
-    layer_types = set(getattr(config, "layer_types", None) or ())
-    keeps_all = not getattr(config, "sliding_window", None) and layer_types <= {"full_attention"}
     takes_positions = "position_ids" in inspect.signature(model.forward).parameters
-    return keeps_all and takes_positions and has_plain_positions(model)
+    return takes_positions and has_full_attention(model) and has_plain_positions(model)
 
 
 def chunked_prefill(

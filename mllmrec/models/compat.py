@@ -53,6 +53,25 @@ def has_plain_positions(model: torch.nn.Module) -> bool:
     return not any(hasattr(module, "get_rope_index") for module in model.modules())
 
 
+def has_full_attention(model: Any) -> bool:
+    """False for models with sliding windows, or other layers than attention to all tokens before.
+
+    `layer_types` is undocumented; checked with transformers 5.17 and 5.23.
+    """
+    config = model.config.get_text_config()
+    layer_types = set(getattr(config, "layer_types", None) or ())
+    return not getattr(config, "sliding_window", None) and layer_types <= {"full_attention"}
+
+
+def takes_masks_of_pairs(model: Any) -> bool:
+    """True if the attention takes a bool mask (rows, 1, tokens, tokens): SDPA, without windows.
+
+    `_attn_implementation` is private; checked with transformers 5.17 and 5.23.
+    """
+    config = model.config.get_text_config()
+    return has_full_attention(model) and config._attn_implementation == "sdpa"
+
+
 def keep_4bit_layout(model: torch.nn.Module) -> None:
     """On a CPU, keep the 4-bit weights of a model in the layout that has gradients.
 

@@ -16,6 +16,7 @@ import torch
 from mllmrec.data.images import pad_to_largest
 from mllmrec.models.compat import length_grouped_order
 from mllmrec.models.padding import common_prefix_length, pad_rows
+from mllmrec.ranking.packing import PackedSequence, collate_packed
 from mllmrec.ranking.reader import RowReader
 from mllmrec.ranking.rows import EpochRows, group_rows, row_name
 from mllmrec.ranking.training_options import FineTuningOptions
@@ -140,42 +141,6 @@ def _with_labels(batch: Any, positions: list[list[int]], answers: list[list[int]
     batch["logits_to_keep"] = pad_rows(positions, 0, "right")
     batch["labels"] = batch["shift_labels"] = pad_rows(answers, -100, "right")
     return batch
-
-
-class PackedSequence:
-    """A prefix and the texts that follow it, each at the positions it would have by itself.
-
-    ids, positions, segments: one integer per token; segment 0 is the prefix, n the n-th text.
-    """
-
-    def __init__(self, prefix: Sequence[int]) -> None:
-        self.prefix_length = len(prefix)
-        self.ids = list(prefix)
-        self.positions = list(range(len(prefix)))
-        self.segments = [0] * len(prefix)
-
-    def add(self, ids: Sequence[int]) -> int:
-        """Append one text; return where it ends."""
-        self.ids += ids
-        self.positions += range(self.prefix_length, self.prefix_length + len(ids))
-        self.segments += [self.segments[-1] + 1] * len(ids)
-        return len(self.ids)
-
-
-def collate_packed(packs: Sequence[PackedSequence], pad_token_id: int) -> dict[str, torch.Tensor]:
-    """input_ids, position_ids (rows, longest), attention_mask (rows, 1, longest, longest).
-
-    True in the mask = attended to: a token attends to the prefix and to its own segment before it.
-    """
-    segments = pad_rows([pack.segments for pack in packs], -1, "right")
-    longest = segments.shape[1]
-    causal = torch.ones(longest, longest, dtype=torch.bool).tril()
-    same = segments[:, None, :] == segments[:, :, None]
-    return {
-        "input_ids": pad_rows([pack.ids for pack in packs], pad_token_id, "right"),
-        "position_ids": pad_rows([pack.positions for pack in packs], 0, "right"),
-        "attention_mask": (causal & (same | (segments[:, None, :] == 0)))[:, None],
-    }
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,14 @@
 Prompts and images come from a `RowReader`; `score_rows` reads the logits at the last position only.
 Prompts of one item start with the same image and title, prompts without image of one user with the
 same history. So rows are grouped: keys and values of what the prompts of a group share are computed
-once, and extended by each row's own text.
+once, and extended by each row's own text. In 16 bit, the texts of a group are one sequence then:
+the keys and values of its prefix are read once, not copied for each row.
 """
 
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 import torch
@@ -16,9 +18,14 @@ from PIL import Image
 
 from mllmrec.data.candidates import score_row
 from mllmrec.models.chat import ChatProcessor, to_model
-from mllmrec.models.compat import has_plain_positions, select_cache_rows
+from mllmrec.models.compat import (
+    has_plain_positions,
+    select_cache_rows,
+    takes_masks_of_pairs,
+)
 from mllmrec.models.padding import common_prefix_length, pad_with_mask
 from mllmrec.ranking.answers import AnswerSet
+from mllmrec.ranking.packing import PackedSequence, collate_behind, packs_behind
 from mllmrec.ranking.reader import RowReader
 from mllmrec.ranking.rows import item_ids, row_name
 from mllmrec.stage.errors import InputError
@@ -37,11 +44,13 @@ class ScoringOptions:
 
     batch_tokens: tokens in one batch, padding included. reuse_prefix: compute what the prompts of
     one group share only once; templates that do not start with the image, and models with M-RoPE,
-    take the plain pass. shard: (k, n) for the k-th of n processes.
+    take the plain pass. pack_rows: see the module's docstring; None: in 16 bit, as in float32 the
+    last digits of a score would change. shard: (k, n) for the k-th of n processes.
     """
 
     batch_tokens: int = 16384
     reuse_prefix: bool = True
+    pack_rows: bool | None = None
     shard: tuple[int, int] = (0, 1)
 
 
@@ -106,7 +115,7 @@ def score_rows(
             continue
         for batch in _batches(chunk, reader, rows, options.batch_tokens):
             if reuse:
-                scored = _score_with_prefixes(model, reader, batch, options.batch_tokens)
+                scored = _score_with_prefixes(model, reader, batch, options)
             else:
                 flat = [row for group in batch for row in group]
                 scored = _score_plainly(model, reader, flat, options.batch_tokens)
@@ -209,7 +218,7 @@ def _score_plainly(
 
 
 def _score_with_prefixes(
-    model: Any, reader: RowReader, groups: list[list[_Encoded]], batch_tokens: int
+    model: Any, reader: RowReader, groups: list[list[_Encoded]], options: ScoringOptions
 ) -> Iterator[RowLogits]:
     """First the shared prefixes of all groups in one left-padded batch, then each row's rest."""
     shared: list[tuple[list[_Encoded], int]] = []  # (group, length of its prefix)
@@ -221,33 +230,31 @@ def _score_with_prefixes(
         else:
             alone += group
     if alone:
-        yield from _score_plainly(model, reader, alone, batch_tokens)
+        yield from _score_plainly(model, reader, alone, options.batch_tokens)
     if not shared:
         return
     prefix, cache = _prefill_prefixes(model, reader.chat, shared)
-    mask, prefix_lengths = prefix["attention_mask"], torch.tensor([n for _, n in shared])
-    prefix_lengths = prefix_lengths.to(model.device)
-    waiting = [
-        (place, row.index, row.ids[n:]) for place, (group, n) in enumerate(shared) for row in group
-    ]
-    waiting.sort(key=lambda entry: len(entry[2]))
+    mask, pad = prefix["attention_mask"], reader.chat.tokenizer.pad_token_id
+    is_packed = options.pack_rows
+    if is_packed is None:
+        is_packed = model.dtype != torch.float32 and takes_masks_of_pairs(model)
+    waiting: list[tuple[int, PackedSequence, list[int]]] = []  # group, its texts, which rows
+    for place, (group, length) in enumerate(shared):
+        indices = iter([row.index for row in group])
+        # In longer ones, attention would mostly compute pairs that the mask removes.
+        longest = length if is_packed else 0
+        for pack in packs_behind([row.ids[length:] for row in group], length, longest):
+            waiting.append((place, pack, list(islice(indices, len(pack.ends)))))
+    waiting.sort(key=lambda entry: len(entry[1].ids))
     while waiting:
-        size = max(1, batch_tokens // (mask.shape[1] + len(waiting[-1][2])))
+        size = max(1, options.batch_tokens // (mask.shape[1] + len(waiting[-1][1].ids)))
         part, waiting = waiting[-size:], waiting[:-size]
+        packs = [pack for _, pack, _ in part]
         places = torch.tensor([place for place, _, _ in part], device=model.device)
-        own_ids, own_mask = pad_with_mask(
-            [own for _, _, own in part], reader.chat.tokenizer.pad_token_id
-        )
-        own_ids, own_mask = own_ids.to(model.device), own_mask.to(model.device)
-        logits = _answer_logits(
-            model,
-            reader,
-            input_ids=own_ids,
-            attention_mask=torch.cat([mask[places], own_mask], dim=1),
-            position_ids=(own_mask.cumsum(1) - 1).clamp(min=0) + prefix_lengths[places, None],
-            past_key_values=select_cache_rows(cache, places),
-        )
-        yield from zip((index for _, index, _ in part), logits.tolist(), strict=True)
+        inputs = collate_behind(packs, mask[places], pad)
+        inputs["past_key_values"] = select_cache_rows(cache, places)
+        logits = _answer_logits(model, reader, packs if is_packed else None, **inputs)
+        yield from zip((n for _, _, rows in part for n in rows), logits.tolist(), strict=True)
 
 
 def shared_prefix_length(prompts: Sequence[Sequence[int]], image_token_id: int | None) -> int:
@@ -275,8 +282,12 @@ def _prefill_prefixes(
     return batch, model(**batch, logits_to_keep=1, use_cache=True).past_key_values
 
 
-def _answer_logits(model: Any, reader: RowReader, **inputs: Any) -> torch.Tensor:
-    """float32 (rows, answers): logits of the answers at the last position.
+def _answer_logits(
+    model: Any, reader: RowReader, packs: list[PackedSequence] | None = None, **inputs: Any
+) -> torch.Tensor:
+    """float32 (rows, answers): logits of the answers at the end of each row.
+
+    packs: of a left-padded batch of several rows each; None: each row ends at the last position.
 
     In 16 bit, the last hidden state is multiplied by the answers' rows of the LM head in float32,
     and by no others: in bfloat16 a logit near 20 has a resolution of an eighth, and many candidates
@@ -284,19 +295,21 @@ def _answer_logits(model: Any, reader: RowReader, **inputs: Any) -> torch.Tensor
     """
     token_ids = reader.answer_tokens.first_ids
     kept: list[torch.Tensor] = []
+    ends = [(n, end - 1 - len(p.ids)) for n, p in enumerate(packs or ()) for end in p.ends]
 
     def keep(layer: Any, inputs: Any) -> tuple[torch.Tensor] | None:
         # Inside the pass, where weights that are sharded over GPUs are whole.
         hidden, device = inputs[0], inputs[0].device.type
+        last = hidden[tuple(torch.tensor(ends).T)] if ends else hidden[:, -1]
         if layer.weight.dtype == torch.float32 and not torch.is_autocast_enabled(device):
-            return None
+            return (last[:, None],) if ends else None
         with torch.autocast(device, enabled=False):  # training computes in 16 bit around it
-            kept.append(hidden[:, -1].float() @ layer.weight[token_ids].float().T)
+            kept.append(last.float() @ layer.weight[token_ids].float().T)
         return (hidden[:, :0],)
 
     hook = model.get_output_embeddings().register_forward_pre_hook(keep)
     try:
-        output = model(**inputs, logits_to_keep=1)
+        output = model(**inputs, logits_to_keep=int(not ends))
     finally:
         hook.remove()
     return kept[0] if kept else output.logits[:, -1, token_ids]

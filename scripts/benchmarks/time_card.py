@@ -5,10 +5,10 @@
 Numbers: a LLaVA-NeXT of 88M parameters. In float32, scores of shared prefixes and texts of batches
 must be those of one prompt at a time; in bfloat16, scores must be those of float32 but for `BOUND`
 of their range. Speeds, with random weights of the published shapes (7B, 8B) in bfloat16: a step of
-decoding, stages 2 and 3, scoring, training; each beside the least time that the card allows
-(`limits.py`), and its peak memory. Each part is a process of its own. What does not fit into the
-memory, fails, or would begin after `--minutes`, is "not run", with its reason; so is TRL without
-its package. With `--size tiny` it runs on a CPU, as a test of itself.
+decoding, by our loop and by CUDA graphs, stages 2 and 3, scoring, training; each beside the least
+time that the card allows (`limits.py`), and its peak memory. Each part is a process of its own.
+What does not fit into the memory, fails, or would begin after `--minutes`, is "not run", with its
+reason; so is TRL without its package. With `--size tiny` it runs on a CPU, as a test of itself.
 
 Out: outputs/benchmark/gpu_check.json and gpu_check.md.
 """
@@ -17,12 +17,14 @@ from mllmrec.stage.main import run_main
 
 import importlib.util
 import multiprocessing
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from itertools import pairwise
+from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
 import time_inference
@@ -31,6 +33,7 @@ import time_train
 import tools
 import torch
 from limits import decoding_seconds, generation_seconds, measure_speeds, vision_passes
+from transformers import LogitsProcessor, LogitsProcessorList
 
 from mllmrec.generation.prefill import chunked_prefill
 from mllmrec.models.chat import ChatProcessor
@@ -42,7 +45,10 @@ from mllmrec.ranking.reader import RowReader
 from mllmrec.stage.errors import InputError
 from mllmrec.stage.jsonl import atomic_file
 
+Part = Literal["numbers", "text", "images", "training", "graphs", "trl"]
 BOUND = 0.02  # of the range of the logits, what bfloat16 may change
+UNTIMED = 4  # new tokens
+STEP = "a step of decoding, {} rows of {:,} tokens, ms"
 Line = dict[str, Any]  # what, value, and where there is one: limit, share, note
 
 
@@ -52,17 +58,14 @@ class Options:
 
     size: Annotated[Literal["tiny", "full"], "of the models whose speed is measured"] = "full"
     minutes: Annotated[float, "in which a part may begin"] = 9.0
-    parts: Annotated[
-        tuple[Literal["numbers", "text", "images", "training", "trl"], ...], "what is measured"
-    ] = ("numbers", "text", "images", "training", "trl")
+    parts: Annotated[tuple[Part, ...], "what is measured"] = get_args(Part)
 
 
 @dataclass(frozen=True)
 class Sizes:
     """How much is measured: of a full card, or of a test."""
 
-    rows: int  # decoded together
-    length: int  # tokens of their prompts
+    batch: tuple[int, int]  # rows decoded together, tokens of their prompts
     steps: int  # of decoding
     users: int
     new_tokens: int
@@ -71,8 +74,8 @@ class Sizes:
 
 
 SIZES = {
-    "full": Sizes(60, 1500, 32, 60, 200, 32, 48),
-    "tiny": Sizes(3, 40, 4, 2, 4, 2, 8),
+    "full": Sizes((60, 1500), 32, 60, 200, 32, 48),
+    "tiny": Sizes((3, 40), 4, 2, 4, 2, 8),
 }
 
 
@@ -126,21 +129,14 @@ def text(args: Options) -> Iterator[Line]:
     speeds = measure_speeds(model.device, model.dtype)
     yield line("matrix products, TFLOP/s", speeds.flops / 1e12)
     yield line("reading of weights, GB/s", speeds.bandwidth / 1e9)
-    ids = torch.randint(5, 500, (sizes.rows, sizes.length), device=model.device)
+    ids = torch.randint(5, 500, sizes.batch, device=model.device)
     chunks = [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in ids.split(4)]
 
-    @torch.inference_mode()
-    def decode(steps: int) -> float:
-        pad = chat.tokenizer.pad_token_id
-        batch = chunked_prefill(model, chunks, pad, steps)
-        words = {"max_new_tokens": steps, "do_sample": False, "pad_token_id": pad}
-        return tools.timed(lambda: model.generate(**batch, **words))[0]
-
-    decode(2)  # what happens once is not counted
-    step = decode(sizes.steps) / sizes.steps  # prefill lies before the clock
-    limit = decoding_seconds(model, [[sizes.length] * sizes.rows], 1, speeds)
-    what = f"a step of decoding, {sizes.rows} rows of {sizes.length:,} tokens, ms"
-    yield line(what, 1000 * step, 1000 * limit)
+    with torch.inference_mode():
+        batch = chunked_prefill(model, chunks, 0, sizes.steps + UNTIMED)
+        step = step_seconds(model, sizes.steps, **batch)
+    limit = decoding_seconds(model, [[sizes.batch[1]] * sizes.batch[0]], 1, speeds)
+    yield line(STEP.format(*sizes.batch), 1000 * step, 1000 * limit)
     users = time_inference.make_histories(sizes.users, 6)
     dialogues = [time_inference.preference_dialogue(user, chat) for user in users]
     seconds, (_, batches) = tools.timed(
@@ -148,6 +144,35 @@ def text(args: Options) -> Iterator[Line]:
     )
     least = sum(generation_seconds(model, batches, sizes.new_tokens, speeds))
     yield line("stage 3, blocks/s", 2 * len(users) / seconds, 2 * len(users) / least)
+
+
+def step_seconds(model: Any, steps: int, **inputs: Any) -> float:
+    """The median of `steps` decoding steps behind the first UNTIMED tokens, which may compile."""
+    times: list[float] = []
+
+    class Clock(LogitsProcessor):
+        def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+            tools.synchronize()
+            times.append(time.perf_counter())
+            return scores
+
+    clock = LogitsProcessorList([Clock()])
+    words = {"max_new_tokens": steps + UNTIMED, "do_sample": False, "pad_token_id": 0}
+    model.generate(**inputs, **words, logits_processor=clock)
+    return statistics.median(after - before for before, after in pairwise(times[UNTIMED - 1 :]))
+
+
+def graphs(args: Options) -> Iterator[Line]:
+    """A step of decoding by transformers' own static cache, on a card compiled to CUDA graphs."""
+    sizes = SIZES[args.size]
+    options = time_inference.Options(args.size, "bfloat16")
+    model, _ = time_inference.new_model(time_inference.MODELS.random_llama, "8b", options)
+    ids = torch.randint(5, 500, sizes.batch, device=model.device)
+    mask = torch.ones_like(ids)
+    mask[1:, 0] = 0  # padding, as in a batch of prompts of several lengths
+    inputs = {"input_ids": ids, "attention_mask": mask, "cache_implementation": "static"}
+    name = STEP.format(*sizes.batch) + ", CUDA graphs"
+    yield line(name, 1000 * step_seconds(model, sizes.steps, **inputs))
 
 
 def images(args: Options) -> Iterator[Line]:
@@ -202,6 +227,7 @@ PARTS: dict[str, Callable[[Options], Iterator[Line]]] = {
     "text": text,
     "images": images,
     "training": training,
+    "graphs": graphs,
     "trl": trl,
 }
 
