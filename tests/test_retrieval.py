@@ -18,7 +18,15 @@ from mllmrec.stage.record import read_record
 from mllmrec.stage.scripts import load_script
 
 stage = load_script("MLLM4Rec/train_retriever.py")
-step_by_step = load_script("scripts/benchmarks/time_recurrence.py").step_by_step
+
+
+def step_by_step(inputs, log_decay):
+    """The states, one position after the other."""
+    decay, state, states = torch.exp(log_decay), torch.zeros_like(inputs[:, 0]), []
+    for position in range(inputs.shape[1]):
+        state = decay * state + inputs[:, position]
+        states.append(state)
+    return torch.stack(states, dim=1)
 
 
 @pytest.mark.parametrize("length", [1, 5, CHUNK, CHUNK + 1, 50, 200, 1000])

@@ -134,7 +134,7 @@ function userPage(user) {
   return [
     el("p", { class: "controls" }, link(open[place - 1], "previous"), link(open[place + 1], "next"), el("a", { href: "#users" }, "all users")),
     el("h2", {}, "User " + user.id),
-    el("p", {}, "The history block by block, oldest first, with the preference after each block; new words are marked.", left_out.length ? ` ${left_out.length} older items were left out of the prompt.` : ""),
+    el("p", {}, "The history block by block, oldest first, with what this run wrote as the preference after each block; new words are marked.", left_out.length ? ` ${left_out.length} older items were left out of the prompt.` : ""),
     ...history, seen.length ? summaries : null,
     el("p", { class: "controls" }, choose("left", "variant"), choose("right", "beside")),
     el("div", { class: "beside" }, candidates(user.details, "left"), data.variants.length > 1 ? candidates(user.details, "right") : null),

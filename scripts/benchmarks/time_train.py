@@ -30,6 +30,7 @@ import statistics
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -38,6 +39,7 @@ import numpy as np
 import tools
 import torch
 from limits import measure_speeds
+from peft.helpers import disable_input_dtype_casting
 
 from mllmrec.models.chat import ChatProcessor, to_model
 from mllmrec.models.loading import pick_device, pick_dtype
@@ -94,7 +96,8 @@ class Training:
     """
 
     def __init__(self, procedure: str, args: Options, folder: str) -> None:
-        published, device = procedure == "published", pick_device()
+        self.published = published = procedure == "published"
+        device = pick_device()
         self.dtype = pick_dtype(args.dtype, device)
         if published and device.type == "cuda":
             self.dtype = torch.float16
@@ -131,13 +134,13 @@ class Training:
         def size(part: list[int]) -> tuple[int, int]:
             return len({items[n] for n in part}), max(self.lengths[n] for n in part)
 
-        self._backward(max(micro_batches, key=size), 1.0)
-        self.optimizer.zero_grad()
-        tools.synchronize()
-        started = time.perf_counter()
-        tokens = sum(self._optimizer_step(step) for step in self.steps)
-        tools.synchronize()
-        return time.perf_counter() - started, tokens
+        # As RankingTrainer does.
+        with nullcontext() if self.published else disable_input_dtype_casting(self.model):
+            self._backward(max(micro_batches, key=size), 1.0)
+            self.optimizer.zero_grad()
+            steps = (self._optimizer_step(step) for step in self.steps)
+            seconds, tokens = tools.timed(lambda: sum(steps))
+        return seconds, tokens
 
     def _optimizer_step(self, micro_batches: list[list[int]]) -> int:
         rows = sum(map(len, micro_batches))
