@@ -133,7 +133,7 @@ def test_parts_of_the_check_that_do_not_run_say_why(tmp_path, monkeypatch, capsy
     assert card.measure("trl", args)[0]["note"] == "no package trl"
     monkeypatch.chdir(tmp_path)
     card.main(["--size", "tiny", "--minutes", "0"])
-    assert capsys.readouterr().out.count("| not run |  |  | after 0 min |") == 5
+    assert capsys.readouterr().out.count("| not run |  |  | after 0 min |") == 6
     wrong = card.line("a change", 1.0) | {"note": "WRONG: above 0.02"}
     with pytest.raises(InputError, match="wrong numbers on this card: a change"):
         card.refuse_wrong([first, wrong])

@@ -448,24 +448,24 @@ def test_a_packed_product_is_the_plain_one(bias):
     inputs = {rows: torch.randn(rows, 1, 96) for rows in (1, 5, 7)}
     with torch.inference_mode():
         plain = {rows: layer(x) for rows, x in inputs.items()}
-        with packed_linears(layer, 5):
+        with packed_linears(layer):
             assert "forward" in vars(layer)
             for rows, x in inputs.items():
                 torch.testing.assert_close(layer(x), plain[rows], rtol=1e-5, atol=1e-6)
-        with pytest.raises(ValueError, match="stop"), packed_linears(layer, 5):
+        with pytest.raises(ValueError, match="stop"), packed_linears(layer):
             raise ValueError("stop")
     assert "forward" not in vars(layer)
 
 
 def test_what_cannot_be_packed_stays_as_it_is(monkeypatch):
     layer = torch.nn.Linear(8, 8)
-    with packed_linears(layer.bfloat16(), 2):
+    with packed_linears(layer.half()):
         assert "forward" not in vars(layer)
     layer.float().forward = hook = lambda x: x  # accelerate replaces forward, too
-    with packed_linears(layer, 2):
+    with packed_linears(layer):
         assert layer.forward is hook
     assert layer.forward is hook
     del layer.forward
     monkeypatch.setattr(compat, "MAX_PACKED_BYTES", layer.weight.nbytes - 1)
-    with packed_linears(layer, 2):
+    with packed_linears(layer):
         assert "forward" not in vars(layer)

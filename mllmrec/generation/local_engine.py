@@ -133,9 +133,12 @@ class GenerationEngine:
         middle = (len(requests) + 1) // 2
         return self.generate(requests[:middle]) + self.generate(requests[middle:])
 
-    @torch.inference_mode()
     def _generate(self, requests: list[Request]) -> list[GeneratedText]:
         """Texts for prompts that all have an image or all have none."""
+        with torch.inference_mode(), packed_linears(self.model):
+            return self._decode(requests)
+
+    def _decode(self, requests: list[Request]) -> list[GeneratedText]:
         size = len(requests)
         if self.chunked:
             size = max(1, self.chunk_tokens // requests[0].prompt.length)
@@ -157,8 +160,7 @@ class GenerationEngine:
                 *sampling.warpers(self.options.temperature, self.options.top_p),
                 sampling.GumbelMaxSampler(streams, prompt_length, self.max_new_tokens),
             ]
-        with packed_linears(self.model.get_decoder(), len(requests)):
-            ids = self.model.generate(**batch, logits_processor=LogitsProcessorList(processors))
+        ids = self.model.generate(**batch, logits_processor=LogitsProcessorList(processors))
         if finite.broken is not None and finite.broken.any():
             row_id = requests[int(finite.broken.nonzero()[0])].row_id
             raise InputError(

@@ -134,13 +134,13 @@ def cache_of(layers: Sequence[Any]) -> Cache:
 
 
 @contextmanager
-def packed_linears(model: torch.nn.Module, rows: int) -> Iterator[None]:
-    """Within: linear layers of a model on a CPU hold their weights in MKL's layout, too.
+def packed_linears(model: torch.nn.Module) -> Iterator[None]:
+    """Within: linear layers of a model on a CPU are computed by oneDNN, from a copy in its layout.
 
-    A product of `rows` rows reads that copy, another one the usual weight; with twelve rows that
-    took two thirds of the time (docs/benchmarks.md). Nothing changes on a GPU, for other dtypes
-    than float32, and for models whose copy would be large. `torch.ops.mkl` is private, inductor
-    uses it; checked with torch 2.13.
+    torch takes MKL for float32, which computes at half the speed on AMD processors, and in each
+    product brings the weights into another order (docs/benchmarks.md). Without gradients. Nothing
+    changes on a GPU, in float16, and for models whose copy would be large. `torch.ops.mkldnn` is
+    private, inductor uses it; checked with torch 2.13.
     """
     layers = [
         module
@@ -148,23 +148,16 @@ def packed_linears(model: torch.nn.Module, rows: int) -> Iterator[None]:
         if type(module) is torch.nn.Linear and "forward" not in vars(module)  # nor a hook
     ]
     weights = [layer.weight for layer in layers]
-    usable = torch.backends.mkl.is_available() and all(
-        w.device.type == "cpu" and w.dtype == torch.float32 for w in weights
+    usable = torch.backends.mkldnn.is_available() and all(
+        w.device.type == "cpu" and w.dtype in (torch.float32, torch.bfloat16) for w in weights
     )
     if not usable or sum(w.nbytes for w in weights) > MAX_PACKED_BYTES:
         yield
         return
 
     def product(layer: torch.nn.Linear) -> Callable[[torch.Tensor], torch.Tensor]:
-        weight, bias = layer.weight.detach(), layer.bias
-        packed = torch.ops.mkl._mkl_reorder_linear_weight(weight, rows)
-
-        def forward(x: torch.Tensor) -> torch.Tensor:
-            if x.numel() != rows * weight.shape[1]:
-                return torch.nn.functional.linear(x, weight, bias)
-            return torch.ops.mkl._mkl_linear(x, packed, weight, bias, rows)
-
-        return forward
+        packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach())
+        return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, layer.bias, "none", [], "")
 
     for layer in layers:
         layer.forward = product(layer)  # type: ignore[method-assign, assignment]
