@@ -139,8 +139,8 @@ def packed_linears(model: torch.nn.Module) -> Iterator[None]:
 
     torch takes MKL for float32, which computes at half the speed on AMD processors, and in each
     product brings the weights into another order (docs/benchmarks.md). Without gradients. Nothing
-    changes on a GPU, in float16, and for models whose copy would be large. `torch.ops.mkldnn` is
-    private, inductor uses it; checked with torch 2.13.
+    changes on a GPU, on other processors, in float16, and for models whose copy would be large.
+    `torch.ops.mkldnn` is private, inductor uses it; checked with torch 2.13.
     """
     layers = [
         module
@@ -148,9 +148,10 @@ def packed_linears(model: torch.nn.Module) -> Iterator[None]:
         if type(module) is torch.nn.Linear and "forward" not in vars(module)  # nor a hook
     ]
     weights = [layer.weight for layer in layers]
-    usable = torch.backends.mkldnn.is_available() and all(
-        w.device.type == "cpu" and w.dtype in (torch.float32, torch.bfloat16) for w in weights
-    )
+    dtypes = [torch.float32] if torch.backends.mkl.is_available() else []  # on x86
+    if dtypes and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        dtypes.append(torch.bfloat16)
+    usable = all(w.device.type == "cpu" and w.dtype in dtypes for w in weights)
     if not usable or sum(w.nbytes for w in weights) > MAX_PACKED_BYTES:
         yield
         return
