@@ -153,10 +153,11 @@ def test_scores_in_16_bit_are_those_that_training_validates_with(data, tmp_path)
 def test_in_16_bit_the_texts_behind_a_prefix_are_one_sequence(data):
     """Not where the attention takes no mask of pairs: eager, sliding windows."""
 
-    def rows_behind_prefixes(dtype, change=lambda config: None):
+    def rows_behind_prefixes(dtype, **settings):
         """How many sequences continue a cache: each has a copy of its prefix's keys and values."""
         model, processor = random_llava("tiny", dtype=dtype)
-        change(model.config.text_config)
+        for name, value in settings.items():
+            setattr(model.config.text_config, name, value)
         behind = []
 
         def watch(_, args, words):
@@ -171,8 +172,7 @@ def test_in_16_bit_the_texts_behind_a_prefix_are_one_sequence(data):
     assert rows_behind_prefixes(torch.float32) == shared
     assert rows_behind_prefixes(torch.bfloat16) < 0.8 * shared
     for setting in ({"sliding_window": 4096}, {"_attn_implementation": "eager"}):
-        change = lambda config, words=setting: [setattr(config, *word) for word in words.items()]  # noqa: E731
-        assert rows_behind_prefixes(torch.bfloat16, change) == shared
+        assert rows_behind_prefixes(torch.bfloat16, **setting) == shared
 
 
 def test_the_prefix_of_an_item_is_computed_once(model, data):

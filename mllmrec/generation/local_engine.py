@@ -90,21 +90,24 @@ class GenerationEngine:
         coming = iter(dialogues)
         waiting: list[Request] = []
         exhausted = False
-        while True:
-            while not exhausted and not _enough(self, waiting):
-                row_id, dialogue = next(coming, (None, None))
-                exhausted = dialogue is None
-                if dialogue is not None:
-                    yield from advance(waiting, first_request(row_id, dialogue), None)
-            if not waiting:
-                return
-            waiting.sort(key=lambda request: (request.prompt.inputs is None, request.prompt.length))
-            batch = _next_batch(self, waiting)
-            texts = self.generate(batch)
-            if progress is not None:
-                progress.update(len(batch))
-            for request, text in zip(batch, texts, strict=True):
-                yield from advance(waiting, request, text)
+        with packed_linears(self.model):
+            while True:
+                while not exhausted and not _enough(self, waiting):
+                    row_id, dialogue = next(coming, (None, None))
+                    exhausted = dialogue is None
+                    if dialogue is not None:
+                        yield from advance(waiting, first_request(row_id, dialogue), None)
+                if not waiting:
+                    return
+                waiting.sort(
+                    key=lambda request: (request.prompt.inputs is None, request.prompt.length)
+                )
+                batch = _next_batch(self, waiting)
+                texts = self.generate(batch)
+                if progress is not None:
+                    progress.update(len(batch))
+                for request, text in zip(batch, texts, strict=True):
+                    yield from advance(waiting, request, text)
 
     def batch_size(self, longest: int) -> int:
         """How many prompts of at most `longest` tokens fit into one batch."""
@@ -133,12 +136,9 @@ class GenerationEngine:
         middle = (len(requests) + 1) // 2
         return self.generate(requests[:middle]) + self.generate(requests[middle:])
 
+    @torch.inference_mode()
     def _generate(self, requests: list[Request]) -> list[GeneratedText]:
         """Texts for prompts that all have an image or all have none."""
-        with torch.inference_mode(), packed_linears(self.model):
-            return self._decode(requests)
-
-    def _decode(self, requests: list[Request]) -> list[GeneratedText]:
         size = len(requests)
         if self.chunked:
             size = max(1, self.chunk_tokens // requests[0].prompt.length)

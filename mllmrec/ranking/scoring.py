@@ -18,11 +18,7 @@ from PIL import Image
 
 from mllmrec.data.candidates import score_row
 from mllmrec.models.chat import ChatProcessor, to_model
-from mllmrec.models.compat import (
-    has_plain_positions,
-    select_cache_rows,
-    takes_masks_of_pairs,
-)
+from mllmrec.models.compat import has_plain_positions, select_cache_rows, takes_masks_of_pairs
 from mllmrec.models.padding import common_prefix_length, pad_with_mask
 from mllmrec.ranking.answers import AnswerSet
 from mllmrec.ranking.packing import PackedSequence, collate_behind, packs_behind
